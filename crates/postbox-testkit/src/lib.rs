@@ -1,0 +1,115 @@
+//! Private servers and fresh stores for postbox's own tests.
+//!
+//! PostgreSQL: the server at `DATABASE_URL` if it is set, else one that this process starts from the
+//! installed binaries on a free port, and that ends with it. Each test has a schema of its own.
+
+mod postgres;
+
+use std::future::Future;
+
+use postbox::{Database, Postbox, Postgres, Settings, Sqlite};
+
+pub use postgres::{Server, shared_url};
+
+/// A store of its own for one test. Dropped, it leaves nothing behind.
+pub struct Fresh<Db: Database> {
+    /// An open, migrated postbox.
+    pub postbox: Postbox<Db>,
+    /// A pool for the test's own tables and transactions.
+    pub pool: sqlx::Pool<Db>,
+    /// What to pass to a child process or a second `open`.
+    pub settings: Settings,
+    cleanup: Cleanup,
+}
+
+enum Cleanup {
+    Schema { url: String, schema: String },
+    File(#[allow(dead_code, reason = "removes the folder when it is dropped")] tempfile::TempDir),
+}
+
+impl<Db: Database> Fresh<Db> {
+    /// The URL of the database.
+    pub fn url(&self) -> String {
+        self.settings.database_url().unwrap_or_default().to_owned()
+    }
+
+    /// The PostgreSQL schema; `postbox` on SQLite.
+    pub fn schema(&self) -> String {
+        self.settings.schema().unwrap_or_default()
+    }
+
+    /// A name for a table of the test's own: in its schema, where there are schemas.
+    pub fn table(&self, name: &str) -> String {
+        match &self.cleanup {
+            Cleanup::Schema { schema, .. } => format!("{schema}.{name}"),
+            Cleanup::File(_) => name.to_owned(),
+        }
+    }
+}
+
+impl<Db: Database> Drop for Fresh<Db> {
+    fn drop(&mut self) {
+        let Cleanup::Schema { url, schema } = &self.cleanup else { return };
+        let (url, schema) = (url.clone(), schema.clone());
+        // A thread of its own: a test's runtime may be gone by now.
+        let dropped = std::thread::spawn(move || {
+            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+            runtime.block_on(async {
+                use sqlx::Connection;
+                if let Ok(mut connection) = sqlx::PgConnection::connect(&url).await {
+                    let sql = format!("set lock_timeout = '2s'; drop schema if exists {schema} cascade");
+                    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut connection).await.ok();
+                }
+            });
+        });
+        dropped.join().ok();
+    }
+}
+
+/// A database that tests can have fresh.
+pub trait Testable: Database {
+    /// `postgres` or `sqlite`.
+    const NAME: &'static str;
+
+    /// A store of its own, with these settings on top.
+    fn fresh_with(adjust: impl FnOnce(Settings) -> Settings + Send) -> impl Future<Output = Fresh<Self>> + Send;
+
+    /// A store of its own.
+    fn fresh() -> impl Future<Output = Fresh<Self>> + Send {
+        Self::fresh_with(|settings| settings)
+    }
+}
+
+/// A schema name that nobody else has.
+fn unique(prefix: &str) -> String {
+    format!("{prefix}_{}", &uuid::Uuid::now_v7().simple().to_string()[20..])
+}
+
+impl Testable for Postgres {
+    const NAME: &'static str = "postgres";
+
+    async fn fresh_with(adjust: impl FnOnce(Settings) -> Settings + Send) -> Fresh<Postgres> {
+        let url = shared_url();
+        let schema = unique("postbox_test");
+        let settings = Settings::defaults().url(&url).set("schema", &schema).set("application", "test");
+        let settings = adjust(settings);
+        let postbox = Postbox::migrate(settings.clone()).await.expect("a fresh schema on the test server");
+        let pool = sqlx::PgPool::connect(&url).await.expect("a pool on the test server");
+        Fresh { postbox, pool, settings, cleanup: Cleanup::Schema { url, schema } }
+    }
+}
+
+/// Makes a test of each generic async function, once per store: `on_both_stores!(publishes, retries);`
+#[macro_export]
+macro_rules! on_both_stores {
+    ($($test:ident),* $(,)?) => {
+        mod postgres {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $test() { super::$test::<postbox::Postgres>().await; })*
+        }
+        mod sqlite {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $test() { super::$test::<postbox::Sqlite>().await; })*
+        }
+    };
+}

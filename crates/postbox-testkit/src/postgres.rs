@@ -1,0 +1,194 @@
+//! A private PostgreSQL server: started from the installed binaries, as a user that is not root, on a
+//! free port, in a temporary folder. It ends when the process that started it ends, however it ends.
+
+use std::io::Write;
+use std::net::TcpListener;
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// A server of one's own: for tests that restart it, or kill it.
+pub struct Server {
+    bin: PathBuf,
+    port: u16,
+    account: Option<(u32, u32)>,
+    keeper: Option<Child>,
+    folder: tempfile::TempDir,
+}
+
+/// The server all tests of this process share.
+///
+/// # Panics
+/// No server is named in `DATABASE_URL`, and none can be started.
+pub fn shared_url() -> String {
+    static SHARED: OnceLock<(String, Option<Server>)> = OnceLock::new();
+    let (url, _) = SHARED.get_or_init(|| match std::env::var("DATABASE_URL") {
+        Ok(url) if url.starts_with("postgres") => (url, None),
+        _ => {
+            let server = Server::start();
+            (server.url(), Some(server))
+        }
+    });
+    url.clone()
+}
+
+impl Server {
+    /// Makes a cluster and starts it.
+    ///
+    /// # Panics
+    /// PostgreSQL's binaries are not installed, or the server does not come up.
+    pub fn start() -> Server {
+        let bin = binaries();
+        let folder = tempfile::Builder::new().prefix("postbox-pg-").tempdir().expect("a temporary folder");
+        let account = is_root().then(unprivileged);
+        if let Some((uid, gid)) = account {
+            chown(folder.path(), Some(uid), Some(gid)).expect("the folder can be given away");
+        }
+        let mut server = Server { bin, port: 0, account, keeper: None, folder };
+        let data = server.data();
+        let made = server
+            .command("initdb")
+            .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync", "-D"])
+            .arg(&data)
+            .output()
+            .expect("initdb runs");
+        assert!(made.status.success(), "initdb failed: {}", String::from_utf8_lossy(&made.stderr));
+        server.up();
+        server
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    /// Where it listens.
+    pub fn url(&self) -> String {
+        format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(self.bin.join(program));
+        if let Some((uid, gid)) = self.account {
+            command.uid(uid).gid(gid);
+        }
+        command.current_dir(self.folder.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Starts it (again), on the port it had.
+    ///
+    /// # Panics
+    /// It does not come up within a minute.
+    pub fn up(&mut self) {
+        if self.port == 0 {
+            self.port = free_port();
+        }
+        // The shell ends the server when its standard input closes: when this process is gone.
+        let script = "\"$0\" \"$@\" & server=$!; cat >/dev/null; kill -INT $server; wait $server";
+        let log = std::fs::File::create(self.folder.path().join("log")).expect("a log file");
+        let mut command = Command::new("/bin/sh");
+        if let Some((uid, gid)) = self.account {
+            command.uid(uid).gid(gid);
+        }
+        let keeper = command
+            .args(["-c", script])
+            .arg(self.bin.join("postgres"))
+            .arg("-D")
+            .arg(self.data())
+            .args(["-h", "127.0.0.1", "-k", "", "-p", &self.port.to_string()])
+            // Crashes of processes are what is tested here, not of the machine.
+            .args(["-c", "fsync=off", "-c", "full_page_writes=off", "-c", "max_connections=500"])
+            .current_dir(self.folder.path())
+            .stdin(Stdio::piped())
+            .stdout(log.try_clone().expect("a log file"))
+            .stderr(log)
+            .spawn()
+            .expect("a shell");
+        self.keeper = Some(keeper);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let port = self.port.to_string();
+            let ready = self.command("pg_isready").args(["-h", "127.0.0.1", "-p", &port]).status();
+            if ready.is_ok_and(|s| s.success()) {
+                return;
+            }
+            if Instant::now() > deadline {
+                let log = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+                panic!("PostgreSQL did not come up on port {port}:\n{log}");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Stops it at once, as a crash would; `up` starts it again.
+    ///
+    /// # Panics
+    /// pg_ctl cannot be run.
+    pub fn crash(&mut self) {
+        let data = self.data();
+        self.command("pg_ctl").args(["stop", "-m", "immediate", "-D"]).arg(data).output().expect("pg_ctl runs");
+        self.end();
+    }
+
+    fn end(&mut self) {
+        if let Some(mut keeper) = self.keeper.take() {
+            drop(keeper.stdin.take().map(|mut input| input.flush()));
+            keeper.wait().ok();
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// A port that is free now.
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("its address").port()
+}
+
+fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0)
+}
+
+/// The account that PostgreSQL's package made, or nobody: PostgreSQL refuses to run as root.
+fn unprivileged() -> (u32, u32) {
+    let accounts = std::fs::read_to_string("/etc/passwd").expect("a list of accounts");
+    let find = |name: &str| {
+        let line = accounts.lines().find(|l| l.split(':').next() == Some(name))?;
+        let mut fields = line.split(':').skip(2);
+        Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
+    };
+    find("postgres").or_else(|| find("nobody")).expect("an account that is not root")
+}
+
+/// The newest installed server's programs; `POSTBOX_PG_BIN` names others.
+fn binaries() -> PathBuf {
+    if let Some(folder) = std::env::var_os("POSTBOX_PG_BIN") {
+        return folder.into();
+    }
+    let mut found: Vec<(u32, PathBuf)> = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin"))))
+        .filter(|(_, bin)| bin.join("initdb").exists())
+        .collect();
+    found.sort();
+    let on_path = || {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).find(|folder| folder.join("initdb").exists())
+    };
+    found.pop().map(|(_, bin)| bin).or_else(on_path).unwrap_or_else(|| {
+        panic!(
+            "PostgreSQL's server programs are not installed; run ./scripts/test, which installs what the tests need, or set DATABASE_URL ({})",
+            Path::new("/usr/lib/postgresql").display()
+        )
+    })
+}

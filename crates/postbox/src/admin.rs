@@ -1,0 +1,407 @@
+//! What operators see and do: the same for the command, the dashboard and programs.
+
+use std::str::FromStr;
+
+use jiff::Timestamp;
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::error::Error;
+use crate::lifecycle::{Answer, State};
+use crate::message::Envelope;
+use crate::postbox::Postbox;
+use crate::store::{Database, DeliveryId, Store, Stranded};
+
+/// Which deliveries: `state:dead,in_doubt topic:orders.* subscription:crm key:42`.
+///
+/// Words are joined by *and*, commas within a word by *or*.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Filter {
+    /// In one of these states; empty: in any.
+    pub states: Vec<State>,
+    /// Of one of these topics; patterns are allowed.
+    pub topics: Vec<crate::pattern::Pattern>,
+    /// For one of these subscriptions, by name.
+    pub subscriptions: Vec<String>,
+    /// With one of these keys.
+    pub keys: Vec<String>,
+}
+
+impl FromStr for Filter {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let mut filter = Filter::default();
+        for word in text.split_whitespace() {
+            let Some((field, values)) = word.split_once(':') else {
+                return Err(Error::Settings(format!(
+                    "`{}` is no filter; write `state:dead`, `topic:orders.*`, `subscription:NAME` or `key:KEY`",
+                    word.escape_debug()
+                )));
+            };
+            let values: Vec<&str> = values.split(',').filter(|v| !v.is_empty()).collect();
+            if values.is_empty() {
+                return Err(Error::Settings(format!("the filter `{field}:` needs a value")));
+            }
+            for value in values {
+                match field {
+                    "state" => filter.states.push(value.parse().map_err(Error::Settings)?),
+                    "topic" => filter.topics.push(value.parse().map_err(crate::error::PublishError::from)?),
+                    "subscription" => filter.subscriptions.push(value.to_owned()),
+                    "key" => filter.keys.push(value.to_owned()),
+                    _ => {
+                        return Err(Error::Settings(format!(
+                            "there is no filter `{}:`; there are state:, topic:, subscription: and key:",
+                            field.escape_debug()
+                        )));
+                    }
+                }
+            }
+        }
+        Ok(filter)
+    }
+}
+
+/// One delivery in a list.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct DeliveryRow {
+    /// Its number.
+    pub id: DeliveryId,
+    /// Where it stands.
+    #[serde(serialize_with = "as_word")]
+    pub state: State,
+    /// Its revision; operators act on it.
+    pub rev: i32,
+    /// Its message.
+    pub message: Uuid,
+    /// The message's topic.
+    pub topic: String,
+    /// The message's key.
+    pub key: Option<String>,
+    /// The id its producer gave the message.
+    pub external_id: Option<String>,
+    /// Whose subscription.
+    pub application: String,
+    /// For which subscription.
+    pub subscription: String,
+    /// What stands behind it: `plain`, `transactional` or `operation`.
+    pub kind: String,
+    /// Attempts counted so far.
+    pub attempt: u32,
+    /// How many it may make.
+    pub max_attempts: u32,
+    /// When it is due, if it waits for a time.
+    pub next_due_at: Option<Timestamp>,
+    /// What the last attempt that did not succeed said.
+    pub last_error: Option<String>,
+    /// When it said so.
+    pub last_error_at: Option<Timestamp>,
+    /// When the message was recorded.
+    pub recorded_at: Timestamp,
+    /// When it came to stand where it stands, if that is known.
+    pub since: Option<Timestamp>,
+    /// Why it is in doubt or dead.
+    pub note: Option<String>,
+}
+
+fn as_word<S: serde::Serializer>(state: &State, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(state.as_str())
+}
+
+/// One attempt in a history.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct AttemptRow {
+    /// From 1.
+    pub number: u32,
+    /// Its outcome; `None` while it runs.
+    pub outcome: Option<String>,
+    /// Which worker made it.
+    pub worker: Uuid,
+    /// When it began.
+    pub started_at: Timestamp,
+    /// When it ended.
+    pub finished_at: Option<Timestamp>,
+    /// What went wrong.
+    pub error: Option<String>,
+    /// The remote's receipt.
+    pub receipt: Option<serde_json::Value>,
+}
+
+/// Something on record beside the attempts: a resolution, an observation, an operator's action.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct RecordRow {
+    /// When.
+    pub at: Timestamp,
+    /// `resolution`, `observation` or `audit`.
+    pub record: String,
+    /// Who: an operator, `reconcile`, `evidence`, a worker.
+    pub actor: String,
+    /// What: an answer, what was seen, the action.
+    pub what: String,
+    /// In words.
+    pub detail: Option<String>,
+}
+
+/// One delivery with everything that is on record.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct DeliveryDetail {
+    /// As it stands in a list.
+    #[serde(flatten)]
+    pub row: DeliveryRow,
+    /// The idempotency key of an operation: the same for all its attempts.
+    pub idempotency_key: String,
+    /// Its message; `None` when retention took it.
+    pub envelope: Option<Envelope>,
+    /// The worker that holds it.
+    pub worker: Option<String>,
+    /// All its attempts, in order.
+    pub attempts: Vec<AttemptRow>,
+    /// What else is on record, in order of time.
+    pub records: Vec<RecordRow>,
+    /// Messages that this one's message caused: id and topic.
+    pub effects: Vec<(Uuid, String)>,
+}
+
+/// Counts of one subscription.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct SubscriptionRow {
+    /// Whose it is.
+    pub application: String,
+    /// Its name.
+    pub name: String,
+    /// What it listens to.
+    pub pattern: String,
+    /// `plain`, `transactional` or `operation`.
+    pub kind: String,
+    /// Attempts in all.
+    pub max_attempts: u32,
+    /// Live workers that stand behind it.
+    pub workers: i64,
+    /// Due now (counted up to 100001).
+    pub pending: i64,
+    /// Due later (counted up to 100001).
+    pub scheduled: i64,
+    /// In a worker's hands.
+    pub running: i64,
+    /// In doubt.
+    pub in_doubt: i64,
+    /// Dead letters.
+    pub dead: i64,
+    /// Successes in the last hour.
+    pub succeeded_last_hour: i64,
+    /// How long the oldest that is due has waited, in seconds.
+    pub oldest_age_s: Option<f64>,
+    /// When it was removed, if it was.
+    pub removed_at: Option<Timestamp>,
+    /// Its history is still being handed out.
+    pub backfilling: bool,
+}
+
+/// A live or lately dead worker.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct WorkerRow {
+    /// Its id.
+    pub id: Uuid,
+    /// Host and process.
+    pub name: String,
+    /// Whose.
+    pub application: String,
+    /// When it started.
+    pub started_at: Timestamp,
+    /// Whether its lease is alive.
+    pub alive: bool,
+}
+
+/// Everything at a glance.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct Status {
+    /// The database's schema version.
+    pub schema_version: u32,
+    /// The workers on record.
+    pub workers: Vec<WorkerRow>,
+    /// One row a subscription.
+    pub subscriptions: Vec<SubscriptionRow>,
+    /// Messages that matched no subscription (counted up to 100001).
+    pub unrouted: i64,
+    /// Some of their topics.
+    pub unrouted_topics: Vec<String>,
+    /// Deliveries that no live worker stands behind.
+    pub stranded: Vec<Stranded>,
+}
+
+/// Which migrations there are.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct MigrationStatus {
+    /// The schema's name; for SQLite, the table prefix.
+    pub schema: String,
+    /// Version and name of each, and when it was applied.
+    pub migrations: Vec<(u32, String, Option<Timestamp>)>,
+}
+
+/// An operator's wish to try again.
+#[derive(Debug, Clone)]
+pub struct Retry {
+    /// The revision the operator saw; `None` takes what is there.
+    pub rev: Option<i32>,
+    /// Who.
+    pub actor: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// An operator's word on a doubt.
+#[derive(Debug, Clone)]
+pub struct Resolution {
+    /// The revision the operator saw; `None` takes what is there.
+    pub rev: Option<i32>,
+    /// How it ends.
+    pub answer: Answer,
+    /// What was seen at the remote.
+    pub evidence: Option<String>,
+    /// Who.
+    pub actor: String,
+    /// Why; must not be empty.
+    pub reason: String,
+}
+
+/// One operator's action on record.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct AuditEntry {
+    /// Gap-free.
+    pub seq: i64,
+    /// When.
+    pub at: Timestamp,
+    /// Who.
+    pub actor: String,
+    /// What.
+    pub action: String,
+    /// On which delivery.
+    pub delivery: Option<DeliveryId>,
+    /// From this state.
+    pub state_before: Option<String>,
+    /// To this one.
+    pub state_after: Option<String>,
+    /// Its revision now.
+    pub rev_after: Option<i32>,
+    /// Why.
+    pub reason: Option<String>,
+}
+
+/// The operator's door: [`Postbox::admin`].
+#[derive(Debug)]
+pub struct Admin<Db: Database> {
+    store: Db::Store,
+}
+
+impl<Db: Database> Clone for Admin<Db> {
+    fn clone(&self) -> Self {
+        Admin { store: self.store.clone() }
+    }
+}
+
+impl<Db: Database> Admin<Db> {
+    pub(crate) fn new(postbox: &Postbox<Db>) -> Self {
+        Admin { store: postbox.store().clone() }
+    }
+
+    /// Counts, workers, and what needs somebody.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn status(&self) -> Result<Status, Error> {
+        self.store.status().await
+    }
+
+    /// Deliveries that match, newest first, at most `limit`.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn list(&self, filter: &Filter, limit: u32) -> Result<Vec<DeliveryRow>, Error> {
+        self.store.list(filter, limit).await
+    }
+
+    /// One delivery with its history.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or the database did not answer.
+    pub async fn show(&self, delivery: DeliveryId) -> Result<DeliveryDetail, Error> {
+        self.store.show(delivery).await?.ok_or_else(|| no_delivery(delivery))
+    }
+
+    /// A message and its deliveries.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or the database did not answer.
+    pub async fn message(&self, id: Uuid) -> Result<(Envelope, Vec<DeliveryId>), Error> {
+        self.store
+            .deliveries_of(id)
+            .await?
+            .ok_or_else(|| Error::NotFound(format!("there is no message {id}; `postbox list` shows what there is")))
+    }
+
+    /// Tries a dead, cancelled or waiting delivery again, now; its attempts go on counting.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`]; [`Error::Conflict`] when it is running or moved on;
+    /// [`Error::Refused`] when it is in doubt (only [`resolve`](Self::resolve) settles that) or
+    /// has succeeded; or the database did not answer.
+    pub async fn retry(&self, delivery: DeliveryId, retry: &Retry) -> Result<AuditEntry, Error> {
+        self.store.retry(delivery, retry).await
+    }
+
+    /// Says how a doubt ends.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`]; [`Error::Conflict`] when it is not in doubt any more or moved on;
+    /// [`Error::Refused`] without a reason; or the database did not answer.
+    pub async fn resolve(&self, delivery: DeliveryId, resolution: &Resolution) -> Result<AuditEntry, Error> {
+        if resolution.reason.trim().is_empty() {
+            return Err(Error::Refused("resolving needs a reason: say how you know".into()));
+        }
+        self.store.resolve(delivery, resolution).await
+    }
+
+    /// The subscriptions with their counts.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn subscriptions(&self) -> Result<Vec<SubscriptionRow>, Error> {
+        self.store.subscriptions().await
+    }
+
+    /// Stops fanning out to a subscription; the deliveries it has are left as they are.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or the database did not answer.
+    pub async fn remove_subscription(
+        &self,
+        application: &str,
+        name: &str,
+        actor: &str,
+        reason: &str,
+    ) -> Result<AuditEntry, Error> {
+        self.store.remove_subscription(application, name, actor, reason).await
+    }
+
+    /// Operators' actions, newest first.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn audit(&self, limit: u32) -> Result<Vec<AuditEntry>, Error> {
+        self.store.audit(limit).await
+    }
+}
+
+pub(crate) fn no_delivery(delivery: DeliveryId) -> Error {
+    Error::NotFound(format!("there is no delivery {delivery}; `postbox list` shows what there is"))
+}

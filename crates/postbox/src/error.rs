@@ -1,0 +1,179 @@
+//! What can go wrong, in words that say what to do next.
+
+use uuid::Uuid;
+
+use crate::json::JsonError;
+use crate::message::{MAX_HEADER_BYTES, MAX_WAIT};
+use crate::pattern::{MAX_NAME_BYTES, TopicError};
+
+/// Why a message was not published. The caller's transaction is unharmed, unless the database
+/// itself refused ([`PublishError::Database`]).
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PublishError {
+    /// The topic is none.
+    #[error(transparent)]
+    Topic(#[from] TopicError),
+    /// The payload is no JSON that can be kept as it is.
+    #[error("the payload cannot be stored: {0}")]
+    Json(#[from] JsonError),
+    /// The payload is above the limit.
+    #[error(
+        "the payload is {bytes} bytes; the limit is {limit} (`max_payload_bytes`); store large content elsewhere and publish a reference"
+    )]
+    PayloadTooLarge {
+        /// Its size.
+        bytes: usize,
+        /// The limit in force.
+        limit: usize,
+    },
+    /// A key or id is above 255 bytes.
+    #[error("the {what} is {bytes} bytes long; the limit is {MAX_NAME_BYTES}")]
+    TooLong {
+        /// Which text.
+        what: &'static str,
+        /// Its size.
+        bytes: usize,
+    },
+    /// A text has a NUL character.
+    #[error("the {what} has a NUL character, which PostgreSQL cannot store")]
+    Nul {
+        /// Which text.
+        what: &'static str,
+    },
+    /// A header has no name.
+    #[error("a header name must not be empty")]
+    EmptyHeaderName,
+    /// The headers are above the limit together.
+    #[error("the headers are {bytes} bytes together; the limit is {MAX_HEADER_BYTES}")]
+    HeadersTooLarge {
+        /// Their size.
+        bytes: usize,
+    },
+    /// An empty dedup key would make all such messages one.
+    #[error("the dedup key must not be empty; leave `dedup` out for a message that may repeat")]
+    EmptyDedupKey,
+    /// Outside 1 to 1000.
+    #[error("max_attempts is {attempts}; it must be 1 to 1000")]
+    MaxAttempts {
+        /// What was given.
+        attempts: u32,
+    },
+    /// A delay or window beyond ten years.
+    #[error("the {what} is longer than 10 years ({} s)", MAX_WAIT.as_secs())]
+    TooFar {
+        /// Which wait.
+        what: &'static str,
+    },
+    /// The dedup key is taken by a message with another body. Nothing was stored.
+    #[error(
+        "the dedup key `{key}` of topic `{topic}` is taken by message {existing}, which has another body; nothing was published"
+    )]
+    DedupConflict {
+        /// The topic.
+        topic: String,
+        /// The dedup key.
+        key: String,
+        /// The message that has it.
+        existing: Uuid,
+    },
+    /// The database refused or did not answer. If it did not answer, whether the message is there
+    /// is known when the caller's transaction has committed or not.
+    #[error("the database did not take the message: {}", Plain(.0))]
+    Database(#[from] sqlx::Error),
+}
+
+/// What can go wrong with a postbox.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A setting cannot be used.
+    #[error("{0}")]
+    Settings(String),
+    /// The database's schema is missing or of another version.
+    #[error("the schema `{schema}` is at version {found}, this postbox needs {needed}; {mend}")]
+    Schema {
+        /// Its name.
+        schema: String,
+        /// Its version; 0 when there is none.
+        found: u32,
+        /// The version this build works on.
+        needed: u32,
+        /// The next command to run.
+        mend: String,
+    },
+    /// A message could not be published.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// There is no such delivery, message or subscription.
+    #[error("{0}")]
+    NotFound(String),
+    /// Somebody else changed it meanwhile; nothing was done.
+    #[error("{0}")]
+    Conflict(String),
+    /// The rules do not allow it; nothing was done.
+    #[error("{0}")]
+    Refused(String),
+    /// A SQLite file is held by another writer for longer than the busy timeout.
+    #[error(
+        "the SQLite database is busy: another connection holds its write lock; begin your transaction with BEGIN IMMEDIATE, or try again"
+    )]
+    Busy(#[source] sqlx::Error),
+    /// The database refused or did not answer.
+    #[error("the database did not answer as it should: {}", Plain(.0))]
+    Database(#[source] sqlx::Error),
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        match error.as_database_error().and_then(|e| e.code()) {
+            Some(code) if code == "5" || code == "517" || code == "261" => Error::Busy(error),
+            _ => Error::Database(error),
+        }
+    }
+}
+
+impl Error {
+    /// Whether the same call may succeed later: the connection broke, a lock or a serialization
+    /// failure got in between.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Error::Busy(_) => true,
+            Error::Database(e) | Error::Publish(PublishError::Database(e)) => is_transient(e),
+            _ => false,
+        }
+    }
+}
+
+/// Whether a database error may pass by itself.
+pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::WorkerCrashed
+        | sqlx::Error::Protocol(_)
+        | sqlx::Error::Tls(_) => true,
+        sqlx::Error::Database(e) => e.code().is_some_and(|code| {
+            let class = code.get(..2).unwrap_or("");
+            // Connection, resources, operator intervention, rollback; lock not available; SQLite busy.
+            matches!(class, "08" | "53" | "57" | "40")
+                || matches!(&*code, "55P03" | "25006" | "5" | "6" | "517" | "261")
+        }),
+        _ => false,
+    }
+}
+
+/// A driver error without the values it may quote: PostgreSQL's `detail` can hold whole rows.
+struct Plain<'a>(&'a sqlx::Error);
+
+impl std::fmt::Display for Plain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            sqlx::Error::Database(e) => match e.code() {
+                Some(code) => write!(f, "{} ({code})", e.message()),
+                None => f.write_str(e.message()),
+            },
+            other => write!(f, "{other}"),
+        }
+    }
+}

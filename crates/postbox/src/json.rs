@@ -1,0 +1,190 @@
+//! One look over a JSON text: what PostgreSQL or a reader would refuse or change is refused here,
+//! with the same words for every store.
+
+/// Deepest nesting of arrays and objects.
+pub const MAX_JSON_DEPTH: usize = 128;
+
+/// Why a JSON text cannot be a payload.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum JsonError {
+    /// Not JSON at all.
+    #[error("it is not valid JSON: {0}")]
+    Syntax(String),
+    /// `\u0000`, which PostgreSQL cannot keep as text.
+    #[error("it has the character \\u0000 at byte {at}, which PostgreSQL cannot store; remove it or encode the value")]
+    Nul {
+        /// Byte offset of the escape.
+        at: usize,
+    },
+    /// Half of a surrogate pair.
+    #[error(
+        "it has a lone surrogate (\\ud800 to \\udfff without its other half) at byte {at}; it stands for no character"
+    )]
+    LoneSurrogate {
+        /// Byte offset of the escape.
+        at: usize,
+    },
+    /// Deeper than [`MAX_JSON_DEPTH`].
+    #[error("it is nested deeper than {MAX_JSON_DEPTH} levels")]
+    TooDeep,
+    /// Outside what PostgreSQL's `numeric` holds.
+    #[error("the number at byte {at} is out of range: at most 131072 digits before the point and 16383 after")]
+    NumberRange {
+        /// Byte offset of the number.
+        at: usize,
+    },
+}
+
+/// What the look found besides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Findings {
+    /// Byte offset of the first number that `serde_json::Value` would not keep as it is written.
+    pub lossy_number: Option<usize>,
+}
+
+/// Checks a JSON text. Strings must be Rust strings already, so bad UTF-8 never gets here.
+pub(crate) fn check(text: &str) -> Result<Findings, JsonError> {
+    let mut findings = Findings::default();
+    let bytes = text.as_bytes();
+    let (mut at, mut depth) = (0, 0usize);
+    while at < bytes.len() {
+        match bytes[at] {
+            b'[' | b'{' => {
+                depth += 1;
+                if depth > MAX_JSON_DEPTH {
+                    return Err(JsonError::TooDeep);
+                }
+            }
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            b'"' => {
+                at = string_end(bytes, at)?;
+                continue;
+            }
+            b'-' | b'0'..=b'9' => {
+                let start = at;
+                while at < bytes.len() && matches!(bytes[at], b'0'..=b'9' | b'+' | b'-' | b'.' | b'e' | b'E') {
+                    at += 1;
+                }
+                number(&text[start..at], start, &mut findings)?;
+                continue;
+            }
+            _ => {}
+        }
+        at += 1;
+    }
+    // The depth is bounded by now, so that the parser may go without a limit of its own.
+    let mut parser = serde_json::Deserializer::from_str(text);
+    parser.disable_recursion_limit();
+    serde::de::IgnoredAny::deserialize(&mut parser)
+        .and_then(|_| parser.end())
+        .map_err(|e| JsonError::Syntax(e.to_string()))?;
+    Ok(findings)
+}
+
+use serde::Deserialize;
+
+/// Reads a checked text into a value, however deep it is.
+pub(crate) fn read<'de, T: Deserialize<'de>>(
+    text: &'de str,
+) -> Result<T, serde_path_to_error::Error<serde_json::Error>> {
+    let mut parser = serde_json::Deserializer::from_str(text);
+    parser.disable_recursion_limit();
+    serde_path_to_error::deserialize(&mut parser)
+}
+
+/// Walks over the string that starts at `at`; the offset behind its closing quote.
+fn string_end(bytes: &[u8], mut at: usize) -> Result<usize, JsonError> {
+    at += 1;
+    while at < bytes.len() {
+        match bytes[at] {
+            b'"' => return Ok(at + 1),
+            b'\\' if bytes.get(at + 1) == Some(&b'u') => match escape(bytes, at) {
+                Some(0) => return Err(JsonError::Nul { at }),
+                Some(0xD800..=0xDBFF) => {
+                    let low = (bytes.get(at + 6) == Some(&b'\\') && bytes.get(at + 7) == Some(&b'u'))
+                        .then(|| escape(bytes, at + 6))
+                        .flatten();
+                    if !matches!(low, Some(0xDC00..=0xDFFF)) {
+                        return Err(JsonError::LoneSurrogate { at });
+                    }
+                    at += 12;
+                }
+                Some(0xDC00..=0xDFFF) => return Err(JsonError::LoneSurrogate { at }),
+                _ => at += 6,
+            },
+            b'\\' => at += 2,
+            _ => at += 1,
+        }
+    }
+    Ok(at)
+}
+
+fn escape(bytes: &[u8], at: usize) -> Option<u32> {
+    let digits = std::str::from_utf8(bytes.get(at + 2..at + 6)?).ok()?;
+    u32::from_str_radix(digits, 16).ok()
+}
+
+fn number(text: &str, at: usize, findings: &mut Findings) -> Result<(), JsonError> {
+    let (mantissa, exponent) = match text.split_once(['e', 'E']) {
+        Some((mantissa, exponent)) => (mantissa, exponent.parse::<i64>().unwrap_or(i64::MAX)),
+        None => (text, 0),
+    };
+    let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let digits = whole.trim_start_matches('-').len() as i64;
+    let scale = (fraction.len() as i64).saturating_sub(exponent);
+    if digits.saturating_add(exponent) > 131_072 || scale > 16_383 || exponent == i64::MAX {
+        return Err(JsonError::NumberRange { at });
+    }
+    let plain_integer = fraction.is_empty() && exponent == 0 && !text.contains(['.', 'e', 'E']);
+    let kept = if plain_integer {
+        text.parse::<i64>().is_ok() || text.parse::<u64>().is_ok()
+    } else {
+        text.parse::<f64>().is_ok_and(|f| f.is_finite() && significant(text) <= 17)
+    };
+    if !kept && findings.lossy_number.is_none() {
+        findings.lossy_number = Some(at);
+    }
+    Ok(())
+}
+
+/// Significant digits: 17 is what a double can tell apart.
+fn significant(text: &str) -> usize {
+    let mantissa = text.split(['e', 'E']).next().unwrap_or(text);
+    let digits: String = mantissa.chars().filter(char::is_ascii_digit).collect();
+    digits.trim_start_matches('0').trim_end_matches('0').len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn says_what_is_wrong() {
+        assert_eq!(check(r#"{"a":"x\u0000"}"#), Err(JsonError::Nul { at: 7 }));
+        assert_eq!(check(r#""\ud800""#), Err(JsonError::LoneSurrogate { at: 1 }));
+        assert_eq!(check(r#""\udc00""#), Err(JsonError::LoneSurrogate { at: 1 }));
+        assert!(check(r#""\ud83d\ude00 \\u0000""#).is_ok());
+        assert!(matches!(check("{"), Err(JsonError::Syntax(_))));
+        assert!(matches!(check("1 2"), Err(JsonError::Syntax(_))));
+        assert!(check(&format!("{}{}", "[".repeat(128), "]".repeat(128))).is_ok());
+        assert_eq!(check(&format!("{}{}", "[".repeat(129), "]".repeat(129))), Err(JsonError::TooDeep));
+        assert_eq!(check("[1e131073]"), Err(JsonError::NumberRange { at: 1 }));
+        assert_eq!(check("1e-16384"), Err(JsonError::NumberRange { at: 0 }));
+    }
+
+    #[test]
+    fn tells_numbers_that_a_value_would_change() {
+        for (text, lossy) in [
+            ("9007199254740993", false),
+            ("18446744073709551615", false),
+            ("18446744073709551616", true),
+            ("0.1", false),
+            ("0.10000000000000000555", true),
+            ("1e400", true),
+        ] {
+            let found = check(text).expect(text).lossy_number.is_some();
+            assert_eq!(found, lossy, "{text}");
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! The handle: connect, publish, operate, start workers.
+
+use crate::admin::{Admin, MigrationStatus};
+use crate::context;
+use crate::error::{Error, PublishError};
+use crate::message::{Draft, Envelope, IntoDraft, minted_at};
+use crate::router::Router;
+use crate::settings::Settings;
+use crate::store::{AsConnection, Database, HandlerTx, Store, Stored};
+use crate::worker::WorkerBuilder;
+
+/// A postbox in a database. Cheap to clone; clones share their connections.
+#[derive(Debug)]
+pub struct Postbox<Db: Database> {
+    store: Db::Store,
+    settings: Settings,
+    max_payload_bytes: usize,
+}
+
+impl<Db: Database> Clone for Postbox<Db> {
+    fn clone(&self) -> Self {
+        Postbox {
+            store: self.store.clone(),
+            settings: self.settings.clone(),
+            max_payload_bytes: self.max_payload_bytes,
+        }
+    }
+}
+
+/// A message as it was published: the envelope with its id, before the commit.
+#[derive(Debug, Clone)]
+pub struct Published {
+    envelope: Envelope,
+    duplicate: bool,
+}
+
+impl Published {
+    /// The dedup key was taken by a message with the same body: nothing was stored, and the
+    /// envelope carries that message's id.
+    pub fn is_duplicate(&self) -> bool {
+        self.duplicate
+    }
+
+    /// The envelope.
+    pub fn into_envelope(self) -> Envelope {
+        self.envelope
+    }
+}
+
+impl std::ops::Deref for Published {
+    type Target = Envelope;
+
+    fn deref(&self) -> &Envelope {
+        &self.envelope
+    }
+}
+
+impl<Db: Database> Postbox<Db> {
+    /// Connects to `postgres://…` or `sqlite:FILE`; everything else comes from the environment and
+    /// `postbox.toml` (see [`Settings`]). SQLite is migrated; an old or missing schema on
+    /// PostgreSQL is refused.
+    ///
+    /// # Errors
+    /// [`Error::Schema`] with the command that mends it; [`Error::Settings`]; or the database did
+    /// not answer.
+    pub async fn connect(url: &str) -> Result<Self, Error> {
+        Self::open(Settings::load()?.url(url)).await
+    }
+
+    /// Connects as the settings say.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn open(settings: Settings) -> Result<Self, Error> {
+        let postbox = Self::open_unchecked(settings).await?;
+        postbox.check_schema().await?;
+        Ok(postbox)
+    }
+
+    /// Connects and brings the schema to this version first.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect), or the role may not create the schema.
+    pub async fn migrate(settings: Settings) -> Result<Self, Error> {
+        let postbox = Self::open_unchecked(settings).await?;
+        postbox.store.migrate().await?;
+        Ok(postbox)
+    }
+
+    /// Connects without a look at the schema: for migrating.
+    ///
+    /// # Errors
+    /// [`Error::Settings`], or the database did not answer.
+    pub async fn open_unchecked(settings: Settings) -> Result<Self, Error> {
+        let max_payload_bytes = settings.max_payload_bytes()?;
+        let store = Db::Store::connect(&settings).await?;
+        Ok(Postbox { store, settings, max_payload_bytes })
+    }
+
+    async fn check_schema(&self) -> Result<(), Error> {
+        let status = self.store.migration_status().await?;
+        let needed = status.migrations.len() as u32;
+        let found = status.migrations.iter().filter(|(_, _, at)| at.is_some()).count() as u32;
+        if found == needed {
+            return Ok(());
+        }
+        Err(Error::Schema {
+            mend: format!("run `postbox migrate up --schema {}`, or `Postbox::migrate` at start", status.schema),
+            schema: status.schema,
+            found,
+            needed,
+        })
+    }
+
+    /// Brings the schema to this version. The names of the migrations that were applied.
+    ///
+    /// # Errors
+    /// The role may not, or the database did not answer. Nothing is half applied.
+    pub async fn migrate_up(&self) -> Result<Vec<String>, Error> {
+        self.store.migrate().await
+    }
+
+    /// Which migrations there are, and which were applied.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn migration_status(&self) -> Result<MigrationStatus, Error> {
+        self.store.migration_status().await
+    }
+
+    /// The settings it was opened with.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub(crate) fn store(&self) -> &Db::Store {
+        &self.store
+    }
+
+    /// Stores a message and its deliveries in the caller's transaction. Never commits; on a bare
+    /// connection it is one atomic statement.
+    ///
+    /// Cancel safety: a dropped future leaves the transaction in whatever state the driver is in;
+    /// roll it back.
+    ///
+    /// # Errors
+    /// [`PublishError`]: what is wrong with the message, or with the database.
+    pub async fn publish<C>(&self, connection: &mut C, message: impl IntoDraft) -> Result<Published, PublishError>
+    where
+        C: AsConnection<Db> + ?Sized,
+    {
+        let draft = message.into_draft()?;
+        let mut published = self.publish_all(connection, [draft]).await?;
+        Ok(published.remove(0))
+    }
+
+    /// Stores many messages, in order, in bulk: the first that is wrong is told. Checks come first,
+    /// so a message that is refused leaves nothing behind; after a
+    /// [`PublishError::DedupConflict`] the others are in the transaction, and it is the caller's to
+    /// commit or roll back. On a bare connection each statement of up to 1000 commits by itself, so
+    /// use a transaction.
+    ///
+    /// # Errors
+    /// As [`publish`](Self::publish).
+    pub async fn publish_all<C, M>(&self, connection: &mut C, messages: M) -> Result<Vec<Published>, PublishError>
+    where
+        C: AsConnection<Db> + ?Sized,
+        M: IntoIterator,
+        M::Item: IntoDraft,
+    {
+        let drafts: Vec<Draft> = messages.into_iter().map(|m| self.checked(m)).collect::<Result<_, _>>()?;
+        self.store_all(connection.as_connection(), drafts).await?.into_iter().collect()
+    }
+
+    /// Publishes in a transaction of its own, and commits it: for programs that have none.
+    ///
+    /// # Errors
+    /// As [`publish`](Self::publish), or the commit failed. After an error nothing is stored, unless
+    /// the connection broke during the commit: then that is not known, and a dedup key tells.
+    pub async fn publish_now<M>(&self, messages: M) -> Result<Vec<Published>, Error>
+    where
+        M: IntoIterator,
+        M::Item: IntoDraft,
+    {
+        let drafts: Vec<Draft> = messages.into_iter().map(|m| self.checked(m)).collect::<Result<_, _>>()?;
+        let mut tx = self.store.begin().await?;
+        let published = self.store_all(tx.connection(), drafts).await?;
+        let published = published.into_iter().collect::<Result<_, _>>()?;
+        self.store.commit(tx).await?;
+        Ok(published)
+    }
+
+    /// Publishes what can be, each by itself, in a transaction of its own, and commits it. The
+    /// results are in the order given.
+    ///
+    /// # Errors
+    /// The database did not answer; nothing is stored then, with the exception that
+    /// [`publish_now`](Self::publish_now) names.
+    pub async fn publish_each_now<M>(&self, messages: M) -> Result<Vec<Result<Published, PublishError>>, Error>
+    where
+        M: IntoIterator,
+        M::Item: IntoDraft,
+    {
+        let checked: Vec<Result<Draft, PublishError>> = messages.into_iter().map(|m| self.checked(m)).collect();
+        let good: Vec<Draft> = checked.iter().flatten().cloned().collect();
+        let mut tx = self.store.begin().await?;
+        let mut stored = self.store_all(tx.connection(), good).await?.into_iter();
+        self.store.commit(tx).await?;
+        let lost = || Err(PublishError::Database(sqlx::Error::RowNotFound));
+        Ok(checked.into_iter().map(|c| c.and_then(|_| stored.next().unwrap_or_else(lost))).collect())
+    }
+
+    fn checked(&self, message: impl IntoDraft) -> Result<Draft, PublishError> {
+        context::inherit(message.into_draft()?).checked(self.max_payload_bytes)
+    }
+
+    async fn store_all(
+        &self,
+        connection: &mut Db::Connection,
+        drafts: Vec<Draft>,
+    ) -> Result<Vec<Result<Published, PublishError>>, PublishError> {
+        let mut stored = Vec::with_capacity(drafts.len());
+        for chunk in chunks(&drafts) {
+            stored.extend(Db::Store::publish(connection, &self.store, chunk).await?);
+        }
+        Ok(drafts.into_iter().zip(stored).map(|(draft, stored)| published(draft, stored)).collect())
+    }
+
+    /// The operator's door: status, list, show, retry, resolve.
+    pub fn admin(&self) -> Admin<Db> {
+        Admin::new(self)
+    }
+
+    /// A worker for these routes, to be started.
+    pub fn worker(&self, router: Router<Db>) -> WorkerBuilder<Db> {
+        WorkerBuilder::new(self, router)
+    }
+
+    /// Closes its connections, and those of its clones.
+    pub async fn close(&self) {
+        self.store.close().await;
+    }
+}
+
+/// Runs that one statement can take: at most 1000, and no dedup key twice.
+fn chunks(drafts: &[Draft]) -> impl Iterator<Item = &[Draft]> {
+    let mut rest = drafts;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let mut seen = std::collections::HashSet::new();
+        let repeated = rest.iter().take(1000).position(|d| match &d.dedup {
+            Some(dedup) => !seen.insert((d.topic.as_str(), dedup.key.as_str())),
+            None => false,
+        });
+        let (chunk, tail) = rest.split_at(repeated.unwrap_or(rest.len().min(1000)));
+        rest = tail;
+        Some(chunk)
+    })
+}
+
+fn published(draft: Draft, stored: Stored) -> Result<Published, PublishError> {
+    let (id, duplicate) = match stored {
+        Stored::New(id) => (id, false),
+        Stored::Duplicate { existing, same_body: true } => (existing, true),
+        Stored::Duplicate { existing, same_body: false } => {
+            return Err(PublishError::DedupConflict {
+                topic: draft.topic,
+                key: draft.dedup.map(|d| d.key).unwrap_or_default(),
+                existing,
+            });
+        }
+    };
+    let envelope = Envelope {
+        id,
+        topic: draft.topic,
+        key: draft.key,
+        payload: draft.payload.into(),
+        headers: draft.headers,
+        occurred_at: draft.occurred_at.unwrap_or_else(|| minted_at(id)),
+        received_at: minted_at(id),
+        source: draft.source,
+        external_id: draft.external_id,
+        correlation_id: draft.correlation_id,
+        causation_id: draft.causation_id,
+        max_attempts: draft.max_attempts,
+    };
+    Ok(Published { envelope, duplicate })
+}

@@ -1,0 +1,565 @@
+//! The router: which handler stands behind which topics.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use crate::handler::{
+    BoxFuture, Call, Failure, FromDelivery, Handler, OperationHandler, Payload, ReconcileHook, Rejection, Tx,
+};
+use crate::lifecycle::{Kind, Policy};
+use crate::message::Message;
+use crate::operation::{FollowUps, OperationFailure, Receipt, Reconciled};
+use crate::pattern::{MAX_NAME_BYTES, Pattern, TopicError};
+use crate::retry::RetryPolicy;
+use crate::store::{Database, Declared, Start};
+
+/// A handler bound to its state, ready to be called for a delivery.
+pub(crate) trait Bound<Db: Database>: Send + Sync {
+    fn run(&self, call: &Call, tx: Option<Tx<Db>>) -> Result<BoxFuture<Ran>, Rejection>;
+    fn reconcile(&self, call: &Call) -> Option<Result<BoxFuture<Result<Reconciled, Failure>>, Rejection>>;
+    fn continues(&self, call: &Call, receipt: &Receipt) -> Result<FollowUps, Rejection>;
+}
+
+/// What a handler returned.
+pub(crate) enum Ran {
+    Plain(Result<FollowUps, Failure>),
+    Operation(Result<Receipt, OperationFailure>),
+}
+
+/// A handler that still waits for its state.
+trait Unbound<Db: Database, S>: Send + Sync {
+    fn bind(self: Box<Self>, state: S) -> Arc<dyn Bound<Db>>;
+}
+
+struct PlainHandler<H, M>(H, PhantomData<fn() -> M>);
+
+impl<Db, S, H, M> Unbound<Db, S> for PlainHandler<H, M>
+where
+    Db: Database,
+    S: Clone + Send + Sync + 'static,
+    H: Handler<Db, S, M>,
+    M: 'static,
+{
+    fn bind(self: Box<Self>, state: S) -> Arc<dyn Bound<Db>> {
+        Arc::new(BoundPlain { handler: self.0, state, marker: PhantomData::<fn() -> M> })
+    }
+}
+
+struct BoundPlain<H, S, M> {
+    handler: H,
+    state: S,
+    marker: PhantomData<fn() -> M>,
+}
+
+impl<Db, S, H, M> Bound<Db> for BoundPlain<H, S, M>
+where
+    Db: Database,
+    S: Send + Sync,
+    H: Handler<Db, S, M>,
+{
+    fn run(&self, call: &Call, tx: Option<Tx<Db>>) -> Result<BoxFuture<Ran>, Rejection> {
+        let future = self.handler.call(call, &self.state, tx)?;
+        Ok(Box::pin(async move { Ran::Plain(future.await) }))
+    }
+
+    fn reconcile(&self, _: &Call) -> Option<Result<BoxFuture<Result<Reconciled, Failure>>, Rejection>> {
+        None
+    }
+
+    fn continues(&self, _: &Call, _: &Receipt) -> Result<FollowUps, Rejection> {
+        Ok(FollowUps::none())
+    }
+}
+
+type BoxReconcile<S> =
+    Box<dyn Fn(&Call, &S) -> Result<BoxFuture<Result<Reconciled, Failure>>, Rejection> + Send + Sync>;
+type BoxContinue<S> = Box<dyn Fn(&Call, &S, &Receipt) -> Result<FollowUps, Rejection> + Send + Sync>;
+type BoxOperation<S> =
+    Box<dyn Fn(&Call, &S) -> Result<BoxFuture<Result<Receipt, OperationFailure>>, Rejection> + Send + Sync>;
+
+struct OperationParts<S> {
+    operation: BoxOperation<S>,
+    reconcile: Option<BoxReconcile<S>>,
+    then: Option<BoxContinue<S>>,
+}
+
+impl<Db, S> Unbound<Db, S> for OperationParts<S>
+where
+    Db: Database,
+    S: Clone + Send + Sync + 'static,
+{
+    fn bind(self: Box<Self>, state: S) -> Arc<dyn Bound<Db>> {
+        Arc::new(BoundOperation { parts: *self, state })
+    }
+}
+
+struct BoundOperation<S> {
+    parts: OperationParts<S>,
+    state: S,
+}
+
+impl<Db: Database, S: Send + Sync> Bound<Db> for BoundOperation<S> {
+    fn run(&self, call: &Call, _: Option<Tx<Db>>) -> Result<BoxFuture<Ran>, Rejection> {
+        let future = (self.parts.operation)(call, &self.state)?;
+        Ok(Box::pin(async move { Ran::Operation(future.await) }))
+    }
+
+    fn reconcile(&self, call: &Call) -> Option<Result<BoxFuture<Result<Reconciled, Failure>>, Rejection>> {
+        self.parts.reconcile.as_ref().map(|hook| hook(call, &self.state))
+    }
+
+    fn continues(&self, call: &Call, receipt: &Receipt) -> Result<FollowUps, Rejection> {
+        match &self.parts.then {
+            Some(then) => then(call, &self.state, receipt),
+            None => Ok(FollowUps::none()),
+        }
+    }
+}
+
+/// What a subscription may set beside its handler.
+#[derive(Debug, Clone)]
+struct Options {
+    name: Option<String>,
+    renamed_from: Vec<String>,
+    retry: RetryPolicy,
+    timeout: Duration,
+    concurrency: Option<usize>,
+    start: Start,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            name: None,
+            renamed_from: Vec::new(),
+            retry: RetryPolicy::default(),
+            timeout: Duration::from_secs(60),
+            concurrency: None,
+            start: Start::default(),
+        }
+    }
+}
+
+macro_rules! options {
+    () => {
+        /// Its durable name, instead of the function's.
+        #[must_use]
+        pub fn named(mut self, name: impl Into<String>) -> Self {
+            self.options.name = Some(name.into());
+            self
+        }
+
+        /// A name it had before: its deliveries come along.
+        #[must_use]
+        pub fn renamed_from(mut self, name: impl Into<String>) -> Self {
+            self.options.renamed_from.push(name.into());
+            self
+        }
+
+        /// Attempts in all, the first included. Default 4.
+        ///
+        /// # Panics
+        /// Outside 1 to 1000.
+        #[track_caller]
+        #[must_use]
+        pub fn max_attempts(mut self, attempts: u32) -> Self {
+            assert!((1..=1000).contains(&attempts), "max_attempts is {attempts}; it must be 1 to 1000");
+            self.options.retry.max_attempts = attempts;
+            self
+        }
+
+        /// The longest wait after the first failure (default 1 s), and at all (default 15 min).
+        #[must_use]
+        pub fn backoff(mut self, base: Duration, cap: Duration) -> Self {
+            self.options.retry.base = base;
+            self.options.retry.cap = cap;
+            self
+        }
+
+        /// How long an attempt may run. Default 60 s.
+        #[must_use]
+        pub fn timeout(mut self, timeout: Duration) -> Self {
+            self.options.timeout = timeout;
+            self
+        }
+
+        /// How many of its attempts a worker runs at once, within the worker's own limit.
+        ///
+        /// # Panics
+        /// Zero.
+        #[track_caller]
+        #[must_use]
+        pub fn concurrency(mut self, at_once: usize) -> Self {
+            assert!(at_once > 0, "the concurrency of a subscription must be at least 1");
+            self.options.concurrency = Some(at_once);
+            self
+        }
+
+        /// When it is new: takes nothing that was published before.
+        #[must_use]
+        pub fn from_now(mut self) -> Self {
+            self.options.start = Start::Now;
+            self
+        }
+
+        /// When it is new: takes every message that matches, from the first on.
+        #[must_use]
+        pub fn from_beginning(mut self) -> Self {
+            self.options.start = Start::Beginning;
+            self
+        }
+
+        /// When it is new: takes every message that matches and was recorded at `time` or later.
+        #[must_use]
+        pub fn from(mut self, time: Timestamp) -> Self {
+            self.options.start = Start::Time(time);
+            self
+        }
+    };
+}
+
+/// A handler with options: [`handler`].
+pub struct HandlerEntry<H> {
+    handler: H,
+    options: Options,
+}
+
+/// Takes options for a handler: `handler(notify_crm).max_attempts(8).timeout(MINUTE)`.
+pub fn handler<H>(handler: H) -> HandlerEntry<H> {
+    HandlerEntry { handler, options: Options::default() }
+}
+
+impl<H> HandlerEntry<H> {
+    options!();
+}
+
+/// An operation with its hooks and options: [`operation`].
+pub struct OperationEntry<S> {
+    parts: OperationParts<S>,
+    function: &'static str,
+    options: Options,
+}
+
+/// Declares irreversible work: `operation(charge).reconcile(find_charge).max_attempts(5)`.
+///
+/// The attempt is committed before `f` is called; an outcome that nobody saw leaves the delivery in
+/// doubt.
+pub fn operation<S, F, M>(f: F) -> OperationEntry<S>
+where
+    F: OperationHandler<S, M>,
+{
+    OperationEntry {
+        parts: OperationParts {
+            operation: Box::new(move |call, state| f.call(call, state)),
+            reconcile: None,
+            then: None,
+        },
+        function: std::any::type_name::<F>(),
+        options: Options::default(),
+    }
+}
+
+impl<S: 'static> OperationEntry<S> {
+    options!();
+
+    /// Asks the remote how a doubt ends.
+    #[must_use]
+    pub fn reconcile<F, M>(mut self, hook: F) -> Self
+    where
+        F: ReconcileHook<S, M>,
+    {
+        self.parts.reconcile = Some(Box::new(move |call, state| hook.call(call, state)));
+        self
+    }
+
+    /// The messages that follow from its success, whoever establishes it: the handler, a reconcile
+    /// hook, a late outcome or an operator. They commit with it.
+    ///
+    /// [`Receipt::then`] is for what only the handler or the hook can know.
+    #[must_use]
+    pub fn then<T, F>(mut self, follow: F) -> Self
+    where
+        T: serde::de::DeserializeOwned + 'static,
+        F: Fn(T, &Receipt) -> FollowUps + Send + Sync + 'static,
+    {
+        self.parts.then = Some(Box::new(move |call, state, receipt| {
+            let Payload(payload) = Payload::<T>::from_delivery(call, state)?;
+            Ok(crate::context::Context::of(&call.envelope).scope_sync(|| follow(payload, receipt)))
+        }));
+        self
+    }
+}
+
+/// What [`Router::on`] takes: a handler, [`handler`] or [`operation`] with options.
+pub trait IntoSubscription<Db: Database, S, M> {
+    /// The entry.
+    #[doc(hidden)]
+    fn into_subscription(self) -> Subscription<Db, S>;
+}
+
+/// A handler on its way into the router.
+#[doc(hidden)]
+pub struct Subscription<Db: Database, S> {
+    kind: Kind,
+    function: &'static str,
+    options: Options,
+    reconciles: bool,
+    continues: bool,
+    unbound: Box<dyn Unbound<Db, S>>,
+}
+
+/// Tells the impls of [`IntoSubscription`] apart.
+#[doc(hidden)]
+pub struct Bare;
+#[doc(hidden)]
+pub struct WithOptions;
+
+impl<Db, S, H, M> IntoSubscription<Db, S, (Bare, M)> for H
+where
+    Db: Database,
+    S: Clone + Send + Sync + 'static,
+    H: Handler<Db, S, M>,
+    M: 'static,
+{
+    fn into_subscription(self) -> Subscription<Db, S> {
+        handler(self).into_subscription()
+    }
+}
+
+impl<Db, S, H, M> IntoSubscription<Db, S, (WithOptions, M)> for HandlerEntry<H>
+where
+    Db: Database,
+    S: Clone + Send + Sync + 'static,
+    H: Handler<Db, S, M>,
+    M: 'static,
+{
+    fn into_subscription(self) -> Subscription<Db, S> {
+        Subscription {
+            kind: if H::TRANSACTIONAL { Kind::Transactional } else { Kind::Plain },
+            function: std::any::type_name::<H>(),
+            options: self.options,
+            reconciles: false,
+            continues: false,
+            unbound: Box::new(PlainHandler(self.handler, PhantomData::<fn() -> M>)),
+        }
+    }
+}
+
+impl<Db, S> IntoSubscription<Db, S, ()> for OperationEntry<S>
+where
+    Db: Database,
+    S: Clone + Send + Sync + 'static,
+{
+    fn into_subscription(self) -> Subscription<Db, S> {
+        Subscription {
+            kind: Kind::Operation,
+            function: self.function,
+            options: self.options,
+            reconciles: self.parts.reconcile.is_some(),
+            continues: self.parts.then.is_some(),
+            unbound: Box::new(self.parts),
+        }
+    }
+}
+
+enum Target<Db: Database, S> {
+    Unbound(Box<dyn Unbound<Db, S>>),
+    Bound(Arc<dyn Bound<Db>>),
+}
+
+struct Entry<Db: Database, S> {
+    declared: Declared,
+    timeout: Duration,
+    concurrency: Option<usize>,
+    absolute: bool,
+    target: Target<Db, S>,
+}
+
+/// Which handler stands behind which topics; built like an axum router.
+///
+/// Wiring mistakes (a bad pattern, a name used twice, an unnamed closure) panic at the line that
+/// makes them.
+pub struct Router<Db: Database, S = ()> {
+    entries: Vec<Entry<Db, S>>,
+}
+
+impl<Db: Database, S> fmt::Debug for Router<Db, S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.entries.iter().map(|e| (&e.declared.name, e.declared.pattern.as_str()))).finish()
+    }
+}
+
+impl<Db: Database, S> Default for Router<Db, S> {
+    fn default() -> Self {
+        Router { entries: Vec::new() }
+    }
+}
+
+impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
+    /// Without subscriptions.
+    pub fn new() -> Self {
+        Router::default()
+    }
+
+    /// Subscribes a handler to a topic or pattern.
+    ///
+    /// # Panics
+    /// The pattern is none, the name is taken, or a closure has no name.
+    #[track_caller]
+    #[must_use]
+    pub fn on<M>(self, pattern: &str, handler: impl IntoSubscription<Db, S, M>) -> Self {
+        self.add(parsed(pattern.parse()), false, handler.into_subscription())
+    }
+
+    /// Subscribes a handler to the topic of a message type. The topic is taken as it is: `nest`
+    /// does not prefix it.
+    ///
+    /// # Panics
+    /// As [`on`](Self::on).
+    #[track_caller]
+    #[must_use]
+    pub fn on_type<T: Message, M>(self, handler: impl IntoSubscription<Db, S, M>) -> Self {
+        self.add(parsed(T::TOPIC.parse()), true, handler.into_subscription())
+    }
+
+    #[track_caller]
+    fn add(mut self, pattern: Pattern, absolute: bool, subscription: Subscription<Db, S>) -> Self {
+        let Subscription { kind, function, options, reconciles, continues, unbound } = subscription;
+        // Not `unwrap_or_else`: a closure would hide the caller's line.
+        let name = match options.name {
+            Some(name) => name,
+            None => function_name(function),
+        };
+        assert!(
+            !name.is_empty()
+                && name.len() <= MAX_NAME_BYTES
+                && !name.chars().any(|c| c.is_control() || c.is_whitespace()),
+            "the subscription name {name:?} must be 1 to {MAX_NAME_BYTES} bytes without spaces or control characters"
+        );
+        let entry = Entry {
+            declared: Declared {
+                name,
+                renamed_from: options.renamed_from,
+                pattern,
+                policy: Policy { kind, retry: options.retry },
+                reconciles,
+                continues,
+                start: options.start,
+            },
+            timeout: options.timeout,
+            concurrency: options.concurrency,
+            absolute,
+            target: Target::Unbound(unbound),
+        };
+        self.push(entry);
+        self
+    }
+
+    #[track_caller]
+    fn push(&mut self, entry: Entry<Db, S>) {
+        let name = &entry.declared.name;
+        assert!(
+            self.entries.iter().all(|e| e.declared.name != *name),
+            "two subscriptions are called `{name}`; give one a name of its own with `.named(\"…\")`"
+        );
+        self.entries.push(entry);
+    }
+
+    /// Adds another router's subscriptions under `prefix.`.
+    ///
+    /// # Panics
+    /// The prefix is no topic, or a name is taken.
+    #[track_caller]
+    #[must_use]
+    pub fn nest(mut self, prefix: &str, router: Router<Db, S>) -> Self {
+        if let Err(error) = crate::pattern::check_topic(prefix) {
+            panic!("the prefix `{prefix}` cannot be nested under: {error}");
+        }
+        for mut entry in router.entries {
+            if !entry.absolute {
+                entry.declared.pattern = parsed(entry.declared.pattern.nested_in(prefix));
+            }
+            self.push(entry);
+        }
+        self
+    }
+
+    /// Adds another router's subscriptions.
+    ///
+    /// # Panics
+    /// A name is taken.
+    #[track_caller]
+    #[must_use]
+    pub fn merge(mut self, router: Router<Db, S>) -> Self {
+        for entry in router.entries {
+            self.push(entry);
+        }
+        self
+    }
+
+    /// Gives the handlers their state.
+    #[must_use]
+    pub fn with_state<S2>(self, state: S) -> Router<Db, S2> {
+        let entries = self.entries.into_iter().map(|entry| Entry {
+            declared: entry.declared,
+            timeout: entry.timeout,
+            concurrency: entry.concurrency,
+            absolute: entry.absolute,
+            target: Target::Bound(match entry.target {
+                Target::Unbound(unbound) => unbound.bind(state.clone()),
+                Target::Bound(bound) => bound,
+            }),
+        });
+        Router { entries: entries.collect() }
+    }
+
+    /// What it subscribes to: name and pattern of each, in the order added.
+    pub fn subscriptions(&self) -> impl Iterator<Item = (&str, &Pattern)> {
+        self.entries.iter().map(|e| (e.declared.name.as_str(), &e.declared.pattern))
+    }
+}
+
+/// A subscription as a worker runs it.
+pub(crate) struct Route<Db: Database> {
+    pub(crate) declared: Declared,
+    pub(crate) timeout: Duration,
+    pub(crate) concurrency: Option<usize>,
+    pub(crate) handler: Arc<dyn Bound<Db>>,
+}
+
+impl<Db: Database> Router<Db> {
+    pub(crate) fn into_routes(self) -> Vec<Route<Db>> {
+        let routes = self.entries.into_iter().map(|entry| Route {
+            declared: entry.declared,
+            timeout: entry.timeout,
+            concurrency: entry.concurrency,
+            handler: match entry.target {
+                Target::Unbound(unbound) => unbound.bind(()),
+                Target::Bound(bound) => bound,
+            },
+        });
+        routes.collect()
+    }
+}
+
+/// A pattern, or a panic at the caller's line.
+#[track_caller]
+fn parsed(pattern: Result<Pattern, TopicError>) -> Pattern {
+    match pattern {
+        Ok(pattern) => pattern,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// The last segment of a function's path.
+#[track_caller]
+fn function_name(path: &'static str) -> String {
+    let base = path.split('<').next().unwrap_or(path);
+    let name = base.rsplit("::").next().unwrap_or(base);
+    assert!(name != "{{closure}}", "a closure has no durable name; give it one: `handler(|…| …).named(\"…\")`");
+    name.to_owned()
+}

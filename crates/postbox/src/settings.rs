@@ -1,0 +1,470 @@
+//! Where the database is and how a worker behaves: from code, the environment, `postbox.toml`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::error::Error;
+use crate::message::MAX_PAYLOAD_BYTES;
+
+/// Settings, with where each came from. What code sets wins over the environment, that over
+/// `postbox.toml`, that over the default.
+///
+/// | setting | variable (the first that is set and not empty) | default |
+/// |---|---|---|
+/// | `database_url` | `POSTBOX_DATABASE_URL`, `DATABASE_URL` | none |
+/// | `host`, `port`, `user`, `password`, `database` | `POSTBOX_HOST` …, `PGHOST` … | `localhost`, 5432, the user's name, none, the user's |
+/// | `application` | `POSTBOX_APPLICATION`, `PGAPPNAME` | the program's name |
+/// | `schema` | `POSTBOX_SCHEMA` | `postbox` |
+/// | `channel` | `POSTBOX_CHANNEL` | the schema's name |
+/// | `concurrency` | `POSTBOX_CONCURRENCY` | 5 |
+/// | `poll_interval` | `POSTBOX_POLL_INTERVAL` | `1s` |
+/// | `lease` | `POSTBOX_LEASE` | `30s`, at least `1s` |
+/// | `max_payload_bytes` | `POSTBOX_MAX_PAYLOAD_BYTES` | 1048576 |
+/// | `wake_ups` | `POSTBOX_WAKE_UPS` | `true`; `false` polls only (pgbouncer) |
+/// | `prepared_statements` | `POSTBOX_PREPARED_STATEMENTS` | `true`; `false` behind pgbouncer |
+/// | `pool_size` | `POSTBOX_POOL_SIZE` | concurrency + 5 |
+#[derive(Debug, Clone)]
+pub struct Settings {
+    values: BTreeMap<&'static str, (String, String)>,
+}
+
+/// Every setting's name, in the order in which they are shown.
+pub const SETTINGS: [&str; 17] = [
+    "database_url",
+    "host",
+    "port",
+    "user",
+    "password",
+    "database",
+    "application",
+    "schema",
+    "channel",
+    "concurrency",
+    "poll_interval",
+    "lease",
+    "max_payload_bytes",
+    "wake_ups",
+    "prepared_statements",
+    "pool_size",
+    "busy_timeout",
+];
+
+/// Which database a set of settings points at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// PostgreSQL 14 or later.
+    Postgres,
+    /// A SQLite file.
+    Sqlite,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Scalar {
+    Text(String),
+    Whole(i64),
+    Switch(bool),
+}
+
+impl Settings {
+    /// Nothing but defaults.
+    pub fn defaults() -> Settings {
+        Settings { values: BTreeMap::new() }
+    }
+
+    /// Defaults, then `./postbox.toml` if there is one, then the environment.
+    ///
+    /// # Errors
+    /// A file that does not parse, a setting that is none, with the file and line.
+    pub fn load() -> Result<Settings, Error> {
+        let file = Path::new("postbox.toml");
+        let mut settings = Settings::defaults();
+        if file.exists() {
+            settings.read_file(file)?;
+        }
+        settings.read_env(|name| std::env::var(name).ok());
+        Ok(settings)
+    }
+
+    /// Takes the settings of a TOML file.
+    ///
+    /// # Errors
+    /// The file cannot be read or does not parse; the message names the line.
+    pub fn read_file(&mut self, path: &Path) -> Result<(), Error> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| Error::Settings(format!("cannot read {}: {e}", path.display())))?;
+        self.read_toml(&text, &path.display().to_string())
+    }
+
+    fn read_toml(&mut self, text: &str, origin: &str) -> Result<(), Error> {
+        let table: BTreeMap<String, toml::Spanned<Scalar>> =
+            toml::from_str(text).map_err(|e| Error::Settings(format!("{origin}: {e}")))?;
+        for (name, value) in table {
+            let line = text[..value.span().start.min(text.len())].matches('\n').count() + 1;
+            let Some(known) = SETTINGS.into_iter().find(|s| *s == name) else {
+                return Err(Error::Settings(format!(
+                    "{origin}, line {line}: there is no setting `{name}`; there are {}",
+                    SETTINGS.join(", ")
+                )));
+            };
+            let value = match value.into_inner() {
+                Scalar::Text(text) => text,
+                Scalar::Whole(number) => number.to_string(),
+                Scalar::Switch(on) => on.to_string(),
+            };
+            self.values.insert(known, (value, format!("{origin}, line {line}")));
+        }
+        Ok(())
+    }
+
+    fn read_env(&mut self, var: impl Fn(&str) -> Option<String>) {
+        for name in SETTINGS {
+            let also = match name {
+                "database_url" => Some("DATABASE_URL"),
+                "host" => Some("PGHOST"),
+                "port" => Some("PGPORT"),
+                "user" => Some("PGUSER"),
+                "password" => Some("PGPASSWORD"),
+                "database" => Some("PGDATABASE"),
+                "application" => Some("PGAPPNAME"),
+                _ => None,
+            };
+            let own = format!("POSTBOX_{}", name.to_ascii_uppercase());
+            for variable in [Some(own.as_str()), also].into_iter().flatten() {
+                if let Some(value) = var(variable).filter(|v| !v.is_empty()) {
+                    self.values.insert(name, (value, format!("${variable}")));
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Sets one from code. An empty value takes it back to what is below: the default.
+    ///
+    /// # Panics
+    /// `name` is none of [`SETTINGS`].
+    #[track_caller]
+    #[must_use]
+    pub fn set(mut self, name: &str, value: impl ToString) -> Settings {
+        let known = SETTINGS
+            .into_iter()
+            .find(|s| *s == name)
+            .unwrap_or_else(|| panic!("there is no setting `{name}`; there are {}", SETTINGS.join(", ")));
+        let value = value.to_string();
+        if value.is_empty() {
+            self.values.remove(known);
+        } else {
+            self.values.insert(known, (value, "code".into()));
+        }
+        self
+    }
+
+    /// The database's URL: `postgres://…` or `sqlite:FILE`.
+    #[must_use]
+    pub fn url(self, url: impl Into<String>) -> Settings {
+        self.set("database_url", url.into())
+    }
+
+    /// Each setting's value and origin; passwords are hidden.
+    pub fn shown(&self) -> Vec<(&'static str, String, String)> {
+        SETTINGS
+            .into_iter()
+            .map(|name| {
+                let (value, origin) = match self.values.get(name) {
+                    Some((value, origin)) => (value.clone(), origin.clone()),
+                    None => (self.default_of(name), "default".to_owned()),
+                };
+                let value = match name {
+                    "password" if !value.is_empty() => "***".to_owned(),
+                    "database_url" => hide_password(&value),
+                    _ => value,
+                };
+                (name, value, origin)
+            })
+            .collect()
+    }
+
+    fn default_of(&self, name: &str) -> String {
+        match name {
+            "application" => program_name(),
+            "schema" => "postbox".into(),
+            "channel" => self.text("schema"),
+            "concurrency" => "5".into(),
+            "poll_interval" => "1s".into(),
+            "lease" => "30s".into(),
+            "max_payload_bytes" => MAX_PAYLOAD_BYTES.to_string(),
+            "wake_ups" | "prepared_statements" => "true".into(),
+            "pool_size" => self.concurrency().map_or_else(|_| "10".into(), |c| (c + 5).to_string()),
+            "busy_timeout" => "30s".into(),
+            _ => String::new(),
+        }
+    }
+
+    fn text(&self, name: &'static str) -> String {
+        self.values.get(name).map_or_else(|| self.default_of(name), |(value, _)| value.clone())
+    }
+
+    fn wrong(&self, name: &'static str, why: impl std::fmt::Display) -> Error {
+        let origin = self.values.get(name).map_or("default", |(_, origin)| origin.as_str());
+        Error::Settings(format!("the setting `{name}` = `{}` ({origin}) {why}", self.text(name).escape_debug()))
+    }
+
+    fn whole(&self, name: &'static str, range: std::ops::RangeInclusive<u64>) -> Result<u64, Error> {
+        let number = self.text(name).parse().ok().filter(|n| range.contains(n));
+        number.ok_or_else(|| {
+            self.wrong(name, format!("must be a whole number from {} to {}", range.start(), range.end()))
+        })
+    }
+
+    fn switch(&self, name: &'static str) -> Result<bool, Error> {
+        match self.text(name).as_str() {
+            "true" | "1" | "on" | "yes" => Ok(true),
+            "false" | "0" | "off" | "no" => Ok(false),
+            _ => Err(self.wrong(name, "must be true or false")),
+        }
+    }
+
+    fn duration(&self, name: &'static str, range: std::ops::RangeInclusive<Duration>) -> Result<Duration, Error> {
+        let parsed = self.text(name).parse::<jiff::SignedDuration>().ok();
+        let duration = parsed.and_then(|d| Duration::try_from(d).ok()).filter(|d| range.contains(d));
+        duration.ok_or_else(|| {
+            self.wrong(
+                name,
+                format!("must be a duration from {:?} to {:?}, like 30s or 500ms", range.start(), range.end()),
+            )
+        })
+    }
+
+    /// The URL, if one is set.
+    pub fn database_url(&self) -> Option<&str> {
+        self.values.get("database_url").map(|(value, _)| value.as_str())
+    }
+
+    /// Which kind of database they point at.
+    ///
+    /// # Errors
+    /// Nothing points at a database, or the URL is of neither kind.
+    pub fn backend(&self) -> Result<Backend, Error> {
+        match self.database_url() {
+            Some(url) if url.starts_with("postgres:") || url.starts_with("postgresql:") => Ok(Backend::Postgres),
+            Some(url) if url.starts_with("sqlite:") => Ok(Backend::Sqlite),
+            Some(_) => Err(Error::Settings(
+                "the database URL must start with postgres:// or sqlite:, like postgres://localhost/shop or sqlite:shop.db".into(),
+            )),
+            None if ["host", "port", "user", "database"].iter().any(|n| self.values.contains_key(n)) => Ok(Backend::Postgres),
+            None => Err(Error::Settings(
+                "no database is named; set DATABASE_URL to postgres://localhost/shop or sqlite:shop.db".into(),
+            )),
+        }
+    }
+
+    /// How to connect to PostgreSQL: the URL, and over it the separate fields that code, the
+    /// environment or the file name where the URL has none.
+    ///
+    /// # Errors
+    /// The URL or a field does not parse. Its password is not in the message.
+    pub fn postgres(&self) -> Result<sqlx::postgres::PgConnectOptions, Error> {
+        use sqlx::postgres::PgConnectOptions;
+        let mut options: PgConnectOptions = match self.database_url() {
+            Some(url) => url
+                .parse()
+                .map_err(|e| Error::Settings(format!("the database URL {} does not parse: {e}", hide_password(url))))?,
+            None => {
+                let mut options = PgConnectOptions::new_without_pgpass();
+                let field = |name| Some(self.text(name)).filter(|v| !v.is_empty());
+                options = options.host(&field("host").unwrap_or_else(|| "localhost".into()));
+                options = options.port(match field("port") {
+                    Some(_) => self.whole("port", 1..=65_535)? as u16,
+                    None => 5432,
+                });
+                let user = field("user").or_else(|| std::env::var("USER").ok().filter(|u| !u.is_empty()));
+                let user = user.unwrap_or_else(|| "postgres".into());
+                options = options.username(&user).database(&field("database").unwrap_or(user));
+                if let Some(password) = field("password") {
+                    options = options.password(&password);
+                }
+                options
+            }
+        };
+        if options.get_host().is_empty() {
+            options = options.host("localhost");
+        }
+        options = options.application_name(&self.application()?);
+        if !self.prepared_statements()? {
+            options = options.statement_cache_capacity(0);
+        }
+        Ok(options)
+    }
+
+    /// The application that subscriptions belong to.
+    ///
+    /// # Errors
+    /// Longer than 63 bytes, or with control characters.
+    pub fn application(&self) -> Result<String, Error> {
+        let name = self.text("application");
+        if name.len() > 63 || name.chars().any(char::is_control) {
+            return Err(self.wrong("application", "must be at most 63 bytes, without control characters"));
+        }
+        Ok(name)
+    }
+
+    /// The schema in PostgreSQL.
+    ///
+    /// # Errors
+    /// Not `^[a-z_][a-z0-9_]{0,47}$`.
+    pub fn schema(&self) -> Result<String, Error> {
+        let schema = self.text("schema");
+        if !plain_name(&schema) {
+            return Err(self.wrong("schema", "must be 1 to 48 of a-z 0-9 _, not starting with a digit"));
+        }
+        Ok(schema)
+    }
+
+    /// The channel of wake-ups.
+    ///
+    /// # Errors
+    /// Not `^[a-z_][a-z0-9_]{0,47}$`.
+    pub fn channel(&self) -> Result<String, Error> {
+        let channel = self.text("channel");
+        if !plain_name(&channel) {
+            return Err(self.wrong("channel", "must be 1 to 48 of a-z 0-9 _, not starting with a digit"));
+        }
+        Ok(channel)
+    }
+
+    /// Handlers that run at once in a worker.
+    ///
+    /// # Errors
+    /// Not 1 to 10000.
+    pub fn concurrency(&self) -> Result<usize, Error> {
+        Ok(self.whole("concurrency", 1..=10_000)? as usize)
+    }
+
+    /// The longest a worker sleeps without looking.
+    ///
+    /// # Errors
+    /// Not 5 ms to 1 h.
+    pub fn poll_interval(&self) -> Result<Duration, Error> {
+        self.duration("poll_interval", Duration::from_millis(5)..=Duration::from_secs(3600))
+    }
+
+    /// How long a worker may stay silent before its work is taken over.
+    ///
+    /// # Errors
+    /// Not 1 s to 1 h.
+    pub fn lease(&self) -> Result<Duration, Error> {
+        self.duration("lease", Duration::from_secs(1)..=Duration::from_secs(3600))
+    }
+
+    /// The largest payload, in bytes.
+    ///
+    /// # Errors
+    /// Not 1 to 64 MiB.
+    pub fn max_payload_bytes(&self) -> Result<usize, Error> {
+        Ok(self.whole("max_payload_bytes", 1..=(64 << 20))? as usize)
+    }
+
+    /// Whether workers listen for wake-ups.
+    ///
+    /// # Errors
+    /// Neither true nor false.
+    pub fn wake_ups(&self) -> Result<bool, Error> {
+        self.switch("wake_ups")
+    }
+
+    /// Whether statements are prepared by name.
+    ///
+    /// # Errors
+    /// Neither true nor false.
+    pub fn prepared_statements(&self) -> Result<bool, Error> {
+        self.switch("prepared_statements")
+    }
+
+    /// Connections at most, the heartbeat's and the listener's not counted.
+    ///
+    /// # Errors
+    /// Not 2 to 10100.
+    pub fn pool_size(&self) -> Result<u32, Error> {
+        Ok(self.whole("pool_size", 2..=10_100)? as u32)
+    }
+
+    /// SQLite: how long to wait for another writer.
+    ///
+    /// # Errors
+    /// Not 0 s to 1 h.
+    pub fn busy_timeout(&self) -> Result<Duration, Error> {
+        self.duration("busy_timeout", Duration::ZERO..=Duration::from_secs(3600))
+    }
+}
+
+/// `^[a-z_][a-z0-9_]{0,47}$`: what may stand in SQL without quotes.
+pub(crate) fn plain_name(name: &str) -> bool {
+    let mut chars = name.chars();
+    name.len() <= 48
+        && chars.next().is_some_and(|c| c.is_ascii_lowercase() || c == '_')
+        && chars.all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+}
+
+fn program_name() -> String {
+    let path = std::env::current_exe().unwrap_or_default();
+    let name = path.file_stem().and_then(|n| n.to_str()).unwrap_or("postbox");
+    name.chars().take(40).collect()
+}
+
+/// A URL with `***` for its password.
+pub fn hide_password(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let authority_end = rest.find(['/', '?']).unwrap_or(rest.len());
+    match rest[..authority_end].rfind('@') {
+        Some(at) => match rest[..at].split_once(':') {
+            Some((user, _)) => format!("{scheme}://{user}:***{}", &rest[at..]),
+            None => url.to_owned(),
+        },
+        None => url.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_order_of_precedence() {
+        let mut settings = Settings::defaults();
+        settings.read_toml("lease = \"10s\"\nconcurrency = 7\nschema = \"from_file\"", "postbox.toml").expect("parses");
+        let env = [("POSTBOX_LEASE", "20s"), ("POSTBOX_SCHEMA", ""), ("PGHOST", "db"), ("POSTBOX_HOST", "own")];
+        settings.read_env(|name| env.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned()));
+        let settings = settings.set("pool_size", 3);
+        assert_eq!(settings.lease().expect("lease"), Duration::from_secs(20));
+        assert_eq!(settings.concurrency().expect("concurrency"), 7);
+        assert_eq!(settings.schema().expect("schema"), "from_file", "an empty variable counts as unset");
+        assert_eq!(settings.channel().expect("channel"), "from_file");
+        let origins: BTreeMap<_, _> = settings.shown().into_iter().map(|(n, v, o)| (n, (v, o))).collect();
+        assert_eq!(origins["host"], ("own".into(), "$POSTBOX_HOST".into()));
+        assert_eq!(origins["concurrency"].1, "postbox.toml, line 2");
+        assert_eq!(origins["pool_size"].1, "code");
+        assert_eq!(settings.backend().expect("backend"), Backend::Postgres);
+    }
+
+    #[test]
+    fn errors_name_the_setting_and_its_origin() {
+        let settings = Settings::defaults().set("lease", "10ms").set("schema", "x\"; drop");
+        let error = settings.lease().expect_err("too short").to_string();
+        assert!(error.contains("`lease`") && error.contains("code") && error.contains("1s"), "{error}");
+        assert!(settings.schema().is_err());
+        assert!(Settings::defaults().set("schema", "x".repeat(49)).schema().is_err());
+        let error = Settings::defaults().read_toml("\nleese = 3", "postbox.toml").expect_err("unknown").to_string();
+        assert!(error.contains("line 2") && error.contains("leese"), "{error}");
+        assert!(Settings::defaults().backend().expect_err("none").to_string().contains("DATABASE_URL"));
+    }
+
+    #[test]
+    fn passwords_are_hidden() {
+        assert_eq!(hide_password("postgres://ana:se:cr@et@db/shop"), "postgres://ana:***@db/shop");
+        assert_eq!(hide_password("postgres://ana@db/shop"), "postgres://ana@db/shop");
+        assert_eq!(hide_password("sqlite:shop.db"), "sqlite:shop.db");
+    }
+}

@@ -1,0 +1,540 @@
+//! The port to a database: one method per verb of the engine, the same for every store.
+//!
+//! Everything here is set-based and guarded: what settles carries the lease's token, what an
+//! operator does carries the revision it saw. Times are the database's own; durations come in.
+
+use std::future::Future;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use crate::admin::{
+    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
+};
+use crate::error::{Error, PublishError};
+use crate::lifecycle::{Answer, Kind, Policy};
+use crate::message::{Draft, Envelope};
+use crate::pattern::Pattern;
+
+pub mod postgres;
+// pub mod sqlite;
+
+/// A subscription's number in the database.
+pub type SubscriptionId = i32;
+/// A delivery's number in the database.
+pub type DeliveryId = i64;
+
+/// A database that postbox runs on: [`sqlx::Postgres`] or [`sqlx::Sqlite`].
+pub trait Database: sqlx::Database + sealed::Sealed {
+    /// The verbs on it.
+    #[doc(hidden)]
+    type Store: Store<Db = Self>;
+}
+
+impl Database for sqlx::Postgres {
+    type Store = postgres::PgStore;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for sqlx::Postgres {}
+    impl Sealed for sqlx::Sqlite {}
+}
+
+/// Something that lends a connection to publish on: a connection, a transaction, a handler's `Tx`.
+pub trait AsConnection<Db: Database> {
+    /// The connection.
+    fn as_connection(&mut self) -> &mut Db::Connection;
+}
+
+macro_rules! lends {
+    ($($db:ty, $connection:ty;)*) => { $(
+        impl AsConnection<$db> for $connection {
+            fn as_connection(&mut self) -> &mut $connection { self }
+        }
+        impl AsConnection<$db> for sqlx::Transaction<'_, $db> {
+            fn as_connection(&mut self) -> &mut $connection { self }
+        }
+        impl AsConnection<$db> for sqlx::pool::PoolConnection<$db> {
+            fn as_connection(&mut self) -> &mut $connection { self }
+        }
+    )* };
+}
+lends! {
+    sqlx::Postgres, sqlx::PgConnection;
+}
+
+/// What became of one message of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stored {
+    /// It is there under this id, if the transaction commits.
+    New(Uuid),
+    /// Its dedup key is taken.
+    Duplicate {
+        /// By this message.
+        existing: Uuid,
+        /// Whether that one has the same key and payload.
+        same_body: bool,
+    },
+}
+
+/// Which messages that were there before a subscription it takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Start {
+    /// Those that nobody was subscribed to.
+    #[default]
+    Unrouted,
+    /// None.
+    Now,
+    /// All.
+    Beginning,
+    /// All recorded at this time or later.
+    Time(Timestamp),
+}
+
+/// A subscription as a worker declares it.
+#[derive(Debug, Clone)]
+pub struct Declared {
+    /// Its durable name.
+    pub name: String,
+    /// Names it had before.
+    pub renamed_from: Vec<String>,
+    /// What it listens to.
+    pub pattern: Pattern,
+    /// Its policy.
+    pub policy: Policy,
+    /// It can ask the remote about a doubt.
+    pub reconciles: bool,
+    /// Follow-ups hang on its success.
+    pub continues: bool,
+    /// What it takes of history when it is new.
+    pub start: Start,
+}
+
+/// A worker that wants to start.
+#[derive(Debug, Clone)]
+pub struct Registration {
+    /// Minted by the worker; a new one for each incarnation.
+    pub worker: Uuid,
+    /// For people: host and process.
+    pub name: String,
+    /// Whose subscriptions these are.
+    pub application: String,
+    /// How long it may stay silent.
+    pub lease: Duration,
+    /// What it stands behind.
+    pub subscriptions: Vec<Declared>,
+}
+
+/// A subscription that is stored, has deliveries waiting, and no live worker.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Stranded {
+    /// Whose it is.
+    pub application: String,
+    /// Its name.
+    pub subscription: String,
+    /// How many deliveries wait (at most 100001 are counted).
+    pub waiting: i64,
+}
+
+/// A worker's sign of life.
+#[derive(Debug, Clone, Copy)]
+pub struct Beat {
+    /// Who.
+    pub worker: Uuid,
+    /// Alive for this long from now.
+    pub lease: Duration,
+}
+
+/// What the database holds for a worker that is alive: the tokens of its leases.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pulse {
+    /// Live leases under this worker.
+    pub tokens: Vec<Uuid>,
+}
+
+/// A wish for deliveries.
+#[derive(Debug, Clone)]
+pub struct ClaimRequest {
+    /// Who asks.
+    pub worker: Uuid,
+    /// Minted by the worker before it asks, so that a lost answer can be told.
+    pub token: Uuid,
+    /// How many of each subscription at most.
+    pub wanted: Vec<(SubscriptionId, u32)>,
+}
+
+/// A delivery in a worker's hands.
+#[derive(Debug, Clone)]
+pub struct Item {
+    /// Its number.
+    pub delivery: DeliveryId,
+    /// For this subscription.
+    pub subscription: SubscriptionId,
+    /// Its message's id.
+    pub message: Uuid,
+    /// Lower goes first.
+    pub priority: i16,
+    /// Attempts counted so far.
+    pub attempts: u32,
+    /// Workers that died holding it without a record of its start.
+    pub lost: u32,
+    /// Its revision while leased.
+    pub rev: i32,
+    /// The message; `None` if it is gone, which makes the delivery dead.
+    pub envelope: Option<Envelope>,
+}
+
+/// A leased batch.
+#[derive(Debug, Clone)]
+pub struct Claimed {
+    /// The batch's number.
+    pub batch: i64,
+    /// The lease's token.
+    pub token: Uuid,
+    /// Its deliveries, in order. Empty: there was nothing, and there is no lease.
+    pub items: Vec<Item>,
+    /// How long until something scheduled is due, if anything is.
+    pub next_due: Option<Duration>,
+}
+
+/// A lease, as every guarded write names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeaseRef {
+    /// The worker.
+    pub worker: Uuid,
+    /// The batch.
+    pub batch: i64,
+    /// The token.
+    pub token: Uuid,
+}
+
+/// How one attempt ended, as it is written.
+#[derive(Debug, Clone)]
+pub struct OutcomeRecord {
+    /// The attempt's number, from 1.
+    pub number: u32,
+    /// `succeeded`, `failed`, `in_doubt`, `panicked`, `timed_out` or `lost`.
+    pub kind: &'static str,
+    /// What went wrong, redacted and bounded.
+    pub error: Option<String>,
+    /// The remote's receipt.
+    pub receipt: Option<serde_json::Value>,
+    /// How long it ran.
+    pub ran: Duration,
+    /// How long ago it ended.
+    pub ago: Duration,
+}
+
+/// One delivery's move to where it goes next.
+#[derive(Debug, Clone)]
+pub struct Move {
+    /// Which delivery.
+    pub delivery: DeliveryId,
+    /// Its message.
+    pub message: Uuid,
+    /// Its subscription.
+    pub subscription: SubscriptionId,
+    /// Its priority.
+    pub priority: i16,
+    /// Its revision after the move.
+    pub rev: i32,
+    /// Where it goes: the standing that `transition` gave.
+    pub standing: crate::lifecycle::Standing,
+    /// For a pending one, when it is due from now.
+    pub delay: Duration,
+    /// For one in doubt: how long until "did not happen" can be believed.
+    pub quiet: Duration,
+    /// For one in doubt or dead: why.
+    pub note: String,
+    /// The attempt that ended with it, if one did.
+    pub outcome: Option<OutcomeRecord>,
+}
+
+/// A plain handler's success at its first attempt.
+#[derive(Debug, Clone)]
+pub struct Success {
+    /// Which delivery.
+    pub delivery: DeliveryId,
+    /// Its message.
+    pub message: Uuid,
+    /// Its subscription.
+    pub subscription: SubscriptionId,
+    /// How long it ran.
+    pub ran: Duration,
+}
+
+/// One flush of a batch: what ended, what is handed back, what starts.
+#[derive(Debug, Clone)]
+pub struct Settle {
+    /// Under this lease.
+    pub lease: LeaseRef,
+    /// The flush's number within the batch; a repeated one changes nothing.
+    pub part: i32,
+    /// Compact successes.
+    pub successes: Vec<Success>,
+    /// Everything else that ended.
+    pub moves: Vec<Move>,
+    /// Handed back unstarted and uncounted, in order: delivery, subscription, message, priority,
+    /// attempts, lost and rev as they were leased.
+    pub released: Vec<Item>,
+    /// Messages that commit with these outcomes.
+    pub follow_ups: Vec<Draft>,
+    /// Attempts that begin once this is committed: delivery and number.
+    pub starts: Vec<(DeliveryId, u32)>,
+    /// Nothing of the batch is left: the lease ends.
+    pub close: bool,
+}
+
+/// What became of a guarded write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guarded {
+    /// It is committed (now, or by an earlier try).
+    Done,
+    /// The lease is not this worker's any more: nothing changed.
+    Fenced,
+}
+
+/// Something seen that changes no state by itself.
+#[derive(Debug, Clone)]
+pub struct Observation {
+    /// Of this delivery.
+    pub delivery: DeliveryId,
+    /// Of this attempt.
+    pub number: u32,
+    /// By this worker.
+    pub worker: Uuid,
+    /// What was seen: an outcome's word, or `lost`.
+    pub kind: &'static str,
+    /// In words.
+    pub detail: Option<String>,
+    /// A late answer that may settle the doubt: a separate, recorded transition.
+    pub evidence: Option<Evidence>,
+}
+
+/// What a late outcome proves.
+#[derive(Debug, Clone)]
+pub struct Evidence {
+    /// The answer.
+    pub answer: Answer,
+    /// The receipt that came with it.
+    pub receipt: Option<serde_json::Value>,
+    /// Messages that commit with a success.
+    pub follow_ups: Vec<Draft>,
+    /// The subscription's policy.
+    pub policy: Policy,
+}
+
+/// What was taken over from a worker that died.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TakenOver {
+    /// Who died.
+    pub worker: Uuid,
+    /// Its name.
+    pub name: String,
+    /// How many deliveries went back to pending.
+    pub pending: usize,
+    /// How many are in doubt now.
+    pub in_doubt: usize,
+    /// How many are dead now.
+    pub dead: usize,
+}
+
+/// A delivery in doubt that it is time to ask about, or whose word is to be carried out.
+#[derive(Debug, Clone)]
+pub struct Doubtful {
+    /// Its number.
+    pub delivery: DeliveryId,
+    /// For this subscription.
+    pub subscription: SubscriptionId,
+    /// Its revision.
+    pub rev: i32,
+    /// Attempts so far; the last is the one in doubt.
+    pub attempts: u32,
+    /// "Did not happen" can be believed now.
+    pub quiet: bool,
+    /// How often the remote was asked before this.
+    pub asks: u32,
+    /// An operator said that it happened: only the follow-ups are wanted, with this receipt.
+    pub word: Option<Word>,
+    /// The message, unless it is gone.
+    pub envelope: Option<Envelope>,
+}
+
+/// An operator's "happened", waiting for a worker to release what hangs on it.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct Word {
+    /// Who said it.
+    pub actor: String,
+    /// Why.
+    pub reason: String,
+    /// What they saw.
+    pub receipt: Option<serde_json::Value>,
+}
+
+/// Who says how a doubt ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Speaker {
+    /// A person, through the command line, the dashboard or the library.
+    Operator,
+    /// The reconcile hook.
+    Reconcile,
+    /// A late outcome.
+    Evidence,
+}
+
+impl Speaker {
+    /// The word for it, in SQL and JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Speaker::Operator => "operator",
+            Speaker::Reconcile => "reconcile",
+            Speaker::Evidence => "evidence",
+        }
+    }
+}
+
+/// A reconcile hook's answer, or a carried-out word.
+#[derive(Debug, Clone)]
+pub struct Answered {
+    /// Which delivery.
+    pub delivery: DeliveryId,
+    /// The revision that was asked about; another one changes nothing.
+    pub rev: i32,
+    /// The answer.
+    pub answer: Answer,
+    /// Whose answer it is.
+    pub speaker: Speaker,
+    /// By name.
+    pub actor: String,
+    /// Why, if somebody said so.
+    pub reason: Option<String>,
+    /// What proves it.
+    pub receipt: Option<serde_json::Value>,
+    /// Messages that commit with a success.
+    pub follow_ups: Vec<Draft>,
+    /// The subscription's policy.
+    pub policy: Policy,
+    /// The jitter.
+    pub draw: f64,
+}
+
+/// The future that a verb returns.
+pub trait Verb<T>: Future<Output = Result<T, Error>> + Send {}
+impl<T, F: Future<Output = Result<T, Error>> + Send> Verb<T> for F {}
+
+/// A transaction that a handler works in, until it is settled or dropped (which rolls it back).
+pub trait HandlerTx<Db: Database>: Send + 'static {
+    /// Its connection.
+    fn connection(&mut self) -> &mut Db::Connection;
+}
+
+/// The verbs. Cancel safety: dropping a verb's future leaves the database as if it had been
+/// committed or not been called, never in between; its connection is closed, not reused.
+pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
+    /// The database.
+    type Db: Database<Store = Self>;
+    /// A handler's transaction.
+    type Tx: HandlerTx<Self::Db>;
+
+    /// Connects, and checks the schema (SQLite: migrates).
+    fn connect(settings: &crate::settings::Settings) -> impl Verb<Self>;
+    /// The same store with one connection of its own, so that nobody can keep it from a heartbeat.
+    fn alone(&self) -> impl Verb<Self> {
+        let same = self.clone();
+        async move { Ok(same) }
+    }
+    /// Closes the connections.
+    fn close(&self) -> impl Future<Output = ()> + Send;
+    /// Brings the schema to the version of this build.
+    fn migrate(&self) -> impl Verb<Vec<String>>;
+    /// Which migrations there are, and which were applied.
+    fn migration_status(&self) -> impl Verb<MigrationStatus>;
+
+    /// Stores and fans out checked messages, in the caller's transaction; in order.
+    fn publish(
+        connection: &mut <Self::Db as sqlx::Database>::Connection,
+        store: &Self,
+        messages: &[Draft],
+    ) -> impl Future<Output = Result<Vec<Stored>, PublishError>> + Send;
+    /// A connection of the store's own to publish on, inside a transaction.
+    fn begin(&self) -> impl Verb<Self::Tx>;
+    /// Commits it.
+    fn commit(&self, tx: Self::Tx) -> impl Verb<()>;
+
+    /// Writes the worker's row and its subscriptions. The ids, in the order given.
+    fn register(&self, registration: &Registration) -> impl Verb<Vec<SubscriptionId>>;
+    /// Renews the worker's life; `None` when it was taken over.
+    fn beat(&self, beat: Beat) -> impl Verb<Option<Pulse>>;
+    /// Ends a worker that holds nothing any more.
+    fn retire(&self, worker: Uuid) -> impl Verb<()>;
+    /// Sets or clears the wish to be woken.
+    fn asleep(&self, worker: Uuid, asleep: bool) -> impl Verb<()>;
+    /// Returns when something may be there to claim, or never. Lost wake-ups are allowed.
+    fn woken(&self) -> impl Future<Output = ()> + Send;
+
+    /// Promotes what is due, and leases a batch.
+    fn claim(&self, request: &ClaimRequest) -> impl Verb<Claimed>;
+    /// Writes one flush, all or nothing.
+    fn settle(&self, settle: &Settle) -> impl Verb<Guarded>;
+    /// Opens a transactional handler's transaction.
+    fn open(&self, lease: LeaseRef, timeout: Duration) -> impl Verb<Self::Tx>;
+    /// Records a transactional success in its own transaction and commits it.
+    /// `Refused` when the handler ended the transaction itself; what it did before is committed.
+    fn settle_open(&self, tx: Self::Tx, lease: LeaseRef, outcome: &Move, follow_ups: &[Draft]) -> impl Verb<Guarded>;
+    /// Whether an attempt's outcome is committed, once nobody else can still be committing it:
+    /// for an unknown COMMIT. `None` when the lease is gone and there is no outcome.
+    fn recheck(&self, lease: LeaseRef, delivery: DeliveryId, number: u32) -> impl Verb<Option<bool>>;
+    /// Leases under this worker that it does not know are handed back (a claim whose answer was lost).
+    fn disown(&self, worker: Uuid, token: Uuid) -> impl Verb<()>;
+
+    /// Takes over one dead worker, if there is one.
+    fn take_over(&self, draw: f64) -> impl Verb<Option<TakenOver>>;
+    /// Doubts of these subscriptions that are due to be asked about; each is put off by `put_off`
+    /// times two to the number of asks (at most 15 min), so that one worker asks at a time.
+    fn doubts(&self, subscriptions: &[SubscriptionId], limit: u32, put_off: Duration) -> impl Verb<Vec<Doubtful>>;
+    /// Ends a doubt. `false` when it had moved on.
+    fn answer(&self, answered: &Answered) -> impl Verb<bool>;
+    /// Records what was seen; evidence settles a doubt whose last attempt it is.
+    fn observe(&self, observations: &[Observation]) -> impl Verb<()>;
+    /// Gives new subscriptions their history, a bounded piece; `true` when there may be more.
+    fn backfill(&self) -> impl Verb<bool>;
+    /// Stores what these topics fan out to, for publishers to look up.
+    fn learn_routes(&self, topics: &[String]) -> impl Verb<()>;
+    /// Removes what has run out: dedup windows. How many rows went.
+    fn tidy(&self) -> impl Verb<u64>;
+
+    /// Counts for people and programs.
+    fn status(&self) -> impl Verb<Status>;
+    /// Deliveries that match, newest first.
+    fn list(&self, filter: &Filter, limit: u32) -> impl Verb<Vec<DeliveryRow>>;
+    /// One delivery with its history.
+    fn show(&self, delivery: DeliveryId) -> impl Verb<Option<DeliveryDetail>>;
+    /// The deliveries of a message.
+    fn deliveries_of(&self, message: Uuid) -> impl Verb<Option<(Envelope, Vec<DeliveryId>)>>;
+    /// An operator: dead, cancelled or waiting to pending, now.
+    fn retry(&self, delivery: DeliveryId, retry: &Retry) -> impl Verb<AuditEntry>;
+    /// An operator: ends a doubt.
+    fn resolve(&self, delivery: DeliveryId, resolution: &Resolution) -> impl Verb<AuditEntry>;
+    /// All subscriptions, the removed ones that still have deliveries included.
+    fn subscriptions(&self) -> impl Verb<Vec<SubscriptionRow>>;
+    /// An operator: publishers do not fan out to it any more.
+    fn remove_subscription(&self, application: &str, name: &str, actor: &str, reason: &str) -> impl Verb<AuditEntry>;
+    /// Subscriptions with deliveries that no live worker stands behind.
+    fn stranded(&self) -> impl Verb<Vec<Stranded>>;
+    /// The audit, newest first.
+    fn audit(&self, limit: u32) -> impl Verb<Vec<AuditEntry>>;
+}
+
+/// The policy a subscription row tells.
+pub(crate) fn policy_of(kind: Kind, max_attempts: i32, base_ms: i64, cap_ms: i64) -> Policy {
+    Policy {
+        kind,
+        retry: crate::retry::RetryPolicy {
+            max_attempts: max_attempts.max(1) as u32,
+            base: Duration::from_millis(base_ms.max(0) as u64),
+            cap: Duration::from_millis(cap_ms.max(0) as u64),
+        },
+    }
+}

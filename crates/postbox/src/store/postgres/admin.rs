@@ -1,0 +1,640 @@
+//! What operators see and do.
+
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+use uuid::Uuid;
+
+use super::{PgStore, Work, doubt, envelope, settle, timestamp};
+use crate::admin::{
+    AttemptRow, AuditEntry, DeliveryDetail, DeliveryRow, Filter, RecordRow, Resolution, Retry, Status, SubscriptionRow,
+    WorkerRow, no_delivery,
+};
+use crate::error::Error;
+use crate::lifecycle::{Answer, Event, Kind, Standing, State, transition};
+use crate::message::{Envelope, minted_at};
+use crate::operation::idempotency_key;
+use crate::store::{Answered, DeliveryId, Move, Speaker, Stranded, Word, policy_of};
+
+/// Where a delivery in a state can be, as columns that `list.sql` reads.
+const PLACES: [(State, &str); 8] = [
+    (
+        State::Pending,
+        "select r.delivery, 'pending', r.subscription, r.message, r.priority, r.attempt, r.rev,
+            null::timestamptz, null::timestamptz, null::uuid, null::text
+         from {schema}.ready r",
+    ),
+    (
+        State::Pending,
+        "select r.delivery, 'pending', r.subscription, r.message, r.priority, r.attempt, r.rev, r.due_at, null::timestamptz, null::uuid, null::text
+         from {schema}.scheduled r",
+    ),
+    (
+        State::Pending,
+        "select r.delivery, 'pending', r.subscription, r.message, r.priority, r.attempt, r.rev, null::timestamptz, r.claimed_at, r.worker,
+            'claimed, not begun'
+         from {schema}.leased r join {schema}.subscription k on k.id = r.subscription
+         where not r.begun and k.kind = 'operation'",
+    ),
+    (
+        State::Running,
+        "select r.delivery, 'running', r.subscription, r.message, r.priority, r.attempt + r.begun::int, r.rev, null::timestamptz,
+            r.claimed_at, r.worker, null::text
+         from {schema}.leased r join {schema}.subscription k on k.id = r.subscription
+         where r.begun or k.kind <> 'operation'",
+    ),
+    (
+        State::InDoubt,
+        "select r.delivery, 'in_doubt', r.subscription, r.message, r.priority, r.attempt, r.rev, null::timestamptz, r.since, null::uuid, r.cause
+         from {schema}.doubt r",
+    ),
+    (
+        State::Dead,
+        "select r.delivery, r.state, r.subscription, r.message, r.priority, r.attempt, r.rev, null::timestamptz, r.at, null::uuid, r.reason
+         from {schema}.dead_letter r",
+    ),
+    (
+        State::Succeeded,
+        "select r.delivery, 'succeeded', r.subscription, r.message, 0::smallint, r.number, r.rev, null::timestamptz, r.at, r.worker, null::text
+         from (select o.delivery, o.subscription, o.message, o.number, o.rev, o.finished_at as at, o.worker
+                from {schema}.outcome o where o.state_after = 'succeeded'
+                union all
+                select o.delivery, o.subscription, o.message, o.number, o.rev, o.at, null::uuid
+                from {schema}.resolution o where o.state_after = 'succeeded') r",
+    ),
+    (
+        State::Succeeded,
+        "select r.delivery, 'succeeded', r.subscription, r.message, 0::smallint, 1, 2, null::timestamptz, r.finished_at, r.worker, null::text
+         from (select u.delivery, u.subscription, u.message, p.finished_at, p.worker
+                from (select * from {schema}.outcome_part p where p.highest is not null {parts}) p
+                cross join lateral unnest(p.deliveries, p.messages, p.subscriptions) as u(delivery, message, subscription)) r",
+    ),
+];
+
+/// Names for the columns of a place.
+const COLUMNS: &str = "p(delivery, state, subscription, message, priority, attempt, rev, due_at, since, worker, note)";
+
+fn places(store: &PgStore, filter: &Filter) -> String {
+    let narrowed = !(filter.subscriptions.is_empty() && filter.topics.is_empty() && filter.keys.is_empty());
+    let wanted = |state: State| {
+        filter.states.is_empty()
+            || filter.states.contains(&state)
+            || state == State::Dead && filter.states.contains(&State::Cancelled)
+    };
+    let mut parts = Vec::new();
+    for (state, place) in PLACES {
+        if !wanted(state) {
+            continue;
+        }
+        // The newest n deliveries are in the n parts with the highest ones.
+        let place = place.replace("{parts}", if narrowed { "" } else { "order by p.highest desc limit $1" });
+        let mut filters = Vec::new();
+        if state == State::Dead && !filter.states.is_empty() {
+            let states: Vec<String> = filter.states.iter().map(|s| format!("'{s}'")).collect();
+            filters.push(format!("p.state in ({})", states.join(", ")));
+        }
+        if !filter.subscriptions.is_empty() {
+            filters.push("p.subscription in (select id from {schema}.subscription where name = any ($2))".into());
+        }
+        if !filter.topics.is_empty() || !filter.keys.is_empty() {
+            let mut message = Vec::new();
+            if !filter.topics.is_empty() {
+                message.push("m.topic ~ any ($3)");
+            }
+            if !filter.keys.is_empty() {
+                message.push("m.key = any ($4)");
+            }
+            filters.push(format!(
+                "exists (select from {{schema}}.message m where m.id = p.message and {})",
+                message.join(" and ")
+            ));
+        }
+        let clause = if filters.is_empty() { String::new() } else { format!("where {}", filters.join(" and ")) };
+        parts.push(format!("(select * from ({place}) {COLUMNS} {clause} order by p.delivery desc limit $1)"));
+    }
+    parts.join("\nunion all\n").replace("{schema}", &store.schema)
+}
+
+pub(super) async fn list(store: &PgStore, filter: &Filter, limit: u32) -> Result<Vec<DeliveryRow>, Error> {
+    let listed = store.sql.list.replace("{places}", &places(store, filter));
+    // Names the type of each parameter, whichever of them the filters use.
+    let sql = format!("with given as (select $2::text[], $3::text[], $4::text[])\n{listed}");
+    let mut work = store.read().await?;
+    let rows = store
+        .dynamic(sql)
+        .bind(i64::from(limit))
+        .bind(&filter.subscriptions)
+        .bind(filter.topics.iter().map(|t| t.to_regex()).collect::<Vec<_>>())
+        .bind(&filter.keys)
+        .fetch_all(work.on())
+        .await?;
+    work.rollback().await?;
+    rows.iter().map(delivery_row).collect()
+}
+
+fn delivery_row(row: &PgRow) -> Result<DeliveryRow, Error> {
+    let message: Uuid = row.try_get("message")?;
+    let number = |name| row.try_get::<i32, _>(name).map(|n| n.max(0) as u32);
+    Ok(DeliveryRow {
+        id: row.try_get("delivery")?,
+        state: row.try_get::<String, _>("state")?.parse().map_err(Error::Refused)?,
+        rev: row.try_get("rev")?,
+        message,
+        topic: row.try_get("topic")?,
+        key: row.try_get("key")?,
+        external_id: row.try_get("external_id")?,
+        application: row.try_get("application")?,
+        subscription: row.try_get("subscription")?,
+        kind: row.try_get("kind")?,
+        attempt: number("attempt")?,
+        max_attempts: number("max_attempts")?,
+        next_due_at: row.try_get::<Option<i64>, _>("due_us")?.map(timestamp),
+        last_error: row.try_get("last_error")?,
+        last_error_at: row.try_get::<Option<i64>, _>("last_error_us")?.map(timestamp),
+        recorded_at: minted_at(message),
+        since: row.try_get::<Option<i64>, _>("since_us")?.map(timestamp),
+        note: row.try_get("note")?,
+    })
+}
+
+/// One delivery, wherever it is: each place is asked by what it is indexed by.
+async fn find(
+    store: &PgStore,
+    work: &mut Work,
+    delivery: DeliveryId,
+) -> Result<Option<(DeliveryRow, Option<String>)>, Error> {
+    let by = |place: &str, clause: &str| format!("(select * from ({place}) {COLUMNS} where {clause})");
+    let mut parts: Vec<String> = PLACES[1..]
+        .iter()
+        .map(|(_, place)| by(&place.replace("{parts}", "and p.highest >= $2 and p.lowest <= $2"), "p.delivery = $2"))
+        .collect();
+    // Ready rows are kept by position; one that never moved has its own number there.
+    parts.push(by(&format!("{} where r.pos <> r.delivery", PLACES[0].1), "p.delivery = $2"));
+    let at_home =
+        "where (r.subscription, r.priority, r.pos) in (select s.id, 0::smallint, $2 from {schema}.subscription s)";
+    parts.push(by(&format!("{} {at_home}", PLACES[0].1), "p.delivery = $2"));
+    let places = parts.join("\nunion all\n").replace("{schema}", &store.schema);
+    let sql = store.sql.list.replace("{places}", &places);
+    let rows = store.dynamic(sql).bind(1_i64).bind(delivery).fetch_all(work.on()).await?;
+    rows.first().map(|row| Ok((delivery_row(row)?, row.try_get("worker")?))).transpose()
+}
+
+pub(super) async fn show(store: &PgStore, delivery: DeliveryId) -> Result<Option<DeliveryDetail>, Error> {
+    let mut work = store.read().await?;
+    let Some((row, worker)) = find(store, &mut work, delivery).await? else {
+        work.rollback().await?;
+        return Ok(None);
+    };
+    let envelope = message(store, &mut work, row.message).await?.map(|(envelope, _)| envelope);
+    let attempts = store.query(store.sql.show_attempts).bind(delivery).fetch_all(work.on()).await?;
+    let records = store.query(store.sql.show_records).bind(delivery).fetch_all(work.on()).await?;
+    let sql = format!("select id, topic from {}.message where causation_id = $1 order by id limit 100", store.schema);
+    let effects = store.dynamic(sql).bind(row.message.to_string()).fetch_all(work.on()).await?;
+    work.rollback().await?;
+    Ok(Some(DeliveryDetail {
+        idempotency_key: idempotency_key(row.message, delivery),
+        envelope,
+        worker,
+        attempts: attempts.iter().map(attempt_row).collect::<Result<_, _>>()?,
+        records: records.iter().map(record_row).collect::<Result<_, _>>()?,
+        effects: effects.iter().map(|r| Ok((r.try_get("id")?, r.try_get("topic")?))).collect::<Result<_, Error>>()?,
+        row,
+    }))
+}
+
+fn attempt_row(row: &PgRow) -> Result<AttemptRow, Error> {
+    Ok(AttemptRow {
+        number: row.try_get::<i32, _>("number")?.max(0) as u32,
+        outcome: row.try_get("kind")?,
+        worker: row.try_get("worker")?,
+        started_at: timestamp(row.try_get("started_us")?),
+        finished_at: row.try_get::<Option<i64>, _>("finished_us")?.map(timestamp),
+        error: row.try_get("error")?,
+        receipt: row.try_get::<Option<String>, _>("receipt")?.and_then(|r| serde_json::from_str(&r).ok()),
+    })
+}
+
+fn record_row(row: &PgRow) -> Result<RecordRow, Error> {
+    Ok(RecordRow {
+        at: timestamp(row.try_get("at_us")?),
+        record: row.try_get("record")?,
+        actor: row.try_get("actor")?,
+        what: row.try_get("what")?,
+        detail: row.try_get("detail")?,
+    })
+}
+
+async fn message(store: &PgStore, work: &mut Work, id: Uuid) -> Result<Option<(Envelope, Vec<DeliveryId>)>, Error> {
+    let sql = format!(
+        "select m.id as message, m.topic, m.key, m.payload::text as payload, m.headers::text as headers,
+            (extract(epoch from m.occurred_at) * 1000000)::bigint as occurred_us,
+            m.source, m.external_id, m.correlation_id, m.causation_id, m.max_attempts,
+            coalesce(m.deliveries, '{{}}') || array(
+                select l.delivery from {0}.late_delivery l where l.message = m.id order by l.delivery) as deliveries
+         from {0}.message m where m.id = $1",
+        store.schema
+    );
+    let Some(row) = store.dynamic(sql).bind(id).fetch_optional(work.on()).await? else { return Ok(None) };
+    let deliveries = row.try_get("deliveries")?;
+    Ok(envelope(&row)?.map(|envelope| (envelope, deliveries)))
+}
+
+pub(super) async fn deliveries_of(store: &PgStore, id: Uuid) -> Result<Option<(Envelope, Vec<DeliveryId>)>, Error> {
+    let mut work = store.read().await?;
+    let found = message(store, &mut work, id).await?;
+    work.rollback().await?;
+    Ok(found)
+}
+
+pub(super) async fn subscriptions(store: &PgStore) -> Result<Vec<SubscriptionRow>, Error> {
+    let mut work = store.read().await?;
+    let rows = store.query(store.sql.subscriptions).fetch_all(work.on()).await?;
+    work.rollback().await?;
+    let rows: Vec<SubscriptionRow> = rows.iter().map(subscription_row).collect::<Result<_, _>>()?;
+    let holds = |s: &SubscriptionRow| s.pending + s.scheduled + s.running + s.in_doubt + s.dead > 0;
+    Ok(rows.into_iter().filter(|s| s.removed_at.is_none() || holds(s)).collect())
+}
+
+fn subscription_row(row: &PgRow) -> Result<SubscriptionRow, Error> {
+    Ok(SubscriptionRow {
+        application: row.try_get("application")?,
+        name: row.try_get("name")?,
+        pattern: row.try_get("pattern")?,
+        kind: row.try_get("kind")?,
+        max_attempts: row.try_get::<i32, _>("max_attempts")?.max(0) as u32,
+        workers: row.try_get("workers")?,
+        pending: row.try_get("pending")?,
+        scheduled: row.try_get("scheduled")?,
+        running: row.try_get("running")?,
+        in_doubt: row.try_get("in_doubt")?,
+        dead: row.try_get("dead")?,
+        succeeded_last_hour: row.try_get("succeeded_last_hour")?,
+        oldest_age_s: row.try_get("oldest_age_s")?,
+        removed_at: row.try_get::<Option<i64>, _>("removed_us")?.map(timestamp),
+        backfilling: row.try_get("backfilling")?,
+    })
+}
+
+pub(super) async fn stranded(store: &PgStore) -> Result<Vec<Stranded>, Error> {
+    let mut work = store.read().await?;
+    let rows = store.query(store.sql.stranded).fetch_all(work.on()).await?;
+    work.rollback().await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Stranded {
+                application: row.try_get("application")?,
+                subscription: row.try_get("name")?,
+                waiting: row.try_get("waiting")?,
+            })
+        })
+        .collect()
+}
+
+pub(super) async fn status(store: &PgStore) -> Result<Status, Error> {
+    let subscriptions = subscriptions(store).await?;
+    let stranded = stranded(store).await?;
+    let mut work = store.read().await?;
+    let schema = &store.schema;
+    let sql = format!(
+        "select id, name, application, (extract(epoch from started_at) * 1000000)::bigint as started_us,
+            expires_at > pg_catalog.statement_timestamp() as alive
+         from {schema}.worker order by application, name, started_at"
+    );
+    let workers = store.dynamic(sql).fetch_all(work.on()).await?;
+    let sql = format!(
+        "select (select pg_catalog.max(version) from {schema}.migration) as version,
+            (select pg_catalog.count(*) from (select from {schema}.unrouted limit 100001) u) as unrouted,
+            array(select distinct u.topic from (select topic from {schema}.unrouted limit 1000) u order by 1 limit 20) as topics"
+    );
+    let row = store.dynamic(sql).fetch_one(work.on()).await?;
+    work.rollback().await?;
+    Ok(Status {
+        schema_version: row.try_get::<Option<i32>, _>("version")?.unwrap_or(0).max(0) as u32,
+        workers: workers
+            .iter()
+            .map(|row| {
+                Ok(WorkerRow {
+                    id: row.try_get("id")?,
+                    name: row.try_get("name")?,
+                    application: row.try_get("application")?,
+                    started_at: timestamp(row.try_get("started_us")?),
+                    alive: row.try_get("alive")?,
+                })
+            })
+            .collect::<Result<_, Error>>()?,
+        subscriptions,
+        unrouted: row.try_get("unrouted")?,
+        unrouted_topics: row.try_get("topics")?,
+        stranded,
+    })
+}
+
+/// What an operator's action is recorded with.
+struct Action<'a> {
+    actor: &'a str,
+    action: &'a str,
+    reason: &'a str,
+    delivery: Option<DeliveryId>,
+    subscription: Option<i32>,
+    rev: Option<(i32, i32)>,
+    state: Option<(State, State)>,
+    detail: Option<serde_json::Value>,
+}
+
+async fn record(store: &PgStore, work: &mut Work, action: Action<'_>) -> Result<AuditEntry, Error> {
+    let row = store
+        .query(store.sql.audit)
+        .bind(action.actor)
+        .bind(action.action)
+        .bind(action.delivery)
+        .bind(action.subscription)
+        .bind(action.rev.map(|r| r.0))
+        .bind(action.rev.map(|r| r.1))
+        .bind(action.state.map(|s| s.0.as_str()))
+        .bind(action.state.map(|s| s.1.as_str()))
+        .bind(action.reason)
+        .bind(action.detail.map(|d| d.to_string()))
+        .fetch_one(work.on())
+        .await?;
+    Ok(AuditEntry {
+        seq: row.try_get("seq")?,
+        at: timestamp(row.try_get("at_us")?),
+        actor: action.actor.to_owned(),
+        action: action.action.to_owned(),
+        delivery: action.delivery,
+        state_before: action.state.map(|s| s.0.as_str().to_owned()),
+        state_after: action.state.map(|s| s.1.as_str().to_owned()),
+        rev_after: action.rev.map(|r| r.1),
+        reason: Some(action.reason.to_owned()),
+    })
+}
+
+/// The loser of a race is on record too, in a transaction of its own.
+async fn lost_race(
+    store: &PgStore,
+    work: Work,
+    actor: &str,
+    action: &str,
+    reason: &str,
+    delivery: DeliveryId,
+    error: Error,
+) -> Error {
+    let recorded = async {
+        work.rollback().await?;
+        let mut work = store.work().await?;
+        let detail = Some(serde_json::json!({ "refused": error.to_string() }));
+        let action = Action {
+            actor,
+            action,
+            reason,
+            delivery: Some(delivery),
+            subscription: None,
+            rev: None,
+            state: None,
+            detail,
+        };
+        record(store, &mut work, action).await?;
+        work.commit().await?;
+        Ok::<(), Error>(())
+    };
+    match recorded.await {
+        Ok(()) => error,
+        Err(failure) => failure,
+    }
+}
+
+fn moved_on(delivery: DeliveryId, seen: i32, now: i32) -> Error {
+    Error::Conflict(format!(
+        "delivery {delivery} is at version {now}, not {seen}: somebody changed it meanwhile; look again with `postbox show {delivery}`"
+    ))
+}
+
+/// Takes a delivery out of a place that an operator may take it from.
+async fn pull(store: &PgStore, work: &mut Work, delivery: DeliveryId) -> Result<Option<(PgRow, State)>, Error> {
+    let schema = &store.schema;
+    let columns = "message, subscription, priority, attempt, rev";
+    // Place by place, in separate statements: in one, a delivery on the move would be missed by all.
+    for _ in 0..5 {
+        for (state, sql) in [
+            (None, format!("delete from {schema}.dead_letter where delivery = $1 returning {columns}, state")),
+            (Some(State::Pending), format!("delete from {schema}.scheduled where delivery = $1 returning {columns}")),
+            (
+                Some(State::Pending),
+                format!("delete from {schema}.ready where delivery = $1 and pos <> delivery returning {columns}"),
+            ),
+            (
+                Some(State::Pending),
+                format!(
+                    "delete from {schema}.ready where (subscription, priority, pos) in
+                        (select s.id, 0::smallint, $1::bigint from {schema}.subscription s) and delivery = $1 returning {columns}"
+                ),
+            ),
+        ] {
+            if let Some(row) = store.dynamic(sql).bind(delivery).fetch_optional(work.on()).await? {
+                let state = match state {
+                    Some(state) => state,
+                    None => row.try_get::<String, _>("state")?.parse().map_err(Error::Refused)?,
+                };
+                return Ok(Some((row, state)));
+            }
+        }
+        if !matches!(find(store, work, delivery).await?, Some((row, _)) if matches!(row.state, State::Pending | State::Dead | State::Cancelled))
+        {
+            break;
+        }
+    }
+    Ok(None)
+}
+
+pub(super) async fn retry(store: &PgStore, delivery: DeliveryId, retry: &Retry) -> Result<AuditEntry, Error> {
+    let mut work = store.durable().await?;
+    let Some((row, state)) = pull(store, &mut work, delivery).await? else {
+        let found = find(store, &mut work, delivery).await?;
+        let error = match found.map(|(row, _)| row.state) {
+            None => return Err(no_delivery(delivery)),
+            Some(State::InDoubt) => Error::Refused(format!(
+                "delivery {delivery} is in doubt: it may have happened, so it is not tried again; say how it ended with `postbox resolve {delivery}`"
+            )),
+            Some(State::Succeeded) => {
+                Error::Refused(format!("delivery {delivery} has succeeded; there is nothing to try again"))
+            }
+            Some(_) => Error::Conflict(format!(
+                "delivery {delivery} is in a worker's hands; look again with `postbox show {delivery}`"
+            )),
+        };
+        return Err(lost_race(store, work, &retry.actor, "retry refused", &retry.reason, delivery, error).await);
+    };
+    let rev: i32 = row.try_get("rev")?;
+    if let Some(seen) = retry.rev.filter(|seen| *seen != rev) {
+        let error = moved_on(delivery, seen, rev);
+        return Err(lost_race(store, work, &retry.actor, "retry refused", &retry.reason, delivery, error).await);
+    }
+    let subscription: i32 = row.try_get("subscription")?;
+    let now = Standing { state, attempts: row.try_get::<i32, _>("attempt")?.max(0) as u32, begun: false, lost: 0 };
+    let policy = policy_of(Kind::Plain, 1, 0, 0);
+    let next = transition(now, Event::Retried, &policy, 0.0).map_err(|e| Error::Refused(e.to_string()))?;
+    let moved = Move {
+        delivery,
+        message: row.try_get("message")?,
+        subscription,
+        priority: row.try_get("priority")?,
+        rev: rev + 1,
+        standing: next.standing,
+        delay: next.delay,
+        quiet: std::time::Duration::ZERO,
+        note: String::new(),
+        outcome: None,
+    };
+    settle::apply(store, work.on(), &[moved], None).await?;
+    let action = Action {
+        actor: &retry.actor,
+        action: "retry",
+        reason: &retry.reason,
+        delivery: Some(delivery),
+        subscription: Some(subscription),
+        rev: Some((rev, rev + 1)),
+        state: Some((state, State::Pending)),
+        detail: None,
+    };
+    let entry = record(store, &mut work, action).await?;
+    work.commit().await?;
+    Ok(entry)
+}
+
+pub(super) async fn resolve(
+    store: &PgStore,
+    delivery: DeliveryId,
+    resolution: &Resolution,
+) -> Result<AuditEntry, Error> {
+    let mut work = store.durable().await?;
+    let locked = doubt::lock(store, &mut work, delivery).await?;
+    let refused = match &locked {
+        None => match find(store, &mut work, delivery).await? {
+            None => return Err(no_delivery(delivery)),
+            Some((row, _)) => Some(Error::Conflict(format!(
+                "delivery {delivery} is {} and not in doubt (any more); look again with `postbox show {delivery}`",
+                row.state
+            ))),
+        },
+        Some(doubt) => match resolution.rev {
+            Some(seen) if seen != doubt.rev => Some(moved_on(delivery, seen, doubt.rev)),
+            _ if doubt.row.try_get::<Option<String>, _>("word")?.is_some() => Some(Error::Conflict(format!(
+                "delivery {delivery} was resolved already; a worker is about to carry it out"
+            ))),
+            _ => None,
+        },
+    };
+    let (Some(doubt), None) = (&locked, &refused) else {
+        let error = refused.unwrap_or_else(|| no_delivery(delivery));
+        return Err(
+            lost_race(store, work, &resolution.actor, "resolve refused", &resolution.reason, delivery, error).await
+        );
+    };
+    let receipt = resolution.evidence.as_ref().map(|e| serde_json::json!({ "evidence": e }));
+    let subscription: i32 = doubt.row.try_get("subscription")?;
+    let carried_out = resolution.answer == Answer::Happened && doubt.row.try_get::<bool, _>("continues")?;
+    let after = if carried_out {
+        // Only a worker knows the follow-ups: it is woken to settle this with them, in one commit.
+        let word = Word { actor: resolution.actor.clone(), reason: resolution.reason.clone(), receipt };
+        let sql = format!(
+            "update {}.doubt set word = $2::json, rev = rev + 1, ask_at = pg_catalog.clock_timestamp() where delivery = $1",
+            store.schema
+        );
+        let word = serde_json::to_string(&word).map_err(|e| Error::Refused(e.to_string()))?;
+        store.dynamic(sql).bind(delivery).bind(word).execute(work.on()).await?;
+        State::InDoubt
+    } else {
+        let answered = Answered {
+            delivery,
+            rev: doubt.rev,
+            answer: resolution.answer,
+            speaker: Speaker::Operator,
+            actor: resolution.actor.clone(),
+            reason: Some(resolution.reason.clone()),
+            receipt,
+            follow_ups: Vec::new(),
+            policy: policy_of(Kind::Operation, 1, 0, 0),
+            draw: 0.0,
+        };
+        doubt::end(store, &mut work, doubt, &answered).await?
+    };
+    let action = Action {
+        actor: &resolution.actor,
+        action: match resolution.answer {
+            Answer::Happened => "resolve: happened",
+            Answer::DidNotHappen => "resolve: did not happen",
+            Answer::Abandoned => "resolve: abandoned",
+        },
+        reason: &resolution.reason,
+        delivery: Some(delivery),
+        subscription: Some(subscription),
+        rev: Some((doubt.rev, doubt.rev + 1)),
+        state: Some((State::InDoubt, after)),
+        detail: resolution.evidence.as_ref().map(|e| serde_json::json!({ "evidence": e })),
+    };
+    let entry = record(store, &mut work, action).await?;
+    work.commit().await?;
+    Ok(entry)
+}
+
+pub(super) async fn remove_subscription(
+    store: &PgStore,
+    application: &str,
+    name: &str,
+    actor: &str,
+    reason: &str,
+) -> Result<AuditEntry, Error> {
+    let mut work = store.durable().await?;
+    let schema = &store.schema;
+    store.dynamic(format!("select 1 from {schema}.routing for update")).execute(work.on()).await?;
+    let sql = format!(
+        "update {schema}.subscription set removed_at = pg_catalog.clock_timestamp()
+         where application = $1 and name = $2 and removed_at is null returning id"
+    );
+    let Some(row) = store.dynamic(sql).bind(application).bind(name).fetch_optional(work.on()).await? else {
+        work.rollback().await?;
+        return Err(Error::NotFound(format!(
+            "application `{application}` has no subscription `{name}`; `postbox subscriptions` shows what there is"
+        )));
+    };
+    store.dynamic(format!("update {schema}.routing set epoch = epoch + 1")).execute(work.on()).await?;
+    let action = Action {
+        actor,
+        action: "remove subscription",
+        reason,
+        delivery: None,
+        subscription: Some(row.try_get("id")?),
+        rev: None,
+        state: None,
+        detail: Some(serde_json::json!({ "application": application, "name": name })),
+    };
+    let entry = record(store, &mut work, action).await?;
+    work.commit().await?;
+    Ok(entry)
+}
+
+pub(super) async fn audit(store: &PgStore, limit: u32) -> Result<Vec<AuditEntry>, Error> {
+    let mut work = store.read().await?;
+    let sql = format!(
+        "select seq, (extract(epoch from at) * 1000000)::bigint as at_us, actor, action, delivery, state_before,
+            state_after, rev_after, reason
+         from {}.audit order by seq desc limit $1",
+        store.schema
+    );
+    let rows = store.dynamic(sql).bind(i64::from(limit)).fetch_all(work.on()).await?;
+    work.rollback().await?;
+    rows.iter()
+        .map(|row| {
+            Ok(AuditEntry {
+                seq: row.try_get("seq")?,
+                at: timestamp(row.try_get("at_us")?),
+                actor: row.try_get("actor")?,
+                action: row.try_get("action")?,
+                delivery: row.try_get("delivery")?,
+                state_before: row.try_get("state_before")?,
+                state_after: row.try_get("state_after")?,
+                rev_after: row.try_get("rev_after")?,
+                reason: row.try_get("reason")?,
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,48 @@
+//! Claiming: promote what is due, lease a batch.
+
+use std::time::Duration;
+
+use sqlx::Row;
+
+use super::{PgStore, envelope};
+use crate::error::Error;
+use crate::store::{ClaimRequest, Claimed, Item};
+
+pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Claimed, Error> {
+    let (subscriptions, rooms): (Vec<i32>, Vec<i32>) =
+        request.wanted.iter().map(|(id, room)| (*id, i32::try_from(*room).unwrap_or(i32::MAX))).unzip();
+    let mut work = store.work().await?;
+    store.query(store.sql.promote).execute(work.on()).await?;
+    let rows = store
+        .query(store.sql.claim)
+        .bind(request.worker)
+        .bind(request.token)
+        .bind(subscriptions)
+        .bind(rooms)
+        .fetch_all(work.on())
+        .await?;
+    let next_due = match rows.is_empty() {
+        true => store.query(store.sql.next_due).fetch_optional(work.on()).await?,
+        false => None,
+    };
+    work.commit().await?;
+
+    let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::with_capacity(rows.len()), next_due: None };
+    if let Some(row) = next_due {
+        claimed.next_due = Some(Duration::from_millis(row.try_get::<i64, _>("wait_ms")?.max(0) as u64));
+    }
+    for row in rows {
+        claimed.batch = row.try_get("batch")?;
+        claimed.items.push(Item {
+            delivery: row.try_get("delivery")?,
+            subscription: row.try_get("subscription")?,
+            message: row.try_get("message")?,
+            priority: row.try_get("priority")?,
+            attempts: row.try_get::<i32, _>("attempt")?.max(0) as u32,
+            lost: row.try_get::<i32, _>("lost")?.max(0) as u32,
+            rev: row.try_get("rev")?,
+            envelope: envelope(&row)?,
+        });
+    }
+    Ok(claimed)
+}

@@ -1,0 +1,156 @@
+//! Deliveries in doubt: who asks, what is answered, what late outcomes prove.
+
+use std::time::Duration;
+
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::{PgStore, Work, envelope, millis, settle};
+use crate::error::Error;
+use crate::lifecycle::{Answer, Event, Kind, Next, Standing, State, transition};
+use crate::store::{Answered, DeliveryId, Doubtful, Move, Observation, Speaker, SubscriptionId, policy_of};
+
+pub(super) async fn doubts(
+    store: &PgStore,
+    subscriptions: &[SubscriptionId],
+    limit: u32,
+    put_off: Duration,
+) -> Result<Vec<Doubtful>, Error> {
+    let mut work = store.work().await?;
+    let rows = store
+        .query(store.sql.doubts)
+        .bind(subscriptions.to_vec())
+        .bind(i64::from(limit))
+        .bind(millis(put_off))
+        .fetch_all(work.on())
+        .await?;
+    work.commit().await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Doubtful {
+                delivery: row.try_get("delivery")?,
+                subscription: row.try_get("subscription")?,
+                rev: row.try_get("rev")?,
+                attempts: row.try_get::<i32, _>("attempt")?.max(0) as u32,
+                quiet: row.try_get("quiet")?,
+                asks: row.try_get::<i32, _>("asks")?.max(0) as u32,
+                word: row.try_get::<Option<String>, _>("word")?.and_then(|w| serde_json::from_str(&w).ok()),
+                envelope: envelope(row)?,
+            })
+        })
+        .collect()
+}
+
+/// One doubt, locked.
+pub(super) struct Locked {
+    pub(super) row: PgRow,
+    pub(super) rev: i32,
+    pub(super) attempts: u32,
+}
+
+pub(super) async fn lock(store: &PgStore, work: &mut Work, delivery: DeliveryId) -> Result<Option<Locked>, Error> {
+    let row = store.query(store.sql.doubt_for_update).bind(delivery).fetch_optional(work.on()).await?;
+    row.map(|row| {
+        let rev = row.try_get("rev")?;
+        let attempts = row.try_get::<i32, _>("attempt")?.max(0) as u32;
+        Ok(Locked { row, rev, attempts })
+    })
+    .transpose()
+}
+
+/// Ends a locked doubt: the resolution, the move, and on success the follow-ups. The state after.
+pub(super) async fn end(store: &PgStore, work: &mut Work, doubt: &Locked, answered: &Answered) -> Result<State, Error> {
+    let row = &doubt.row;
+    let kind: Kind = row.try_get::<String, _>("kind")?.parse().map_err(Error::Refused)?;
+    let policy =
+        policy_of(kind, row.try_get("max_attempts")?, row.try_get("retry_base_ms")?, row.try_get("retry_cap_ms")?);
+    let now = Standing { state: State::InDoubt, attempts: doubt.attempts, begun: false, lost: 0 };
+    let Next { standing, delay } = transition(now, Event::Resolved(answered.answer), &policy, answered.draw)
+        .map_err(|e| Error::Refused(e.to_string()))?;
+    store
+        .query(store.sql.resolution)
+        .bind(answered.delivery)
+        .bind(doubt.rev + 1)
+        .bind(doubt.attempts as i32)
+        .bind(row.try_get::<i32, _>("subscription")?)
+        .bind(row.try_get::<uuid::Uuid, _>("message")?)
+        .bind(answered.answer.as_str())
+        .bind(answered.speaker.as_str())
+        .bind(&answered.actor)
+        .bind(&answered.reason)
+        .bind(answered.receipt.as_ref().map(|r| r.to_string()))
+        .bind(standing.state.as_str())
+        .execute(work.on())
+        .await?;
+    let note = match answered.answer {
+        Answer::Abandoned => "abandoned: outcome never known".to_owned(),
+        _ => format!("{} said that it {}", answered.actor, answered.answer.as_str().replace('_', " ")),
+    };
+    if standing.state == State::Succeeded {
+        settle::follow(store, work.on(), &answered.follow_ups).await?;
+    } else {
+        let moved = Move {
+            delivery: answered.delivery,
+            message: row.try_get("message")?,
+            subscription: row.try_get("subscription")?,
+            priority: row.try_get("priority")?,
+            rev: doubt.rev + 1,
+            standing,
+            delay,
+            quiet: Duration::ZERO,
+            note,
+            outcome: None,
+        };
+        settle::apply(store, work.on(), &[moved], None).await?;
+    }
+    Ok(standing.state)
+}
+
+pub(super) async fn answer(store: &PgStore, answered: &Answered) -> Result<bool, Error> {
+    let mut work = store.durable().await?;
+    let Some(doubt) = lock(store, &mut work, answered.delivery).await?.filter(|d| d.rev == answered.rev) else {
+        work.rollback().await?;
+        return Ok(false);
+    };
+    end(store, &mut work, &doubt, answered).await?;
+    work.commit().await?;
+    Ok(true)
+}
+
+pub(super) async fn observe(store: &PgStore, observations: &[Observation]) -> Result<(), Error> {
+    for seen in observations {
+        let mut work = store.durable().await?;
+        let sql = format!(
+            "insert into {}.observation (delivery, number, worker, kind, detail) values ($1, $2, $3, $4, $5)",
+            store.schema
+        );
+        store
+            .dynamic(sql)
+            .bind(seen.delivery)
+            .bind(seen.number as i32)
+            .bind(seen.worker)
+            .bind(seen.kind)
+            .bind(&seen.detail)
+            .execute(work.on())
+            .await?;
+        if let Some(evidence) = &seen.evidence
+            && let Some(doubt) = lock(store, &mut work, seen.delivery).await?.filter(|d| d.attempts == seen.number)
+        {
+            let answered = Answered {
+                delivery: seen.delivery,
+                rev: doubt.rev,
+                answer: evidence.answer,
+                speaker: Speaker::Evidence,
+                actor: format!("worker {}", seen.worker),
+                reason: Some("its outcome came after its lease had run out".into()),
+                receipt: evidence.receipt.clone(),
+                follow_ups: evidence.follow_ups.clone(),
+                policy: evidence.policy,
+                draw: 1.0,
+            };
+            end(store, &mut work, &doubt, &answered).await?;
+        }
+        work.commit().await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,26 @@
+-- Doubts that it is time to ask about; the next time is put off, so that one worker asks.
+-- $1 subscriptions, $2 limit, $3 milliseconds to put off at first.
+with due as materialized (
+    select d.delivery from {schema}.doubt d
+    join {schema}.subscription s on s.id = d.subscription
+    where d.subscription = any ($1::int[]) and d.ask_at <= pg_catalog.statement_timestamp()
+        and (s.reconciles or d.word is not null)
+    order by d.ask_at
+    limit $2
+    for update of d skip locked
+),
+asked as (
+    update {schema}.doubt d
+    set asks = d.asks + 1,
+        ask_at = pg_catalog.clock_timestamp()
+            + least($3::bigint * (1::bigint << least(d.asks, 20)), 900000) * interval '1 millisecond'
+    from due where d.delivery = due.delivery
+    returning d.*
+)
+select d.delivery, d.subscription, d.message, d.rev, d.attempt, d.asks - 1 as asks, d.word::text as word,
+    d.quiet_at <= pg_catalog.clock_timestamp() as quiet,
+    m.topic, m.key, m.payload::text as payload, m.headers::text as headers,
+    (extract(epoch from m.occurred_at) * 1000000)::bigint as occurred_us,
+    m.source, m.external_id, m.correlation_id, m.causation_id, m.max_attempts
+from asked d left join {schema}.message m on m.id = d.message
+order by d.delivery

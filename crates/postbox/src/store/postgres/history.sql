@@ -1,0 +1,35 @@
+-- One page of a new subscription's history. $1 subscription, $2 the last id of the page before,
+-- $3 messages a page. Runs once every transaction that could still commit an older epoch has ended.
+with wanted as materialized (
+    select s.* from {schema}.subscription s where s.id = $1
+),
+page as materialized (
+    select m.id, m.topic, m.epoch, m.due_at from {schema}.message m
+    where m.id > $2
+    order by m.id
+    limit $3
+),
+fan as materialized (
+    select f.id as message, f.due_at, pg_catalog.nextval('{schema}.delivery_id') as delivery
+    from (
+        select p.id, p.due_at from page p cross join wanted s
+        where p.epoch < s.epoch and p.topic ~ s.matcher
+            and (s.start = 'beginning' or {schema}.minted_at(p.id) >= s.start_at)
+        order by p.id
+    ) f
+),
+kept as (
+    insert into {schema}.late_delivery (message, delivery, subscription)
+    select f.message, f.delivery, $1 from fan f
+),
+readied as (
+    insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
+    select $1, 0, f.delivery, f.delivery, f.message, 0, 0, 0 from fan f
+    where f.due_at is null or f.due_at <= pg_catalog.clock_timestamp()
+),
+later as (
+    insert into {schema}.scheduled (delivery, due_at, subscription, priority, message, attempt, lost, rev)
+    select f.delivery, f.due_at, $1, 0, f.message, 0, 0, 0 from fan f
+    where f.due_at > pg_catalog.clock_timestamp()
+)
+select p.id as last from page p order by p.id desc limit 1

@@ -1,0 +1,454 @@
+//! The store on PostgreSQL: one `.sql` file per statement, schema-qualified, in short transactions.
+
+mod admin;
+mod claim;
+mod doubt;
+mod migrate;
+mod publish;
+mod register;
+mod settle;
+mod takeover;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgConnectOptions, PgListener, PgPool, PgPoolOptions, PgRow};
+use sqlx::{PgConnection, Postgres, Row};
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+use crate::admin::{
+    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
+};
+use crate::error::{Error, PublishError};
+use crate::message::{Draft, Envelope, minted_at};
+use crate::settings::Settings;
+use crate::store::{
+    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Guarded, HandlerTx, LeaseRef, Move, Observation,
+    Pulse, Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
+};
+
+pub use migrate::migrations_sql;
+
+/// Every statement, with the schema's name filled in.
+macro_rules! statements {
+    ($($name:ident),* $(,)?) => {
+        #[derive(Debug)]
+        struct Sql { $($name: &'static str,)* }
+
+        impl Sql {
+            fn render(schema: &str) -> Sql {
+                Sql { $($name: include_str!(concat!(stringify!($name), ".sql")).replace("{schema}", schema).leak(),)* }
+            }
+        }
+    };
+}
+statements! {
+    audit, beat, claim, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
+    moves, next_due, part_exists, promote, publish, resolution, settle_open, settle_part, starts, unrouted,
+    list, show_attempts, show_records, subscriptions, stranded,
+}
+
+impl Sql {
+    /// The statements for a schema: rendered once a process, so that they can be `'static`.
+    fn of(schema: &str) -> &'static Sql {
+        static RENDERED: OnceLock<Mutex<HashMap<String, &'static Sql>>> = OnceLock::new();
+        let mut rendered = match RENDERED.get_or_init(Mutex::default).lock() {
+            Ok(rendered) => rendered,
+            Err(poisoned) => poisoned.into_inner(),
+        };
+        rendered.entry(schema.to_owned()).or_insert_with(|| Box::leak(Box::new(Sql::render(schema))))
+    }
+}
+
+/// The store on PostgreSQL.
+#[derive(Debug, Clone)]
+pub struct PgStore {
+    pool: PgPool,
+    options: PgConnectOptions,
+    sql: &'static Sql,
+    schema: String,
+    channel: String,
+    prepared: bool,
+    wake_ups: bool,
+    bell: Arc<Bell>,
+}
+
+/// Rings when a publisher has told that there is something.
+#[derive(Debug, Default)]
+struct Bell {
+    rung: Notify,
+    listener: Mutex<Option<tokio::task::JoinHandle<()>>>,
+}
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        if let Ok(mut listener) = self.listener.lock()
+            && let Some(task) = listener.take()
+        {
+            task.abort();
+        }
+    }
+}
+
+/// A transaction of the store's own. Dropped before its commit, it closes its connection: no open
+/// transaction goes back to the pool, wherever a future was dropped (sqlx issue 4393).
+#[derive(Debug)]
+pub struct Work {
+    connection: Option<PoolConnection<Postgres>>,
+    xid: Option<String>,
+}
+
+impl Work {
+    async fn begin(pool: &PgPool, statements: &str) -> Result<Work, sqlx::Error> {
+        let mut work = Work { connection: Some(pool.acquire().await?), xid: None };
+        sqlx::raw_sql(sqlx::AssertSqlSafe(statements)).execute(work.on()).await?;
+        Ok(work)
+    }
+
+    fn on(&mut self) -> &mut PgConnection {
+        // `connection` is taken by `commit` and `drop` only, which consume the Work.
+        self.connection.as_mut().expect("a Work holds its connection until it ends")
+    }
+
+    async fn commit(mut self) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql("COMMIT").execute(self.on()).await?;
+        self.connection.take();
+        Ok(())
+    }
+
+    async fn rollback(mut self) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql("ROLLBACK").execute(self.on()).await?;
+        self.connection.take();
+        Ok(())
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        if let Some(mut connection) = self.connection.take() {
+            connection.close_on_drop();
+        }
+    }
+}
+
+impl HandlerTx<Postgres> for Work {
+    fn connection(&mut self) -> &mut PgConnection {
+        self.on()
+    }
+}
+
+/// Irreversible effects hang on these commits: asynchronous ones are raised to `on`.
+const BEGIN_DURABLE: &str = "BEGIN; SELECT pg_catalog.set_config('synchronous_commit', 'on', true) \
+     WHERE pg_catalog.current_setting('synchronous_commit') IN ('off', 'local')";
+
+impl PgStore {
+    fn query(&self, sql: &'static str) -> sqlx::query::Query<'static, Postgres, sqlx::postgres::PgArguments> {
+        sqlx::query(sql).persistent(self.prepared)
+    }
+
+    /// A statement that is put together at run time from checked names.
+    fn dynamic(&self, sql: String) -> sqlx::query::Query<'static, Postgres, sqlx::postgres::PgArguments> {
+        sqlx::query(sqlx::AssertSqlSafe(sql)).persistent(self.prepared)
+    }
+
+    async fn work(&self) -> Result<Work, sqlx::Error> {
+        Work::begin(&self.pool, "BEGIN").await
+    }
+
+    async fn durable(&self) -> Result<Work, sqlx::Error> {
+        Work::begin(&self.pool, BEGIN_DURABLE).await
+    }
+
+    async fn read(&self) -> Result<Work, sqlx::Error> {
+        Work::begin(&self.pool, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await
+    }
+
+    /// Listens on the channel, reconnecting by itself, for as long as the store lives.
+    fn listen(&self) {
+        let Ok(mut listener) = self.bell.listener.lock() else { return };
+        if !self.wake_ups || listener.is_some() {
+            return;
+        }
+        let options = self.options.clone();
+        let channel = self.channel.clone();
+        let bell = Arc::downgrade(&self.bell);
+        *listener = Some(tokio::spawn(async move {
+            let pool = PgPoolOptions::new().max_connections(1).connect_lazy_with(options);
+            let mut pause = Duration::from_millis(100);
+            loop {
+                let heard = async {
+                    let mut listener = PgListener::connect_with(&pool).await?;
+                    listener.listen(&channel).await?;
+                    loop {
+                        // A broken connection is mended inside; what was missed meanwhile is looked for.
+                        listener.try_recv().await?;
+                        let Some(bell) = bell.upgrade() else { return Ok::<(), sqlx::Error>(()) };
+                        bell.rung.notify_one();
+                    }
+                };
+                match heard.await {
+                    Ok(()) => return,
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot listen for wake-ups; polling goes on");
+                        tokio::time::sleep(pause).await;
+                        pause = (pause * 2).min(Duration::from_secs(10));
+                    }
+                }
+            }
+        }));
+    }
+}
+
+/// The envelope in a row, unless its message is gone.
+fn envelope(row: &PgRow) -> Result<Option<Envelope>, sqlx::Error> {
+    let Some(topic) = row.try_get::<Option<String>, _>("topic")? else { return Ok(None) };
+    let id: Uuid = row.try_get("message")?;
+    let payload: String = row.try_get("payload")?;
+    let headers: Option<String> = row.try_get("headers")?;
+    let occurred_us: Option<i64> = row.try_get("occurred_us")?;
+    let decode = |e: serde_json::Error| sqlx::Error::Decode(Box::new(e));
+    Ok(Some(Envelope {
+        id,
+        topic,
+        key: row.try_get("key")?,
+        payload: serde_json::value::RawValue::from_string(payload).map_err(decode)?.into(),
+        headers: headers.map(|h| serde_json::from_str(&h)).transpose().map_err(decode)?.unwrap_or_default(),
+        occurred_at: occurred_us.map_or_else(|| minted_at(id), timestamp),
+        received_at: minted_at(id),
+        source: row.try_get("source")?,
+        external_id: row.try_get("external_id")?,
+        correlation_id: row.try_get("correlation_id")?,
+        causation_id: row.try_get("causation_id")?,
+        max_attempts: row.try_get::<Option<i32>, _>("max_attempts")?.map(|n| n.max(1) as u32),
+    }))
+}
+
+/// Microseconds since the epoch, as the statements give them.
+fn timestamp(micros: i64) -> jiff::Timestamp {
+    jiff::Timestamp::from_microsecond(micros).unwrap_or(jiff::Timestamp::UNIX_EPOCH)
+}
+
+fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+impl Store for PgStore {
+    type Db = Postgres;
+    type Tx = Work;
+
+    async fn connect(settings: &Settings) -> Result<Self, Error> {
+        let schema = settings.schema()?;
+        let options = settings.postgres()?;
+        let pool = PgPoolOptions::new()
+            .max_connections(settings.pool_size()?)
+            .acquire_timeout(Duration::from_secs(30))
+            .connect_with(options.clone())
+            .await?;
+        Ok(PgStore {
+            pool,
+            options,
+            sql: Sql::of(&schema),
+            channel: settings.channel()?,
+            schema,
+            prepared: settings.prepared_statements()?,
+            wake_ups: settings.wake_ups()?,
+            bell: Arc::default(),
+        })
+    }
+
+    async fn alone(&self) -> Result<Self, Error> {
+        let pool = PgPoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(Duration::from_secs(5))
+            .connect_lazy_with(self.options.clone());
+        Ok(PgStore { pool, bell: Arc::default(), ..self.clone() })
+    }
+
+    async fn close(&self) {
+        self.pool.close().await;
+    }
+
+    async fn migrate(&self) -> Result<Vec<String>, Error> {
+        migrate::up(self).await
+    }
+
+    async fn migration_status(&self) -> Result<MigrationStatus, Error> {
+        migrate::status(self).await
+    }
+
+    async fn publish(
+        connection: &mut PgConnection,
+        store: &Self,
+        messages: &[Draft],
+    ) -> Result<Vec<Stored>, PublishError> {
+        publish::publish(connection, store, messages).await
+    }
+
+    async fn begin(&self) -> Result<Work, Error> {
+        Ok(self.work().await?)
+    }
+
+    async fn commit(&self, tx: Work) -> Result<(), Error> {
+        Ok(tx.commit().await?)
+    }
+
+    async fn register(&self, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
+        self.listen();
+        register::register(self, registration).await
+    }
+
+    async fn beat(&self, beat: Beat) -> Result<Option<Pulse>, Error> {
+        let mut work = self.work().await?;
+        let row =
+            self.query(self.sql.beat).bind(beat.worker).bind(millis(beat.lease)).fetch_optional(work.on()).await?;
+        work.commit().await?;
+        row.map(|row| Ok(Pulse { tokens: row.try_get("tokens")? })).transpose()
+    }
+
+    async fn retire(&self, worker: Uuid) -> Result<(), Error> {
+        takeover::retire(self, worker).await
+    }
+
+    async fn asleep(&self, worker: Uuid, asleep: bool) -> Result<(), Error> {
+        if !self.wake_ups {
+            return Ok(());
+        }
+        // Losing this write to a crash costs a poll's latency, no message.
+        let mut work = Work::begin(&self.pool, "BEGIN; SET LOCAL synchronous_commit = off").await?;
+        let sql = format!("update {}.worker set asleep = $2 where id = $1 and asleep <> $2", self.schema);
+        self.dynamic(sql).bind(worker).bind(asleep).execute(work.on()).await?;
+        Ok(work.commit().await?)
+    }
+
+    async fn woken(&self) {
+        self.bell.rung.notified().await;
+    }
+
+    async fn claim(&self, request: &ClaimRequest) -> Result<Claimed, Error> {
+        claim::claim(self, request).await
+    }
+
+    async fn settle(&self, settle: &Settle) -> Result<Guarded, Error> {
+        settle::settle(self, settle).await
+    }
+
+    async fn open(&self, lease: LeaseRef, timeout: Duration) -> Result<Work, Error> {
+        settle::open(self, lease, timeout).await
+    }
+
+    async fn settle_open(
+        &self,
+        tx: Work,
+        lease: LeaseRef,
+        outcome: &Move,
+        follow_ups: &[Draft],
+    ) -> Result<Guarded, Error> {
+        settle::settle_open(self, tx, lease, outcome, follow_ups).await
+    }
+
+    async fn recheck(&self, lease: LeaseRef, delivery: DeliveryId, number: u32) -> Result<Option<bool>, Error> {
+        settle::recheck(self, lease, delivery, number).await
+    }
+
+    async fn disown(&self, worker: Uuid, token: Uuid) -> Result<(), Error> {
+        takeover::disown(self, worker, token).await
+    }
+
+    async fn take_over(&self, draw: f64) -> Result<Option<TakenOver>, Error> {
+        takeover::take_over(self, draw).await
+    }
+
+    async fn doubts(
+        &self,
+        subscriptions: &[SubscriptionId],
+        limit: u32,
+        put_off: Duration,
+    ) -> Result<Vec<Doubtful>, Error> {
+        doubt::doubts(self, subscriptions, limit, put_off).await
+    }
+
+    async fn answer(&self, answered: &Answered) -> Result<bool, Error> {
+        doubt::answer(self, answered).await
+    }
+
+    async fn observe(&self, observations: &[Observation]) -> Result<(), Error> {
+        doubt::observe(self, observations).await
+    }
+
+    async fn backfill(&self) -> Result<bool, Error> {
+        register::backfill(self).await
+    }
+
+    async fn learn_routes(&self, topics: &[String]) -> Result<(), Error> {
+        let mut work = self.work().await?;
+        self.query(self.sql.learn_routes).bind(topics.to_vec()).execute(work.on()).await?;
+        Ok(work.commit().await?)
+    }
+
+    async fn tidy(&self) -> Result<u64, Error> {
+        let mut work = self.work().await?;
+        let sql = format!(
+            "delete from {0}.dedup d using (
+                select topic, key from {0}.dedup where expires_at <= statement_timestamp()
+                order by expires_at limit 1000 for update skip locked) gone
+             where d.topic = gone.topic and d.key = gone.key",
+            self.schema
+        );
+        let removed = self.dynamic(sql).execute(work.on()).await?.rows_affected();
+        work.commit().await?;
+        Ok(removed)
+    }
+
+    async fn status(&self) -> Result<Status, Error> {
+        admin::status(self).await
+    }
+
+    async fn list(&self, filter: &Filter, limit: u32) -> Result<Vec<DeliveryRow>, Error> {
+        admin::list(self, filter, limit).await
+    }
+
+    async fn show(&self, delivery: DeliveryId) -> Result<Option<DeliveryDetail>, Error> {
+        admin::show(self, delivery).await
+    }
+
+    async fn deliveries_of(&self, message: Uuid) -> Result<Option<(Envelope, Vec<DeliveryId>)>, Error> {
+        admin::deliveries_of(self, message).await
+    }
+
+    async fn retry(&self, delivery: DeliveryId, retry: &Retry) -> Result<AuditEntry, Error> {
+        admin::retry(self, delivery, retry).await
+    }
+
+    async fn resolve(&self, delivery: DeliveryId, resolution: &Resolution) -> Result<AuditEntry, Error> {
+        admin::resolve(self, delivery, resolution).await
+    }
+
+    async fn subscriptions(&self) -> Result<Vec<SubscriptionRow>, Error> {
+        admin::subscriptions(self).await
+    }
+
+    async fn remove_subscription(
+        &self,
+        application: &str,
+        name: &str,
+        actor: &str,
+        reason: &str,
+    ) -> Result<AuditEntry, Error> {
+        admin::remove_subscription(self, application, name, actor, reason).await
+    }
+
+    async fn stranded(&self) -> Result<Vec<Stranded>, Error> {
+        admin::stranded(self).await
+    }
+
+    async fn audit(&self, limit: u32) -> Result<Vec<AuditEntry>, Error> {
+        admin::audit(self, limit).await
+    }
+}

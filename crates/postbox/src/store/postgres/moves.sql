@@ -1,0 +1,44 @@
+-- Puts deliveries where they go next, with the attempts that ended. $1 is a JSON array of moves.
+with moved as materialized (
+    select * from pg_catalog.jsonb_to_recordset($1::jsonb) as m(
+        ord int, delivery bigint, message uuid, subscription int, priority smallint, rev int,
+        state text, attempts int, lost int, wait_ms bigint, quiet_ms bigint, note text,
+        number int, kind text, error text, receipt json, ran_us bigint, ago_us bigint,
+        batch bigint, worker uuid)
+),
+ended as (
+    insert into {schema}.outcome (delivery, number, kind, state_after, rev, subscription, message, batch, worker,
+        started_at, finished_at, error, receipt)
+    select m.delivery, m.number, m.kind, m.state, m.rev, m.subscription, m.message, m.batch, m.worker,
+        pg_catalog.clock_timestamp() - (m.ran_us + m.ago_us) * interval '1 microsecond',
+        pg_catalog.clock_timestamp() - m.ago_us * interval '1 microsecond', m.error, m.receipt
+    from moved m where m.kind is not null
+),
+readied as (
+    insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
+    select r.subscription, r.priority, pg_catalog.nextval('{schema}.delivery_id'), r.delivery, r.message, r.attempts, r.lost, r.rev
+    from (select * from moved m where m.state = 'pending' and m.wait_ms = 0 order by m.ord) r
+),
+later as (
+    insert into {schema}.scheduled (delivery, due_at, subscription, priority, message, attempt, lost, rev)
+    select m.delivery, pg_catalog.clock_timestamp() + m.wait_ms * interval '1 millisecond',
+        m.subscription, m.priority, m.message, m.attempts, m.lost, m.rev
+    from moved m where m.state = 'pending' and m.wait_ms > 0
+),
+doubted as (
+    insert into {schema}.doubt (delivery, message, subscription, priority, attempt, rev, cause, receipt, quiet_at, ask_at)
+    select m.delivery, m.message, m.subscription, m.priority, m.attempts, m.rev, m.note, m.receipt,
+        pg_catalog.clock_timestamp() + m.quiet_ms * interval '1 millisecond', pg_catalog.clock_timestamp()
+    from moved m where m.state = 'in_doubt'
+),
+died as (
+    insert into {schema}.dead_letter (delivery, message, subscription, priority, attempt, rev, state, reason)
+    select m.delivery, m.message, m.subscription, m.priority, m.attempts, m.rev, m.state, m.note
+    from moved m where m.state in ('dead', 'cancelled')
+)
+select pg_catalog.count(*) as moved,
+    (select pg_catalog.count(pg_catalog.pg_notify(r.channel, ''))
+        from {schema}.routing r
+        where exists (select from {schema}.worker w where w.asleep)
+            and exists (select from moved m where m.state = 'pending' and m.wait_ms = 0)) as woken
+from moved m

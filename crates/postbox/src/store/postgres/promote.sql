@@ -1,0 +1,14 @@
+-- Moves what is due from scheduled to the end of ready.
+with due as materialized (
+    select s.delivery from {schema}.scheduled s
+    where s.due_at <= pg_catalog.statement_timestamp()
+    order by s.due_at
+    limit 1000
+    for update skip locked
+),
+gone as (
+    delete from {schema}.scheduled s using due d where s.delivery = d.delivery returning s.*
+)
+insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
+select g.subscription, g.priority, pg_catalog.nextval('{schema}.delivery_id'), g.delivery, g.message, g.attempt, g.lost, g.rev
+from (select * from gone order by due_at, delivery) g

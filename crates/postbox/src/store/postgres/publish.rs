@@ -1,0 +1,135 @@
+//! Publishing on the caller's connection, and the second look at dedup keys that were taken.
+
+use sqlx::{PgConnection, Row};
+use uuid::Uuid;
+
+use super::{PgStore, micros, millis};
+use crate::error::PublishError;
+use crate::message::{Draft, Due};
+use crate::store::Stored;
+
+/// The columns of a batch, as `publish.sql` takes them.
+#[derive(Default)]
+struct Columns<'a> {
+    topics: Vec<&'a str>,
+    keys: Vec<Option<&'a str>>,
+    payloads: Vec<&'a str>,
+    headers: Vec<Option<String>>,
+    occurred_us: Vec<Option<i64>>,
+    sources: Vec<Option<&'a str>>,
+    external_ids: Vec<Option<&'a str>>,
+    correlation_ids: Vec<Option<&'a str>>,
+    causation_ids: Vec<Option<&'a str>>,
+    max_attempts: Vec<Option<i32>>,
+    delay_ms: Vec<Option<i64>>,
+    due_us: Vec<Option<i64>>,
+    dedup_keys: Vec<Option<&'a str>>,
+    dedup_ms: Vec<Option<i64>>,
+}
+
+impl<'a> Columns<'a> {
+    fn of(drafts: impl Iterator<Item = &'a Draft>) -> Result<Self, PublishError> {
+        let mut columns = Columns::default();
+        for draft in drafts {
+            let headers = match draft.headers.is_empty() {
+                true => None,
+                false => Some(serde_json::to_string(&draft.headers).map_err(|e| sqlx::Error::Encode(Box::new(e)))?),
+            };
+            let (delay_ms, due_us) = match draft.due {
+                Due::Now => (None, None),
+                Due::After(delay) => (Some(millis(delay)), None),
+                Due::At(time) => (None, Some(time.as_microsecond())),
+            };
+            columns.topics.push(&draft.topic);
+            columns.keys.push(draft.key.as_deref());
+            columns.payloads.push(draft.payload.get());
+            columns.headers.push(headers);
+            columns.occurred_us.push(draft.occurred_at.map(|t| t.as_microsecond()));
+            columns.sources.push(draft.source.as_deref());
+            columns.external_ids.push(draft.external_id.as_deref());
+            columns.correlation_ids.push(draft.correlation_id.as_deref());
+            columns.causation_ids.push(draft.causation_id.as_deref());
+            columns.max_attempts.push(draft.max_attempts.map(|n| n as i32));
+            columns.delay_ms.push(delay_ms);
+            columns.due_us.push(due_us);
+            columns.dedup_keys.push(draft.dedup.as_ref().map(|d| d.key.as_str()));
+            columns.dedup_ms.push(draft.dedup.as_ref().map(|d| micros(d.window) / 1000));
+        }
+        Ok(columns)
+    }
+}
+
+pub(super) async fn publish(
+    connection: &mut PgConnection,
+    store: &PgStore,
+    drafts: &[Draft],
+) -> Result<Vec<Stored>, PublishError> {
+    let mut stored: Vec<Option<Stored>> = vec![None; drafts.len()];
+    // A dedup row may expire between the two looks; then its message is published after all.
+    for _ in 0..5 {
+        let open: Vec<usize> = (0..drafts.len()).filter(|i| stored[*i].is_none()).collect();
+        if open.is_empty() {
+            break;
+        }
+        let columns = Columns::of(open.iter().map(|i| &drafts[*i]))?;
+        let rows = store
+            .query(store.sql.publish)
+            .bind(columns.topics)
+            .bind(columns.keys)
+            .bind(columns.payloads)
+            .bind(columns.headers)
+            .bind(columns.occurred_us)
+            .bind(columns.sources)
+            .bind(columns.external_ids)
+            .bind(columns.correlation_ids)
+            .bind(columns.causation_ids)
+            .bind(columns.max_attempts)
+            .bind(columns.delay_ms)
+            .bind(columns.due_us)
+            .bind(columns.dedup_keys)
+            .bind(columns.dedup_ms)
+            .fetch_all(&mut *connection)
+            .await?;
+        for row in rows {
+            let ord: i64 = row.try_get("ord")?;
+            if row.try_get("stored")? {
+                stored[open[ord as usize - 1]] = Some(Stored::New(row.try_get("id")?));
+            }
+        }
+        let taken: Vec<usize> = open.into_iter().filter(|i| stored[*i].is_none()).collect();
+        if taken.is_empty() {
+            break;
+        }
+        for (i, duplicate) in duplicates(connection, store, drafts, &taken).await? {
+            stored[i] = Some(duplicate);
+        }
+    }
+    stored
+        .into_iter()
+        .map(|s| s.ok_or_else(|| sqlx::Error::Protocol("a dedup key keeps changing hands; try again".into()).into()))
+        .collect()
+}
+
+async fn duplicates(
+    connection: &mut PgConnection,
+    store: &PgStore,
+    drafts: &[Draft],
+    taken: &[usize],
+) -> Result<Vec<(usize, Stored)>, PublishError> {
+    let of = |i: &usize| &drafts[*i];
+    let rows = store
+        .query(store.sql.duplicates)
+        .bind(taken.iter().map(|i| of(i).topic.clone()).collect::<Vec<_>>())
+        .bind(taken.iter().map(|i| of(i).dedup.as_ref().map(|d| d.key.clone())).collect::<Vec<_>>())
+        .bind(taken.iter().map(|i| of(i).key.clone()).collect::<Vec<_>>())
+        .bind(taken.iter().map(|i| of(i).payload.get().to_owned()).collect::<Vec<_>>())
+        .fetch_all(connection)
+        .await?;
+    let mut found = Vec::with_capacity(rows.len());
+    for row in rows {
+        let ord: i64 = row.try_get("ord")?;
+        let existing: Uuid = row.try_get("message")?;
+        found.push((taken[ord as usize - 1], Stored::Duplicate { existing, same_body: row.try_get("same_body")? }));
+    }
+    Ok(found)
+}

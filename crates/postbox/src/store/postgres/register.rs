@@ -1,0 +1,213 @@
+//! Registering a worker with its subscriptions, and giving new subscriptions their history.
+
+use sqlx::Row;
+use uuid::Uuid;
+
+use super::{PgStore, Work, millis};
+use crate::error::Error;
+use crate::store::{Declared, Registration, Start, SubscriptionId};
+
+pub(super) async fn register(store: &PgStore, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
+    let mut work = store.work().await?;
+    // One registration at a time: the routing row is locked first.
+    let sql = format!("select epoch, channel from {}.routing for update", store.schema);
+    let routing = store.dynamic(sql).fetch_one(work.on()).await?;
+    let epoch: i64 = routing.try_get("epoch")?;
+    if routing.try_get::<String, _>("channel")? != store.channel {
+        let sql = format!("update {}.routing set channel = $1", store.schema);
+        store.dynamic(sql).bind(&store.channel).execute(work.on()).await?;
+    }
+    let mut ids = Vec::with_capacity(registration.subscriptions.len());
+    let mut rerouted = false;
+    for declared in &registration.subscriptions {
+        let (id, changed) = subscribe(store, &mut work, &registration.application, declared, epoch + 1).await?;
+        ids.push(id);
+        rerouted |= changed;
+    }
+    if rerouted {
+        let sql = format!("update {}.routing set epoch = $1", store.schema);
+        store.dynamic(sql).bind(epoch + 1).execute(work.on()).await?;
+    }
+    let sql = format!(
+        "insert into {}.worker (id, name, application, subscriptions, lease_ms, expires_at)
+         values ($1, $2, $3, $4, $5, pg_catalog.clock_timestamp() + $5::bigint * interval '1 millisecond')",
+        store.schema
+    );
+    store
+        .dynamic(sql)
+        .bind(registration.worker)
+        .bind(&registration.name)
+        .bind(&registration.application)
+        .bind(&ids)
+        .bind(millis(registration.lease))
+        .execute(work.on())
+        .await?;
+    work.commit().await?;
+    Ok(ids)
+}
+
+/// Finds, renames, changes or makes one subscription; whether publishers must fan out anew.
+async fn subscribe(
+    store: &PgStore,
+    work: &mut Work,
+    application: &str,
+    declared: &Declared,
+    next_epoch: i64,
+) -> Result<(SubscriptionId, bool), Error> {
+    let mut names = vec![declared.name.clone()];
+    names.extend(declared.renamed_from.iter().cloned());
+    let sql = format!(
+        "select s.id, s.pattern from {}.subscription s
+         where s.application = $1 and s.name = any ($2) and s.removed_at is null
+         order by pg_catalog.array_position($2, s.name) limit 1",
+        store.schema
+    );
+    let found = store.dynamic(sql).bind(application).bind(&names).fetch_optional(work.on()).await?;
+    let policy = declared.policy;
+    if let Some(row) = found {
+        let id: SubscriptionId = row.try_get("id")?;
+        let changed = row.try_get::<String, _>("pattern")? != declared.pattern.as_str();
+        // A changed pattern takes the unrouted messages that only the new one matches.
+        let sql = format!(
+            "update {}.subscription set name = $2, kind = $3, max_attempts = $4, retry_base_ms = $5, retry_cap_ms = $6,
+                 reconciles = $7, continues = $8, pattern = $9, matcher = $10,
+                 epoch = case when $11 then $12 else epoch end,
+                 start = case when $11 then 'unrouted' else start end,
+                 backfilled = case when $11 then false else backfilled end,
+                 backfill_waits = case when $11 then null else backfill_waits end
+             where id = $1",
+            store.schema
+        );
+        store
+            .dynamic(sql)
+            .bind(id)
+            .bind(&declared.name)
+            .bind(policy.kind.as_str())
+            .bind(policy.retry.max_attempts as i32)
+            .bind(millis(policy.retry.base))
+            .bind(millis(policy.retry.cap))
+            .bind(declared.reconciles)
+            .bind(declared.continues)
+            .bind(declared.pattern.as_str())
+            .bind(declared.pattern.to_regex())
+            .bind(changed)
+            .bind(next_epoch)
+            .execute(work.on())
+            .await?;
+        return Ok((id, changed));
+    }
+    let (start, start_us) = match declared.start {
+        Start::Unrouted => ("unrouted", None),
+        Start::Now => ("now", None),
+        Start::Beginning => ("beginning", None),
+        Start::Time(time) => ("time", Some(time.as_microsecond())),
+    };
+    let sql = format!(
+        "insert into {}.subscription (application, name, pattern, matcher, kind, max_attempts, retry_base_ms, retry_cap_ms,
+             reconciles, continues, start, start_at, epoch, backfilled)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint / 1000000.0), $13, $11 = 'now')
+         returning id",
+        store.schema
+    );
+    let row = store
+        .dynamic(sql)
+        .bind(application)
+        .bind(&declared.name)
+        .bind(declared.pattern.as_str())
+        .bind(declared.pattern.to_regex())
+        .bind(policy.kind.as_str())
+        .bind(policy.retry.max_attempts as i32)
+        .bind(millis(policy.retry.base))
+        .bind(millis(policy.retry.cap))
+        .bind(declared.reconciles)
+        .bind(declared.continues)
+        .bind(start)
+        .bind(start_us)
+        .bind(next_epoch)
+        .fetch_one(work.on())
+        .await?;
+    Ok((row.try_get("id")?, true))
+}
+
+/// Messages looked at in one page of history.
+const PAGE: i64 = 1000;
+
+/// One bounded piece of the new subscriptions' history; `true` when there may be more.
+pub(super) async fn backfill(store: &PgStore) -> Result<bool, Error> {
+    let mut work = store.work().await?;
+    let sql = format!(
+        "select s.id, s.start, s.backfill_after, s.backfill_waits from {}.subscription s
+         where not s.backfilled and s.removed_at is null order by s.id limit 1 for update skip locked",
+        store.schema
+    );
+    let Some(row) = store.dynamic(sql).fetch_optional(work.on()).await? else {
+        work.rollback().await?;
+        return Ok(false);
+    };
+    let id: SubscriptionId = row.try_get("id")?;
+    let history = matches!(row.try_get::<String, _>("start")?.as_str(), "beginning" | "time");
+
+    // Unrouted messages can be moved at any time: each leaves its row.
+    let moved: i64 = store.query(store.sql.unrouted).fetch_one(work.on()).await?.try_get("moved")?;
+    if moved > 0 {
+        work.commit().await?;
+        return Ok(true);
+    }
+    // The rest waits until nobody can commit a message of an older epoch any more.
+    let holders: Vec<String> = store
+        .query(store.sql.lock_holders)
+        .fetch_all(work.on())
+        .await?
+        .iter()
+        .map(|r| r.try_get("holder"))
+        .collect::<Result<_, _>>()?;
+    let waits: Vec<String> = match row.try_get::<Option<Vec<String>>, _>("backfill_waits")? {
+        Some(waits) => waits.into_iter().filter(|w| holders.contains(w)).collect(),
+        None => {
+            // The first look after the registration committed; one more look at the unrouted follows.
+            remember(store, &mut work, id, &holders).await?;
+            work.commit().await?;
+            return Ok(true);
+        }
+    };
+    if !waits.is_empty() {
+        remember(store, &mut work, id, &waits).await?;
+        work.commit().await?;
+        return Ok(false);
+    }
+    let last: Option<Uuid> = match history {
+        true => {
+            let after: Uuid = row.try_get::<Option<Uuid>, _>("backfill_after")?.unwrap_or(Uuid::nil());
+            let page = store.query(store.sql.history).bind(id).bind(after).bind(PAGE).fetch_optional(work.on()).await?;
+            page.map(|r| r.try_get("last")).transpose()?
+        }
+        // Everything committed by now; was there anything left unrouted after the last holder ended?
+        false => None,
+    };
+    let more = match last {
+        Some(last) => {
+            let sql = format!("update {}.subscription set backfill_after = $2 where id = $1", store.schema);
+            store.dynamic(sql).bind(id).bind(last).execute(work.on()).await?;
+            true
+        }
+        None => {
+            let moved: i64 = store.query(store.sql.unrouted).fetch_one(work.on()).await?.try_get("moved")?;
+            if moved == 0 {
+                let sql = format!(
+                    "update {}.subscription set backfilled = true, backfill_waits = null where id = $1",
+                    store.schema
+                );
+                store.dynamic(sql).bind(id).execute(work.on()).await?;
+            }
+            true
+        }
+    };
+    work.commit().await?;
+    Ok(more)
+}
+
+async fn remember(store: &PgStore, work: &mut Work, id: SubscriptionId, waits: &[String]) -> Result<(), Error> {
+    let sql = format!("update {}.subscription set backfill_waits = $2 where id = $1", store.schema);
+    store.dynamic(sql).bind(id).bind(waits.to_vec()).execute(work.on()).await?;
+    Ok(())
+}

@@ -1,0 +1,211 @@
+//! Settling: one flush of a batch, a transactional handler's end, and moves in general.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use sqlx::{PgConnection, Row};
+use uuid::Uuid;
+
+use super::{BEGIN_DURABLE, PgStore, Work, micros, millis, publish};
+use crate::error::Error;
+use crate::lifecycle::{Standing, State};
+use crate::message::Draft;
+use crate::store::{DeliveryId, Guarded, Item, LeaseRef, Move, Settle, Stored};
+
+pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, Error> {
+    let lease = settle.lease;
+    let mut work = store.durable().await?;
+    let held = store
+        .query(store.sql.settle_part)
+        .bind(lease.token)
+        .bind(lease.batch)
+        .bind(settle.part)
+        .bind(lease.worker)
+        .bind(settle.successes.iter().map(|s| s.delivery).collect::<Vec<_>>())
+        .bind(settle.successes.iter().map(|s| s.message).collect::<Vec<_>>())
+        .bind(settle.successes.iter().map(|s| s.subscription).collect::<Vec<_>>())
+        .bind(settle.successes.iter().map(|s| micros(s.ran)).collect::<Vec<_>>())
+        .bind(settle.released.iter().map(|i| i.delivery).collect::<Vec<_>>())
+        .fetch_one(work.on())
+        .await?;
+    if held.try_get::<i64, _>("held")? == 0 {
+        let found = store.query(store.sql.part_exists).bind(lease.batch).bind(settle.part).fetch_one(work.on()).await?;
+        work.rollback().await?;
+        return Ok(if found.try_get("found")? { Guarded::Done } else { Guarded::Fenced });
+    }
+    if held.try_get::<i64, _>("written")? == 0 {
+        // The answer to an earlier try was lost; it had committed.
+        work.rollback().await?;
+        return Ok(Guarded::Done);
+    }
+    let mut moves: Vec<Move> = settle.moves.clone();
+    moves.extend(settle.released.iter().map(released));
+    apply(store, work.on(), &moves, Some(lease)).await?;
+    follow(store, work.on(), &settle.follow_ups).await?;
+    if !settle.starts.is_empty() {
+        let (deliveries, numbers): (Vec<i64>, Vec<i32>) = settle.starts.iter().map(|(d, n)| (*d, *n as i32)).unzip();
+        store
+            .query(store.sql.starts)
+            .bind(deliveries)
+            .bind(numbers)
+            .bind(lease.batch)
+            .bind(lease.worker)
+            .execute(work.on())
+            .await?;
+    }
+    if settle.close {
+        let sql = format!("delete from {}.lease where token = $1", store.schema);
+        store.dynamic(sql).bind(lease.token).execute(work.on()).await?;
+    }
+    work.commit().await?;
+    Ok(Guarded::Done)
+}
+
+/// What was leased and never started goes back as it was.
+fn released(item: &Item) -> Move {
+    Move {
+        delivery: item.delivery,
+        message: item.message,
+        subscription: item.subscription,
+        priority: item.priority,
+        rev: item.rev + 1,
+        standing: Standing { state: State::Pending, attempts: item.attempts, begun: false, lost: item.lost },
+        delay: Duration::ZERO,
+        quiet: Duration::ZERO,
+        note: String::new(),
+        outcome: None,
+    }
+}
+
+/// Writes moves, under a lease or outside of one.
+pub(super) async fn apply(
+    store: &PgStore,
+    connection: &mut PgConnection,
+    moves: &[Move],
+    lease: Option<LeaseRef>,
+) -> Result<(), Error> {
+    if moves.is_empty() {
+        return Ok(());
+    }
+    let rows: Vec<Value> = moves.iter().enumerate().map(|(ord, m)| row(ord, m, lease)).collect();
+    store.query(store.sql.moves).bind(Value::Array(rows)).execute(connection).await?;
+    Ok(())
+}
+
+fn row(ord: usize, m: &Move, lease: Option<LeaseRef>) -> Value {
+    let mut row = json!({
+        "ord": ord,
+        "delivery": m.delivery,
+        "message": m.message,
+        "subscription": m.subscription,
+        "priority": m.priority,
+        "rev": m.rev,
+        "state": m.standing.state.as_str(),
+        "attempts": m.standing.attempts,
+        "lost": m.standing.lost,
+        "wait_ms": millis(m.delay),
+        "quiet_ms": millis(m.quiet),
+        "note": m.note,
+    });
+    if let Some(outcome) = &m.outcome {
+        row["number"] = outcome.number.into();
+        row["kind"] = outcome.kind.into();
+        row["error"] = outcome.error.clone().into();
+        row["receipt"] = outcome.receipt.clone().unwrap_or(Value::Null);
+        row["ran_us"] = micros(outcome.ran).into();
+        row["ago_us"] = micros(outcome.ago).into();
+        row["batch"] = lease.map_or(0, |l| l.batch).into();
+        row["worker"] = lease.map_or(Uuid::nil(), |l| l.worker).to_string().into();
+    }
+    row
+}
+
+/// Publishes follow-ups in the transaction of the outcome. One whose dedup key is taken is there
+/// already: that is what its key is for.
+pub(super) async fn follow(store: &PgStore, connection: &mut PgConnection, drafts: &[Draft]) -> Result<(), Error> {
+    for draft in drafts {
+        let stored = publish::publish(connection, store, std::slice::from_ref(draft)).await?;
+        if let [Stored::Duplicate { existing, same_body: false }] = stored.as_slice() {
+            tracing::warn!(topic = draft.topic, %existing, "a follow-up's dedup key is taken by a message with another body; the first is kept");
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn open(store: &PgStore, lease: LeaseRef, timeout: Duration) -> Result<Work, Error> {
+    let _ = lease;
+    let idle = millis(timeout).clamp(1, i64::from(i32::MAX));
+    let begin = format!("{BEGIN_DURABLE}; SET LOCAL idle_in_transaction_session_timeout = {idle}");
+    let mut work = Work::begin(&store.pool, &begin).await?;
+    let row = store.query("select pg_catalog.pg_current_xact_id()::text as xid").fetch_one(work.on()).await?;
+    work.xid = Some(row.try_get("xid")?);
+    Ok(work)
+}
+
+pub(super) async fn settle_open(
+    store: &PgStore,
+    mut work: Work,
+    lease: LeaseRef,
+    outcome: &Move,
+    follow_ups: &[Draft],
+) -> Result<Guarded, Error> {
+    let xid = work.xid.clone().unwrap_or_default();
+    let record = outcome.outcome.as_ref();
+    // Locked and written last, so that the lease row is shared for a moment only.
+    let followed = follow(store, work.on(), follow_ups).await;
+    let ended = Error::Refused(
+        "the handler ended its own transaction (COMMIT or ROLLBACK in raw SQL); what it did before that is not undone, and the attempt counts as failed".into(),
+    );
+    followed?;
+    let row = store
+        .query(store.sql.settle_open)
+        .bind(lease.token)
+        .bind(lease.batch)
+        .bind(&xid)
+        .bind(outcome.delivery)
+        .bind(record.map_or(1, |r| r.number as i32))
+        .bind(outcome.rev)
+        .bind(outcome.subscription)
+        .bind(outcome.message)
+        .bind(lease.worker)
+        .bind(record.map_or(0, |r| micros(r.ran)))
+        .fetch_one(work.on())
+        .await?;
+    if row.try_get::<String, _>("xid")? != xid {
+        work.rollback().await?;
+        return Err(ended);
+    }
+    if row.try_get::<i64, _>("held")? == 0 {
+        work.rollback().await?;
+        return Ok(Guarded::Fenced);
+    }
+    work.commit().await?;
+    Ok(Guarded::Done)
+}
+
+pub(super) async fn recheck(
+    store: &PgStore,
+    lease: LeaseRef,
+    delivery: DeliveryId,
+    number: u32,
+) -> Result<Option<bool>, Error> {
+    let mut work = store.work().await?;
+    // Waits for a backend that is still committing; only then is the answer final.
+    let sql = format!("select 1 from {}.lease where token = $1 for update", store.schema);
+    let held = store.dynamic(sql).bind(lease.token).fetch_optional(work.on()).await?.is_some();
+    let sql = format!("select 1 from {}.outcome where delivery = $1 and number = $2 and batch = $3", store.schema);
+    let found = store
+        .dynamic(sql)
+        .bind(delivery)
+        .bind(number as i32)
+        .bind(lease.batch)
+        .fetch_optional(work.on())
+        .await?
+        .is_some();
+    work.rollback().await?;
+    Ok(match (held, found) {
+        (_, true) => Some(true),
+        (true, false) => Some(false),
+        (false, false) => None,
+    })
+}

@@ -1,0 +1,13 @@
+-- Subscriptions with deliveries that no live worker stands behind.
+select w.application, w.name, w.waiting
+from (
+    select s.application, s.name,
+        (select pg_catalog.count(*) from (select from {schema}.ready r where r.subscription = s.id limit 100001) r)
+        + (select pg_catalog.count(*) from (select from {schema}.scheduled r where r.subscription = s.id limit 100001) r)
+        + (select pg_catalog.count(*) from {schema}.leased l where l.subscription = s.id) as waiting
+    from {schema}.subscription s
+    where not exists (select from {schema}.worker w
+        where s.id = any (w.subscriptions) and w.expires_at > pg_catalog.statement_timestamp())
+) w
+where w.waiting > 0
+order by w.application, w.name

@@ -1,0 +1,38 @@
+-- The subscriptions with their counts; what waits is counted up to 100001.
+select s.id, s.application, s.name, s.pattern, s.kind, s.max_attempts, not s.backfilled and s.removed_at is null as backfilling,
+    (extract(epoch from s.removed_at) * 1000000)::bigint as removed_us,
+    (select pg_catalog.count(*) from {schema}.worker w
+        where s.id = any (w.subscriptions) and w.expires_at > pg_catalog.statement_timestamp()) as workers,
+    (select pg_catalog.count(*) from (select from {schema}.ready r where r.subscription = s.id limit 100001) r)
+        + coalesce(l.unbegun, 0) as pending,
+    (select pg_catalog.count(*) from (select from {schema}.scheduled r where r.subscription = s.id limit 100001) r) as scheduled,
+    coalesce(l.running, 0) as running,
+    (select pg_catalog.count(*) from {schema}.doubt d where d.subscription = s.id) as in_doubt,
+    (select pg_catalog.count(*) from {schema}.dead_letter d where d.subscription = s.id and d.state = 'dead') as dead,
+    coalesce(o.succeeded, 0) + coalesce(p.succeeded, 0) + coalesce(x.succeeded, 0) as succeeded_last_hour,
+    (select extract(epoch from pg_catalog.statement_timestamp() - {schema}.minted_at(r.message))::float8
+        from {schema}.ready r where r.subscription = s.id order by r.priority, r.pos limit 1) as oldest_age_s
+from {schema}.subscription s
+left join (
+    select d.subscription,
+        pg_catalog.count(*) filter (where d.begun or k.kind <> 'operation') as running,
+        pg_catalog.count(*) filter (where not d.begun and k.kind = 'operation') as unbegun
+    from {schema}.leased d join {schema}.subscription k on k.id = d.subscription group by d.subscription
+) l on l.subscription = s.id
+left join (
+    select subscription, pg_catalog.count(*) as succeeded from {schema}.outcome
+    where finished_at > pg_catalog.statement_timestamp() - interval '1 hour' and state_after = 'succeeded'
+    group by subscription
+) o on o.subscription = s.id
+left join (
+    select u.subscription, pg_catalog.count(*) as succeeded
+    from {schema}.outcome_part q cross join lateral unnest(q.subscriptions) as u(subscription)
+    where q.finished_at > pg_catalog.statement_timestamp() - interval '1 hour'
+    group by u.subscription
+) p on p.subscription = s.id
+left join (
+    select subscription, pg_catalog.count(*) as succeeded from {schema}.resolution
+    where at > pg_catalog.statement_timestamp() - interval '1 hour' and state_after = 'succeeded'
+    group by subscription
+) x on x.subscription = s.id
+order by s.application, s.name, s.id

@@ -1,0 +1,174 @@
+//! What a worker leaves behind: taken over when it died, handed back when it ends.
+
+use std::time::Duration;
+
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+use uuid::Uuid;
+
+use super::{PgStore, Work, settle};
+use crate::error::Error;
+use crate::lifecycle::{Event, Kind, Standing, State, transition};
+use crate::store::{LeaseRef, Move, OutcomeRecord, TakenOver, policy_of};
+
+/// How long a lost worker's call may still be on its way, beyond the lease that has run out.
+const GRACE: Duration = Duration::from_secs(60);
+
+pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<TakenOver>, Error> {
+    let mut work = store.durable().await?;
+    let sql = format!(
+        "select id, name, lease_ms from {}.worker where expires_at < pg_catalog.clock_timestamp()
+         order by id limit 1 for update skip locked",
+        store.schema
+    );
+    let Some(dead) = store.dynamic(sql).fetch_optional(work.on()).await? else {
+        work.rollback().await?;
+        return Ok(None);
+    };
+    let worker: Uuid = dead.try_get("id")?;
+    let lease = Duration::from_millis(dead.try_get::<i64, _>("lease_ms")?.max(0) as u64);
+    let name: String = dead.try_get("name")?;
+    let mut taken = TakenOver { worker, name, pending: 0, in_doubt: 0, dead: 0 };
+    let tokens = lock_leases(store, &mut work, worker).await?;
+    for row in leftover(store, &mut work, &tokens).await? {
+        let moved = lost(&row, &taken.name, lease + GRACE, draw)?;
+        match moved.standing.state {
+            State::InDoubt => taken.in_doubt += 1,
+            State::Dead => taken.dead += 1,
+            _ => taken.pending += 1,
+        }
+        if moved.outcome.is_none() && row.try_get::<String, _>("kind")? != Kind::Operation.as_str() {
+            let sql = format!(
+                "insert into {}.observation (delivery, number, worker, kind, detail) values ($1, $2, $3, 'lost', $4)",
+                store.schema
+            );
+            store
+                .dynamic(sql)
+                .bind(moved.delivery)
+                .bind(moved.standing.attempts as i32 + 1)
+                .bind(worker)
+                .bind(format!("worker {} died holding it; whether it had started is not known", taken.name))
+                .execute(work.on())
+                .await?;
+        }
+        let batch = LeaseRef { worker, batch: row.try_get("batch")?, token: row.try_get("token")? };
+        settle::apply(store, work.on(), &[moved], Some(batch)).await?;
+    }
+    forget(store, &mut work, &tokens).await?;
+    let sql = format!("delete from {}.worker where id = $1", store.schema);
+    store.dynamic(sql).bind(worker).execute(work.on()).await?;
+    work.commit().await?;
+    Ok(Some(taken))
+}
+
+/// Lock first: whoever settles these leases has committed, or will find them gone.
+async fn lock_leases(store: &PgStore, work: &mut Work, worker: Uuid) -> Result<Vec<Uuid>, Error> {
+    let sql = format!("select token from {}.lease where worker = $1 order by batch for update", store.schema);
+    let rows = store.dynamic(sql).bind(worker).fetch_all(work.on()).await?;
+    rows.iter().map(|row| Ok(row.try_get("token")?)).collect()
+}
+
+/// Read second, in a statement of its own.
+async fn leftover(store: &PgStore, work: &mut Work, tokens: &[Uuid]) -> Result<Vec<PgRow>, Error> {
+    if tokens.is_empty() {
+        return Ok(Vec::new());
+    }
+    Ok(store.query(store.sql.leftover).bind(tokens.to_vec()).fetch_all(work.on()).await?)
+}
+
+async fn forget(store: &PgStore, work: &mut Work, tokens: &[Uuid]) -> Result<(), Error> {
+    let sql = format!("delete from {}.lease where token = any ($1)", store.schema);
+    store.dynamic(sql).bind(tokens.to_vec()).execute(work.on()).await?;
+    Ok(())
+}
+
+/// Where a dead worker's delivery goes.
+fn lost(row: &PgRow, worker: &str, quiet: Duration, draw: f64) -> Result<Move, Error> {
+    let kind: Kind = row.try_get::<String, _>("kind")?.parse().map_err(Error::Refused)?;
+    let policy =
+        policy_of(kind, row.try_get("max_attempts")?, row.try_get("retry_base_ms")?, row.try_get("retry_cap_ms")?);
+    let begun: bool = row.try_get("begun")?;
+    let attempts = row.try_get::<i32, _>("attempt")?.max(0) as u32 + u32::from(begun);
+    let now = Standing { state: State::Running, attempts, begun, lost: row.try_get::<i32, _>("lost")?.max(0) as u32 };
+    let next = transition(now, Event::WorkerLost, &policy, draw).map_err(|e| Error::Refused(e.to_string()))?;
+    let words = format!("worker {worker} was lost during the attempt");
+    let outcome = begun.then(|| OutcomeRecord {
+        number: attempts,
+        kind: if kind == Kind::Operation { "in_doubt" } else { "lost" },
+        error: Some(words.clone()),
+        receipt: None,
+        ran: Duration::from_micros(row.try_get::<i64, _>("ran_us").unwrap_or(0).max(0) as u64),
+        ago: Duration::ZERO,
+    });
+    Ok(Move {
+        delivery: row.try_get("delivery")?,
+        message: row.try_get("message")?,
+        subscription: row.try_get("subscription")?,
+        priority: row.try_get("priority")?,
+        rev: row.try_get::<i32, _>("rev")? + 1,
+        standing: next.standing,
+        delay: next.delay,
+        quiet,
+        note: words,
+        outcome,
+    })
+}
+
+/// Hands back one lease's deliveries, none of which has started.
+pub(super) async fn disown(store: &PgStore, worker: Uuid, token: Uuid) -> Result<(), Error> {
+    let mut work = store.work().await?;
+    let sql = format!("select 1 from {}.lease where token = $1 and worker = $2 for update", store.schema);
+    if store.dynamic(sql).bind(token).bind(worker).fetch_optional(work.on()).await?.is_some() {
+        hand_back(store, &mut work, &[token]).await?;
+    }
+    Ok(work.commit().await?)
+}
+
+async fn hand_back(store: &PgStore, work: &mut Work, tokens: &[Uuid]) -> Result<(), Error> {
+    let mut moves = Vec::new();
+    for row in leftover(store, work, tokens).await? {
+        if row.try_get("begun")? {
+            return Err(Error::Refused(format!(
+                "delivery {} has begun and cannot be handed back; it is taken over when the lease runs out",
+                row.try_get::<i64, _>("delivery")?
+            )));
+        }
+        moves.push(Move {
+            delivery: row.try_get("delivery")?,
+            message: row.try_get("message")?,
+            subscription: row.try_get("subscription")?,
+            priority: row.try_get("priority")?,
+            rev: row.try_get::<i32, _>("rev")? + 1,
+            standing: Standing {
+                state: State::Pending,
+                attempts: row.try_get::<i32, _>("attempt")?.max(0) as u32,
+                begun: false,
+                lost: row.try_get::<i32, _>("lost")?.max(0) as u32,
+            },
+            delay: Duration::ZERO,
+            quiet: Duration::ZERO,
+            note: String::new(),
+            outcome: None,
+        });
+    }
+    settle::apply(store, work.on(), &moves, None).await?;
+    forget(store, work, tokens).await
+}
+
+/// A worker that ends: its row goes if it holds nothing; otherwise its life ends now, and what it
+/// holds is taken over at once.
+pub(super) async fn retire(store: &PgStore, worker: Uuid) -> Result<(), Error> {
+    let mut work = store.work().await?;
+    let sql = format!("select 1 from {}.worker where id = $1 for update", store.schema);
+    store.dynamic(sql).bind(worker).execute(work.on()).await?;
+    let sql = format!(
+        "with gone as (
+            delete from {0}.worker w where w.id = $1 and not exists (select from {0}.lease l where l.worker = w.id)
+         )
+         update {0}.worker w set expires_at = pg_catalog.clock_timestamp(), asleep = false
+         where w.id = $1 and exists (select from {0}.lease l where l.worker = w.id)",
+        store.schema
+    );
+    store.dynamic(sql).bind(worker).execute(work.on()).await?;
+    Ok(work.commit().await?)
+}

@@ -1,0 +1,44 @@
+-- Gives messages that nobody was subscribed to, to the subscriptions that were registered first
+-- after them: all of the lowest epoch above the message's that match. Those with a scan of their own
+-- (from_beginning, from a time) count as takers, and take it there.
+with picked as materialized (
+    select u.message, u.topic, u.epoch, taker.epoch as taker_epoch
+    from {schema}.unrouted u
+    cross join lateral (
+        select pg_catalog.min(s.epoch) as epoch from {schema}.subscription s
+        where s.removed_at is null and not s.backfilled and s.start <> 'now'
+            and s.epoch > u.epoch and u.topic ~ s.matcher
+    ) taker
+    where taker.epoch is not null
+    order by u.message
+    limit 500
+),
+gone as (
+    delete from {schema}.unrouted u using picked p where u.message = p.message
+    returning u.message, u.topic, p.taker_epoch
+),
+fan as materialized (
+    select f.message, f.subscription, m.due_at, pg_catalog.nextval('{schema}.delivery_id') as delivery
+    from (
+        select g.message, s.id as subscription
+        from gone g join {schema}.subscription s
+            on s.epoch = g.taker_epoch and s.removed_at is null and s.start = 'unrouted' and g.topic ~ s.matcher
+        order by g.message, s.id
+    ) f
+    join {schema}.message m on m.id = f.message
+),
+kept as (
+    insert into {schema}.late_delivery (message, delivery, subscription)
+    select f.message, f.delivery, f.subscription from fan f
+),
+readied as (
+    insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
+    select f.subscription, 0, f.delivery, f.delivery, f.message, 0, 0, 0 from fan f
+    where f.due_at is null or f.due_at <= pg_catalog.clock_timestamp()
+),
+later as (
+    insert into {schema}.scheduled (delivery, due_at, subscription, priority, message, attempt, lost, rev)
+    select f.delivery, f.due_at, f.subscription, 0, f.message, 0, 0, 0 from fan f
+    where f.due_at > pg_catalog.clock_timestamp()
+)
+select pg_catalog.count(*) as moved from gone

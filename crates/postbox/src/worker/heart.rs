@@ -1,0 +1,98 @@
+//! The heartbeat: a thread and a connection of its own, so that no handler can starve it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+use uuid::Uuid;
+
+use super::Life;
+use super::core::Event;
+use crate::error::Error;
+use crate::store::{Beat, Registration, Store};
+
+/// Beats until it is dropped.
+pub(super) struct Heart {
+    _stop: watch::Sender<()>,
+}
+
+pub(super) async fn start<S: Store>(
+    store: &S,
+    registration: &Registration,
+    life: Arc<Life>,
+    events: mpsc::UnboundedSender<Event>,
+    origin: Instant,
+) -> Result<Heart, Error> {
+    let (stop, stopped) = watch::channel(());
+    let (store, registration) = (store.clone(), registration.clone());
+    std::thread::Builder::new()
+        .name("postbox-heart".into())
+        .spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            match runtime {
+                Ok(runtime) => runtime.block_on(beat(store, registration, life, events, origin, stopped)),
+                Err(error) => tracing::error!(%error, "the heartbeat has no runtime; the lease will run out"),
+            }
+        })
+        .map_err(|e| Error::Settings(format!("cannot start the heartbeat's thread: {e}")))?;
+    Ok(Heart { _stop: stop })
+}
+
+async fn beat<S: Store>(
+    store: S,
+    mut registration: Registration,
+    life: Arc<Life>,
+    events: mpsc::UnboundedSender<Event>,
+    origin: Instant,
+    mut stopped: watch::Receiver<()>,
+) {
+    let lease = registration.lease;
+    let own = match store.alone().await {
+        Ok(own) => own,
+        Err(error) => {
+            tracing::error!(%error, "the heartbeat has no connection; the lease will run out");
+            return;
+        }
+    };
+    let mut wait = lease / 3;
+    loop {
+        tokio::select! {
+            _ = stopped.changed() => break,
+            () = tokio::time::sleep(wait) => {}
+        }
+        let sent = Instant::now();
+        let beat = Beat { worker: registration.worker, lease };
+        let answer = tokio::time::timeout(lease / 2, own.beat(beat)).await;
+        wait = lease / 3;
+        match answer {
+            Ok(Ok(Some(pulse))) => {
+                life.extend(sent, lease);
+                events.send(Event::Pulse(sent.duration_since(origin), pulse.tokens)).ok();
+            }
+            Ok(Ok(None)) => {
+                tracing::warn!("this worker was taken over; it goes on under a new id");
+                registration.worker = Uuid::now_v7();
+                let sent = Instant::now();
+                match own.register(&registration).await {
+                    Ok(_) => {
+                        life.extend(sent, lease);
+                        events.send(Event::Reborn(registration.worker)).ok();
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot register again yet");
+                        wait = Duration::from_millis(200);
+                    }
+                }
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "a heartbeat failed");
+                wait = (lease / 10).min(Duration::from_millis(500));
+            }
+            Err(_) => {
+                tracing::warn!("a heartbeat got no answer");
+                wait = (lease / 10).min(Duration::from_millis(500));
+            }
+        }
+    }
+    own.close().await;
+}

@@ -1,0 +1,215 @@
+//! What workers do for all: take over from the dead, hand out history, ask about doubts, tidy.
+
+use std::collections::{HashMap, HashSet};
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+
+use super::attempt::{clean, clean_receipt, continued, panic_words};
+use super::{crash, told};
+use crate::context::Context;
+use crate::handler::{self, Call};
+use crate::lifecycle::Answer;
+use crate::operation::{Operation, Receipt, Reconciled, idempotency_key};
+use crate::postbox::Postbox;
+use crate::router::Route;
+use crate::store::{Answered, Claimed, Database, Doubtful, Registration, Speaker, Store, SubscriptionId};
+
+/// How often it looks, give or take a fifth.
+const ROUND: Duration = Duration::from_secs(1);
+/// The first wait between two asks about the same doubt.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
+/// How often what has run out is removed.
+const TIDY: Duration = Duration::from_secs(60);
+/// Topics remembered between two rounds.
+const MAX_TOPICS: usize = 1000;
+
+/// Topics that were claimed: what they fan out to is stored for publishers to look up.
+#[derive(Debug, Default)]
+pub(super) struct Topics(Mutex<HashSet<String>>);
+
+impl Topics {
+    pub(super) fn saw(&self, claimed: &Claimed) {
+        let Ok(mut topics) = self.0.lock() else { return };
+        for envelope in claimed.items.iter().filter_map(|i| i.envelope.as_ref()) {
+            if topics.len() < MAX_TOPICS && !topics.contains(&envelope.topic) {
+                topics.insert(envelope.topic.clone());
+            }
+        }
+    }
+
+    fn all(&self) -> Vec<String> {
+        self.0.lock().map(|topics| topics.iter().cloned().collect()).unwrap_or_default()
+    }
+}
+
+/// A task that ends with this.
+pub(super) struct Keeper(Vec<tokio::task::JoinHandle<()>>);
+
+impl Keeper {
+    pub(super) fn abort(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        for task in &self.0 {
+            task.abort();
+        }
+    }
+}
+
+pub(super) fn start<Db: Database>(
+    postbox: Postbox<Db>,
+    registration: Registration,
+    routes: Arc<HashMap<SubscriptionId, Route<Db>>>,
+    topics: Arc<Topics>,
+) -> Keeper {
+    let asker = tokio::spawn(ask(postbox.clone(), registration, routes));
+    Keeper(vec![tokio::spawn(keep(postbox, topics)), asker])
+}
+
+async fn keep<Db: Database>(postbox: Postbox<Db>, topics: Arc<Topics>) {
+    let store = postbox.store();
+    let (mut tidied, mut learnt) = (Instant::now(), 0);
+    loop {
+        while let Some(Some(taken)) = told("take over", store.take_over(fastrand::f64()).await) {
+            tracing::warn!(
+                worker = taken.name,
+                pending = taken.pending,
+                in_doubt = taken.in_doubt,
+                dead = taken.dead,
+                "a worker died; its work was taken over"
+            );
+        }
+        while told("backfill", store.backfill().await) == Some(true) {}
+        let seen = topics.all();
+        if seen.len() != learnt && told("learn routes", store.learn_routes(&seen).await).is_some() {
+            learnt = seen.len();
+        }
+        if tidied.elapsed() >= TIDY {
+            tidied = Instant::now();
+            while told("tidy", store.tidy().await).is_some_and(|removed| removed >= 1000) {}
+        }
+        tokio::time::sleep(ROUND.mul_f64(0.8 + 0.4 * fastrand::f64())).await;
+    }
+}
+
+/// Asks the remotes about doubts, and carries out operators' words.
+async fn ask<Db: Database>(
+    postbox: Postbox<Db>,
+    registration: Registration,
+    routes: Arc<HashMap<SubscriptionId, Route<Db>>>,
+) {
+    let store = postbox.store();
+    let max_payload_bytes = postbox.settings().max_payload_bytes().unwrap_or(crate::message::MAX_PAYLOAD_BYTES);
+    let able: Vec<SubscriptionId> = routes
+        .iter()
+        .filter(|(_, route)| route.declared.reconciles || route.declared.continues)
+        .map(|(id, _)| *id)
+        .collect();
+    if able.is_empty() {
+        return;
+    }
+    let worker = registration.name;
+    loop {
+        for doubt in told("ask", store.doubts(&able, 10, ASK_AGAIN).await).unwrap_or_default() {
+            let Some(route) = routes.get(&doubt.subscription) else { continue };
+            if let Some(answered) = settle(route, doubt, &worker, max_payload_bytes).await {
+                crash::point("resolving");
+                told("answer", store.answer(&answered).await);
+            }
+        }
+        tokio::time::sleep(ROUND.mul_f64(0.4 + 0.2 * fastrand::f64())).await;
+    }
+}
+
+/// What one doubt comes to, if anything.
+async fn settle<Db: Database>(
+    route: &Route<Db>,
+    doubt: Doubtful,
+    worker: &str,
+    max_payload_bytes: usize,
+) -> Option<Answered> {
+    let envelope = doubt.envelope?;
+    let context = Context::of(&envelope);
+    let policy = route.declared.policy;
+    let call = Call {
+        attempt: handler::Attempt {
+            number: doubt.attempts,
+            max: envelope.max_attempts.unwrap_or(policy.retry.max_attempts),
+            delivery: doubt.delivery,
+        },
+        operation: Operation { key: idempotency_key(envelope.id, doubt.delivery), attempt: doubt.attempts },
+        envelope,
+    };
+    let (answer, receipt, speaker, actor, reason) = match doubt.word {
+        Some(word) => {
+            let receipt = Receipt { content: word.receipt, ..Receipt::none() };
+            (Answer::Happened, receipt, Speaker::Operator, word.actor, Some(word.reason))
+        }
+        None => {
+            let (answer, receipt) = match context.clone().scope(reconcile(route, &call)).await? {
+                Reconciled::Done(receipt) => (Answer::Happened, receipt),
+                Reconciled::NotDone if doubt.quiet => (Answer::DidNotHappen, Receipt::none()),
+                // A call that was cut off may still be on its way: not believed yet, asked again.
+                Reconciled::NotDone | Reconciled::Unknown => return None,
+            };
+            (answer, receipt, Speaker::Reconcile, format!("reconcile by {worker}"), None)
+        }
+    };
+    let content = receipt.content.clone().map(clean_receipt);
+    let follow_ups = match answer {
+        Answer::Happened => {
+            match context.scope_sync(|| continued(&*route.handler, &call, receipt, max_payload_bytes)) {
+                Ok(follow_ups) => follow_ups,
+                Err(error) => {
+                    tracing::error!(
+                        delivery = doubt.delivery,
+                        error,
+                        "it happened, but what follows cannot be published; it stays in doubt"
+                    );
+                    return None;
+                }
+            }
+        }
+        _ => Vec::new(),
+    };
+    Some(Answered {
+        delivery: doubt.delivery,
+        rev: doubt.rev,
+        answer,
+        speaker,
+        actor,
+        reason,
+        receipt: content,
+        follow_ups,
+        policy,
+        draw: fastrand::f64(),
+    })
+}
+
+async fn reconcile<Db: Database>(route: &Route<Db>, call: &Call) -> Option<Reconciled> {
+    let asked = async {
+        match route.handler.reconcile(call)? {
+            Ok(future) => Some(future.await.map_err(|failure| failure.error)),
+            Err(rejection) => Some(Err(rejection.0)),
+        }
+    };
+    let words = match tokio::time::timeout(route.timeout, AssertUnwindSafe(asked).catch_unwind()).await {
+        Ok(Ok(Some(Ok(reconciled)))) => return Some(reconciled),
+        Ok(Ok(None)) => return None,
+        Ok(Ok(Some(Err(words)))) => words,
+        Ok(Err(panic)) => panic_words(&*panic),
+        Err(_) => format!("no answer after {:?}", route.timeout),
+    };
+    tracing::warn!(
+        subscription = route.declared.name,
+        error = clean(words),
+        "reconciling failed; it stays in doubt and is asked again"
+    );
+    None
+}

@@ -1,0 +1,508 @@
+//! The worker: claims, attempts, settles, maintains; the decisions are in [`core`].
+
+mod attempt;
+mod core;
+mod heart;
+mod maintain;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use uuid::Uuid;
+
+use self::attempt::Running;
+use self::core::{Command, Core, Event, Hold, Lane, Setup};
+use crate::error::Error;
+use crate::postbox::Postbox;
+use crate::router::{Route, Router};
+use crate::settings::Settings;
+use crate::store::{Database, Registration, Store, Stranded, SubscriptionId};
+
+/// How long a call that was cancelled or whose worker died may still be on its way to the remote,
+/// before "did not happen" is believed.
+const GRACE: Duration = Duration::from_secs(60);
+
+/// A worker's options; the rest comes from [`Settings`].
+#[derive(Debug)]
+#[must_use = "a worker does nothing until it is started"]
+pub struct WorkerBuilder<Db: Database> {
+    postbox: Postbox<Db>,
+    router: Router<Db>,
+    settings: Settings,
+    batch: Option<u32>,
+}
+
+impl<Db: Database> WorkerBuilder<Db> {
+    pub(crate) fn new(postbox: &Postbox<Db>, router: Router<Db>) -> Self {
+        WorkerBuilder { postbox: postbox.clone(), router, settings: postbox.settings().clone(), batch: None }
+    }
+
+    /// Handlers that run at once, 1 to 10000. Default 5.
+    pub fn concurrency(mut self, at_once: usize) -> Self {
+        self.settings = self.settings.set("concurrency", at_once);
+        self
+    }
+
+    /// How long it may stay silent before its work is taken over, 1 s to 1 h. Default 30 s.
+    pub fn lease(mut self, lease: Duration) -> Self {
+        self.settings = self.settings.set("lease", format!("{}ms", lease.as_millis()));
+        self
+    }
+
+    /// The longest it sleeps without looking, 5 ms to 1 h. Default 1 s.
+    pub fn poll_interval(mut self, interval: Duration) -> Self {
+        self.settings = self.settings.set("poll_interval", format!("{}ms", interval.as_millis()));
+        self
+    }
+
+    /// The application its subscriptions belong to.
+    pub fn application(mut self, name: impl Into<String>) -> Self {
+        self.settings = self.settings.set("application", name.into());
+        self
+    }
+
+    /// Claims batches of this size, instead of a size that follows the load.
+    pub fn batch(mut self, size: u32) -> Self {
+        self.batch = Some(size.clamp(1, 10_000));
+        self
+    }
+
+    /// Starts it on the current tokio runtime, with a thread of its own for heartbeats.
+    ///
+    /// # Errors
+    /// A setting cannot be used, or the database did not answer. Nothing runs then.
+    pub async fn start(self) -> Result<Worker<Db>, Error> {
+        Worker::start(self).await
+    }
+
+    /// Starts it, runs until SIGINT or SIGTERM, and stops gracefully: no new claims, what runs is
+    /// waited for. A second signal stops at once.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), or it could not be stopped cleanly.
+    pub async fn run(self) -> Result<(), Error> {
+        let worker = self.start().await?;
+        let mut signals = Signals::listen()?;
+        signals.next().await;
+        tracing::info!("stopping: no new claims; what runs is waited for (a second signal stops at once)");
+        let stop = worker.stop_sender();
+        let mut stopped = std::pin::pin!(worker.stop(None));
+        tokio::select! {
+            result = &mut stopped => return result,
+            () = signals.next() => {}
+        }
+        tracing::warn!("stopping now");
+        stop.send(Stop::Now).ok();
+        stopped.await
+    }
+}
+
+/// SIGINT and SIGTERM.
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Signals, Error> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let failed = |e: std::io::Error| Error::Settings(format!("cannot listen for signals: {e}"));
+        Ok(Signals {
+            interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
+            terminate: signal(SignalKind::terminate()).map_err(failed)?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    No,
+    Gracefully,
+    Now,
+}
+
+/// A running worker. Dropping it stops it at once, in the background; [`stop`](Self::stop) waits.
+#[derive(Debug)]
+pub struct Worker<Db: Database> {
+    id: Uuid,
+    stop: Arc<watch::Sender<Stop>>,
+    finished: Option<oneshot::Receiver<Result<(), Error>>>,
+    stranded: Vec<Stranded>,
+    postbox: Postbox<Db>,
+}
+
+impl<Db: Database> Drop for Worker<Db> {
+    fn drop(&mut self) {
+        if self.finished.is_some() {
+            self.stop.send(Stop::Now).ok();
+        }
+    }
+}
+
+impl<Db: Database> Worker<Db> {
+    async fn start(builder: WorkerBuilder<Db>) -> Result<Self, Error> {
+        let WorkerBuilder { postbox, router, settings, batch } = builder;
+        let routes = router.into_routes();
+        let mut registration = Registration {
+            worker: Uuid::now_v7(),
+            name: worker_name(),
+            application: settings.application()?,
+            lease: settings.lease()?,
+            subscriptions: routes.iter().map(|r| r.declared.clone()).collect(),
+        };
+        let store = postbox.store().clone();
+        let ids = store.register(&registration).await?;
+        let stranded = store.stranded().await?;
+        for lost in &stranded {
+            tracing::warn!(
+                application = lost.application,
+                subscription = lost.subscription,
+                waiting = lost.waiting,
+                "deliveries wait for a subscription that no live worker stands behind; if it was renamed, say `.renamed_from(…)`; if it is gone, `postbox subscriptions remove`"
+            );
+        }
+        // The subscriptions stay the same when it is born again after a takeover.
+        for declared in &mut registration.subscriptions {
+            declared.renamed_from.clear();
+        }
+        let id = registration.worker;
+        let (stop, stopping) = watch::channel(Stop::No);
+        let (done, finished) = oneshot::channel();
+        let engine = Engine::new(postbox.clone(), registration, ids, routes, &settings, batch, stopping)?;
+        tokio::spawn(async move {
+            let result = engine.run().await;
+            done.send(result).ok();
+        });
+        Ok(Worker { id, stop: Arc::new(stop), finished: Some(finished), stranded, postbox })
+    }
+
+    /// Its id, as `status` and the attempts show it.
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// Subscriptions with deliveries waiting that no live worker stood behind when it started.
+    pub fn stranded(&self) -> &[Stranded] {
+        &self.stranded
+    }
+
+    /// The postbox it works on.
+    pub fn postbox(&self) -> &Postbox<Db> {
+        &self.postbox
+    }
+
+    fn stop_sender(&self) -> Arc<watch::Sender<Stop>> {
+        self.stop.clone()
+    }
+
+    /// Stops claiming, hands back what has not started, waits for what runs: for as long as it
+    /// takes, or until `patience` has passed. Then what still runs is cancelled: plain and
+    /// transactional attempts count as failed and go back, operations are in doubt.
+    ///
+    /// # Errors
+    /// The last outcomes could not be written; they are taken over when the lease runs out.
+    pub async fn stop(mut self, patience: Option<Duration>) -> Result<(), Error> {
+        self.stop.send_if_modified(|stop| {
+            let first = *stop == Stop::No;
+            if first {
+                *stop = Stop::Gracefully;
+            }
+            first
+        });
+        let Some(mut finished) = self.finished.take() else { return Ok(()) };
+        let gone =
+            || Error::Refused("the worker's task was lost; its work is taken over when its lease runs out".into());
+        if let Some(patience) = patience {
+            match tokio::time::timeout(patience, &mut finished).await {
+                Ok(result) => return result.unwrap_or_else(|_| Err(gone())),
+                Err(_) => {
+                    self.stop.send(Stop::Now).ok();
+                }
+            }
+        }
+        finished.await.unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// Stops at once: what runs is cancelled, as [`stop`](Self::stop) does when its patience ends.
+    ///
+    /// # Errors
+    /// As [`stop`](Self::stop).
+    pub async fn stop_now(self) -> Result<(), Error> {
+        self.stop.send(Stop::Now).ok();
+        self.stop(None).await
+    }
+}
+
+/// Host and process, for people.
+fn worker_name() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .ok()
+        .or_else(|| std::env::var("HOSTNAME").ok())
+        .map(|h| h.trim().to_owned())
+        .filter(|h| !h.is_empty())
+        .unwrap_or_else(|| "localhost".into());
+    format!("{host}:{}", std::process::id())
+}
+
+/// Whether this worker may still believe in its lease: a deadline on the local monotonic clock,
+/// taken before the last renewal was sent.
+#[derive(Debug)]
+pub(crate) struct Life {
+    origin: Instant,
+    until_us: AtomicU64,
+}
+
+impl Life {
+    fn new(origin: Instant, lease: Duration) -> Life {
+        let life = Life { origin, until_us: AtomicU64::new(0) };
+        life.extend(Instant::now(), lease);
+        life
+    }
+
+    fn extend(&self, sent: Instant, lease: Duration) {
+        let until = sent.duration_since(self.origin) + lease;
+        self.until_us.store(until.as_micros() as u64, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.origin.elapsed().as_micros() as u64 >= self.until_us.load(Ordering::SeqCst)
+    }
+}
+
+/// The shell around the decisions: does what they say, tells them what happened.
+struct Engine<Db: Database> {
+    postbox: Postbox<Db>,
+    registration: Registration,
+    routes: Arc<HashMap<SubscriptionId, Route<Db>>>,
+    core: Core,
+    origin: Instant,
+    life: Arc<Life>,
+    events: mpsc::UnboundedSender<Event>,
+    inbox: mpsc::UnboundedReceiver<Event>,
+    running: HashMap<Hold, Running>,
+    stopping: watch::Receiver<Stop>,
+    topics: Arc<maintain::Topics>,
+    max_payload_bytes: usize,
+}
+
+impl<Db: Database> Engine<Db> {
+    fn new(
+        postbox: Postbox<Db>,
+        registration: Registration,
+        ids: Vec<SubscriptionId>,
+        routes: Vec<Route<Db>>,
+        settings: &Settings,
+        batch: Option<u32>,
+        stopping: watch::Receiver<Stop>,
+    ) -> Result<Self, Error> {
+        let (events, inbox) = mpsc::unbounded_channel();
+        let origin = Instant::now();
+        let lanes = ids.iter().zip(&routes).map(|(id, route)| Lane {
+            id: *id,
+            policy: route.declared.policy,
+            timeout: route.timeout,
+            concurrency: route.concurrency,
+        });
+        let setup = Setup {
+            worker: registration.worker,
+            concurrency: settings.concurrency()?,
+            batch,
+            poll_interval: settings.poll_interval()?,
+            grace: GRACE,
+            subscriptions: lanes.collect(),
+            seed: fastrand::u64(..),
+        };
+        Ok(Engine {
+            life: Arc::new(Life::new(origin, registration.lease)),
+            core: Core::new(setup),
+            routes: Arc::new(ids.into_iter().zip(routes).collect()),
+            origin,
+            events,
+            inbox,
+            running: HashMap::new(),
+            stopping,
+            topics: Arc::default(),
+            max_payload_bytes: settings.max_payload_bytes()?,
+            postbox,
+            registration,
+        })
+    }
+
+    async fn run(mut self) -> Result<(), Error> {
+        let store = self.postbox.store().clone();
+        let heart =
+            heart::start(&store, &self.registration, self.life.clone(), self.events.clone(), self.origin).await?;
+        let keeper =
+            maintain::start(self.postbox.clone(), self.registration.clone(), self.routes.clone(), self.topics.clone());
+        let mut batch = vec![Event::Tick];
+        loop {
+            let commands = self.core.step(batch.drain(..), self.origin.elapsed());
+            for command in commands {
+                self.perform(command);
+            }
+            if self.core.is_done() {
+                break;
+            }
+            let tick = self.core.next_tick().map(|at| tokio::time::Instant::from_std(self.origin + at));
+            tokio::select! {
+                event = self.inbox.recv() => batch.extend(event.and_then(|e| self.note(e))),
+                () = store.woken() => batch.push(Event::Woken),
+                () = sleep_until(tick) => batch.push(Event::Tick),
+                changed = self.stopping.changed() => {
+                    let wish = if changed.is_err() { Stop::Now } else { *self.stopping.borrow_and_update() };
+                    match wish {
+                        Stop::No => {}
+                        Stop::Gracefully => batch.push(Event::Stop),
+                        Stop::Now => batch.extend([Event::Stop, Event::StopNow]),
+                    }
+                }
+            }
+            while let Ok(event) = self.inbox.try_recv() {
+                batch.extend(self.note(event));
+            }
+        }
+        keeper.abort();
+        drop(heart);
+        store.retire(self.registration.worker).await
+    }
+
+    /// What the shell itself takes from an event, before the decisions see it.
+    fn note(&mut self, event: Event) -> Option<Event> {
+        match &event {
+            Event::Freed(hold) => {
+                self.running.remove(hold);
+            }
+            Event::Reborn(worker) => self.registration.worker = *worker,
+            Event::Claimed(_, Some(claimed)) => self.topics.saw(claimed),
+            _ => {}
+        }
+        Some(event)
+    }
+
+    fn perform(&mut self, command: Command) {
+        let store = self.postbox.store().clone();
+        let events = self.events.clone();
+        match command {
+            Command::Claim(request) => {
+                tokio::spawn(async move {
+                    let claimed = told("claim", store.claim(&request).await);
+                    events.send(Event::Claimed(request.token, claimed)).ok();
+                });
+            }
+            Command::Settle(settle) => {
+                tokio::spawn(async move {
+                    crash::point("before-settle");
+                    let answer = told("settle", store.settle(&settle).await);
+                    events.send(Event::Settled(settle.lease.token, answer)).ok();
+                });
+            }
+            Command::Disown(token) => {
+                let worker = self.registration.worker;
+                tokio::spawn(async move {
+                    let done = told("disown", store.disown(worker, token).await).is_some();
+                    events.send(Event::Disowned(token, done)).ok();
+                });
+            }
+            Command::Observe(observations) => {
+                tokio::spawn(async move {
+                    for _ in 0..10 {
+                        if told("observe", store.observe(&observations).await).is_some() {
+                            return;
+                        }
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                    }
+                    tracing::error!(count = observations.len(), "late outcomes could not be recorded");
+                });
+            }
+            Command::Asleep(asleep) => {
+                let worker = self.registration.worker;
+                tokio::spawn(async move {
+                    told("asleep", store.asleep(worker, asleep).await);
+                    // Looks once more now that publishers know.
+                    events.send(Event::Woken).ok();
+                });
+            }
+            Command::Run(hold, lease, item, number) => {
+                let Some(route) = self.routes.get(&item.subscription) else { return };
+                let running = attempt::run(attempt::Attempt {
+                    store,
+                    handler: route.handler.clone(),
+                    kind: route.declared.policy.kind,
+                    max_attempts: item
+                        .envelope
+                        .as_ref()
+                        .and_then(|e| e.max_attempts)
+                        .unwrap_or(route.declared.policy.retry.max_attempts),
+                    timeout: route.timeout,
+                    hold,
+                    lease,
+                    item: *item,
+                    number,
+                    life: self.life.clone(),
+                    lease_time: self.registration.lease,
+                    events,
+                    max_payload_bytes: self.max_payload_bytes,
+                });
+                self.running.insert(hold, running);
+            }
+            Command::Cancel(hold, why) => {
+                if let Some(running) = self.running.get(&hold) {
+                    running.cancel(why);
+                }
+            }
+        }
+    }
+}
+
+async fn sleep_until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A verb's result; an error is logged, and the decisions try again.
+fn told<T>(verb: &'static str, result: Result<T, Error>) -> Option<T> {
+    match result {
+        Ok(value) => Some(value),
+        Err(error) => {
+            tracing::warn!(verb, %error, "the database did not do as asked; trying again");
+            None
+        }
+    }
+}
+
+/// Named points at which a test kills the process: `POSTBOX_CRASH_POINT=name[:nth]`, in builds with
+/// the feature `crash-points` only.
+pub(crate) mod crash {
+    #[cfg(not(feature = "crash-points"))]
+    pub(crate) fn point(_name: &str) {}
+
+    #[cfg(feature = "crash-points")]
+    pub(crate) fn point(name: &str) {
+        use std::io::Write;
+        use std::sync::atomic::{AtomicU32, Ordering};
+        static HITS: AtomicU32 = AtomicU32::new(0);
+        let Ok(wanted) = std::env::var("POSTBOX_CRASH_POINT") else { return };
+        let (wanted, nth) = wanted.split_once(':').unwrap_or((&wanted, "1"));
+        if wanted == name && HITS.fetch_add(1, Ordering::SeqCst) + 1 == nth.parse().unwrap_or(1) {
+            let mut out = std::io::stdout().lock();
+            writeln!(out, "crash point {name}").ok();
+            out.flush().ok();
+            // Waits here to be killed: nothing after this point happens in this process.
+            loop {
+                std::thread::park();
+            }
+        }
+    }
+}
