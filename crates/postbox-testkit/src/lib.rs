@@ -74,6 +74,10 @@ pub trait Testable: Database {
     /// A store of its own, with these settings on top.
     fn fresh_with(adjust: impl FnOnce(Settings) -> Settings + Send) -> impl Future<Output = Fresh<Self>> + Send;
 
+    /// Makes a registered worker die, as far as the others can tell: its lease runs out, or its
+    /// process is gone.
+    fn kill(fresh: &Fresh<Self>, postbox: Postbox<Self>, worker: uuid::Uuid) -> impl Future<Output = ()> + Send;
+
     /// A store of its own.
     fn fresh() -> impl Future<Output = Fresh<Self>> + Send {
         Self::fresh_with(|settings| settings)
@@ -97,6 +101,14 @@ impl Testable for Postgres {
         let pool = sqlx::PgPool::connect(&url).await.expect("a pool on the test server");
         Fresh { postbox, pool, settings, cleanup: Cleanup::Schema { url, schema } }
     }
+
+    async fn kill(fresh: &Fresh<Postgres>, _: Postbox<Postgres>, worker: uuid::Uuid) {
+        let sql = format!(
+            "update {}.worker set expires_at = clock_timestamp() - interval '1 ms' where id = $1",
+            fresh.schema()
+        );
+        sqlx::query(sqlx::AssertSqlSafe(sql)).bind(worker).execute(&fresh.pool).await.expect("the lease ends");
+    }
 }
 
 /// Makes a test of each generic async function, once per store: `on_both_stores!(publishes, retries);`
@@ -106,10 +118,6 @@ macro_rules! on_both_stores {
         mod postgres {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $test() { super::$test::<postbox::Postgres>().await; })*
-        }
-        mod sqlite {
-            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $test() { super::$test::<postbox::Sqlite>().await; })*
         }
     };
 }

@@ -133,7 +133,9 @@ impl<Db: Database> Postbox<Db> {
         &self.settings
     }
 
-    pub(crate) fn store(&self) -> &Db::Store {
+    /// The verbs beneath, for the store's own suite and tools.
+    #[doc(hidden)]
+    pub fn store(&self) -> &Db::Store {
         &self.store
     }
 

@@ -26,7 +26,7 @@ pub type SubscriptionId = i32;
 pub type DeliveryId = i64;
 
 /// A database that postbox runs on: [`sqlx::Postgres`] or [`sqlx::Sqlite`].
-pub trait Database: sqlx::Database + sealed::Sealed {
+pub trait Database: sqlx::Database<Connection: AsConnection<Self>> + sealed::Sealed {
     /// The verbs on it.
     #[doc(hidden)]
     type Store: Store<Db = Self>;
