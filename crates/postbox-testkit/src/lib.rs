@@ -3,13 +3,17 @@
 //! PostgreSQL: the server at `DATABASE_URL` if it is set, else one that this process starts from the
 //! installed binaries on a free port, and that ends with it. Each test has a schema of its own.
 
+mod child;
 mod postgres;
+mod remote;
 
 use std::future::Future;
 
 use postbox::{Database, Postbox, Postgres, Settings, Sqlite};
 
+pub use child::WorkerProcess;
 pub use postgres::{Server, shared_url};
+pub use remote::Remote;
 
 /// A store of its own for one test. Dropped, it leaves nothing behind.
 pub struct Fresh<Db: Database> {
@@ -78,6 +82,12 @@ pub trait Testable: Database {
     /// process is gone.
     fn kill(fresh: &Fresh<Self>, postbox: Postbox<Self>, worker: uuid::Uuid) -> impl Future<Output = ()> + Send;
 
+    /// Runs a statement of the test's own.
+    fn execute(fresh: &Fresh<Self>, sql: &str) -> impl Future<Output = ()> + Send;
+
+    /// The one number that a query of the test's own gives.
+    fn count(fresh: &Fresh<Self>, sql: &str) -> impl Future<Output = i64> + Send;
+
     /// A store of its own.
     fn fresh() -> impl Future<Output = Fresh<Self>> + Send {
         Self::fresh_with(|settings| settings)
@@ -102,12 +112,49 @@ impl Testable for Postgres {
         Fresh { postbox, pool, settings, cleanup: Cleanup::Schema { url, schema } }
     }
 
+    async fn execute(fresh: &Fresh<Postgres>, sql: &str) {
+        sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&fresh.pool).await.expect("the test's statement");
+    }
+
+    async fn count(fresh: &Fresh<Postgres>, sql: &str) -> i64 {
+        sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(&fresh.pool).await.expect("the test's query")
+    }
+
     async fn kill(fresh: &Fresh<Postgres>, _: Postbox<Postgres>, worker: uuid::Uuid) {
         let sql = format!(
             "update {}.worker set expires_at = clock_timestamp() - interval '1 ms' where id = $1",
             fresh.schema()
         );
         sqlx::query(sqlx::AssertSqlSafe(sql)).bind(worker).execute(&fresh.pool).await.expect("the lease ends");
+    }
+}
+
+impl Testable for Sqlite {
+    const NAME: &'static str = "sqlite";
+
+    async fn fresh_with(adjust: impl FnOnce(Settings) -> Settings + Send) -> Fresh<Sqlite> {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let url = format!("sqlite:{}", folder.path().join("test.db").display());
+        let settings = adjust(Settings::defaults().url(&url).set("application", "test"));
+        let postbox = Postbox::migrate(settings.clone()).await.expect("a fresh SQLite file");
+        let options: sqlx::sqlite::SqliteConnectOptions = url.parse().expect("a SQLite URL");
+        let options = options.busy_timeout(std::time::Duration::from_secs(30));
+        let pool = sqlx::SqlitePool::connect_with(options).await.expect("a pool on the SQLite file");
+        Fresh { postbox, pool, settings, cleanup: Cleanup::File(folder) }
+    }
+
+    async fn execute(fresh: &Fresh<Sqlite>, sql: &str) {
+        sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&fresh.pool).await.expect("the test's statement");
+    }
+
+    async fn count(fresh: &Fresh<Sqlite>, sql: &str) -> i64 {
+        sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(&fresh.pool).await.expect("the test's query")
+    }
+
+    async fn kill(_: &Fresh<Sqlite>, postbox: Postbox<Sqlite>, _: uuid::Uuid) {
+        // Its lock files go with the last handle on them.
+        postbox.close().await;
+        drop(postbox);
     }
 }
 
@@ -118,6 +165,10 @@ macro_rules! on_both_stores {
         mod postgres {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $test() { super::$test::<postbox::Postgres>().await; })*
+        }
+        mod sqlite {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $test() { super::$test::<postbox::Sqlite>().await; })*
         }
     };
 }

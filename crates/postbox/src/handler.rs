@@ -345,7 +345,7 @@ macro_rules! executes {
         }
     )* };
 }
-executes!(sqlx::Postgres);
+executes!(sqlx::Postgres, sqlx::Sqlite);
 
 /// What a plain or transactional handler may return.
 pub trait IntoVerdict {

@@ -2,6 +2,8 @@
 #![doc = ""]
 
 mod context;
+#[cfg(not(feature = "crash-points"))]
+mod crash;
 mod error;
 mod handler;
 mod json;
@@ -14,6 +16,9 @@ mod router;
 mod settings;
 
 pub mod admin;
+#[cfg(feature = "crash-points")]
+#[doc(hidden)]
+pub mod crash;
 pub mod lifecycle;
 #[doc(hidden)]
 pub mod store;

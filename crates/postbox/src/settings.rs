@@ -81,8 +81,16 @@ impl Settings {
     /// A file that does not parse, a setting that is none, with the file and line.
     pub fn load() -> Result<Settings, Error> {
         let file = Path::new("postbox.toml");
+        Self::load_from(file.exists().then_some(file))
+    }
+
+    /// Defaults, then this file if one is given, then the environment.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); or the file is not there.
+    pub fn load_from(file: Option<&Path>) -> Result<Settings, Error> {
         let mut settings = Settings::defaults();
-        if file.exists() {
+        if let Some(file) = file {
             settings.read_file(file)?;
         }
         settings.read_env(|name| std::env::var(name).ok());
@@ -148,7 +156,17 @@ impl Settings {
     /// `name` is none of [`SETTINGS`].
     #[track_caller]
     #[must_use]
-    pub fn set(mut self, name: &str, value: impl ToString) -> Settings {
+    pub fn set(self, name: &str, value: impl ToString) -> Settings {
+        self.set_from(name, value, "code")
+    }
+
+    /// Sets one, and says where it comes from: a flag, a form.
+    ///
+    /// # Panics
+    /// `name` is none of [`SETTINGS`].
+    #[track_caller]
+    #[must_use]
+    pub fn set_from(mut self, name: &str, value: impl ToString, origin: &str) -> Settings {
         let known = SETTINGS
             .into_iter()
             .find(|s| *s == name)
@@ -157,7 +175,7 @@ impl Settings {
         if value.is_empty() {
             self.values.remove(known);
         } else {
-            self.values.insert(known, (value, "code".into()));
+            self.values.insert(known, (value, origin.into()));
         }
         self
     }

@@ -10,7 +10,8 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
+    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status,
+    SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::{Answer, Kind, Policy};
@@ -18,7 +19,7 @@ use crate::message::{Draft, Envelope};
 use crate::pattern::Pattern;
 
 pub mod postgres;
-// pub mod sqlite;
+pub mod sqlite;
 
 /// A subscription's number in the database.
 pub type SubscriptionId = i32;
@@ -34,6 +35,10 @@ pub trait Database: sqlx::Database<Connection: AsConnection<Self>> + sealed::Sea
 
 impl Database for sqlx::Postgres {
     type Store = postgres::PgStore;
+}
+
+impl Database for sqlx::Sqlite {
+    type Store = sqlite::SqliteStore;
 }
 
 mod sealed {
@@ -63,6 +68,7 @@ macro_rules! lends {
 }
 lends! {
     sqlx::Postgres, sqlx::PgConnection;
+    sqlx::Sqlite, sqlx::SqliteConnection;
 }
 
 /// What became of one message of a batch.

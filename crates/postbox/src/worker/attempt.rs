@@ -10,8 +10,9 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::core::{Cancel, Ended, Event, Hold};
-use super::{Life, crash};
+use super::Life;
 use crate::context::Context;
+use crate::crash;
 use crate::error::{Error, is_transient};
 use crate::handler::{self, Call, Failure, Tx};
 use crate::lifecycle::{End, Kind, Standing, State};
@@ -134,7 +135,6 @@ fn seal(fate: &AtomicU8) -> bool {
 
 impl<Db: Database> Attempt<Db> {
     async fn perform(self, fate: &Arc<AtomicU8>) -> Ended {
-        crash::point("claimed");
         let Some(envelope) = self.item.envelope.clone() else {
             return Ended::failed("its message is gone: retention or a restore took it before it was delivered", true);
         };
@@ -172,7 +172,6 @@ impl<Db: Database> Attempt<Db> {
             },
             Ok(Ran::Plain(Err(failure))) => ended_by(failure),
             Ok(Ran::Operation(result)) => {
-                crash::point("request-sent");
                 judge(&*self.handler, &call, result, self.max_payload_bytes)
             }
             Err(panic) => Ended::new(End::Panicked, Some(panic_words(&*panic))),

@@ -94,5 +94,4 @@ async fn beat<S: Store>(
             }
         }
     }
-    own.close().await;
 }

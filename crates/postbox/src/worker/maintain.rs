@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 
 use super::attempt::{clean, clean_receipt, continued, panic_words};
-use super::{crash, told};
+use super::told;
 use crate::context::Context;
+use crate::crash;
 use crate::handler::{self, Call};
 use crate::lifecycle::Answer;
 use crate::operation::{Operation, Receipt, Reconciled, idempotency_key};

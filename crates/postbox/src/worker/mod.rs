@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use self::attempt::Running;
 use self::core::{Command, Core, Event, Hold, Lane, Setup};
+use crate::crash;
 use crate::error::Error;
 use crate::postbox::Postbox;
 use crate::router::{Route, Router};
@@ -383,7 +384,10 @@ impl<Db: Database> Engine<Db> {
                 self.running.remove(hold);
             }
             Event::Reborn(worker) => self.registration.worker = *worker,
-            Event::Claimed(_, Some(claimed)) => self.topics.saw(claimed),
+            Event::Claimed(_, Some(claimed)) if !claimed.items.is_empty() => {
+                crash::point("claimed");
+                self.topics.saw(claimed);
+            }
             _ => {}
         }
         Some(event)
@@ -401,7 +405,6 @@ impl<Db: Database> Engine<Db> {
             }
             Command::Settle(settle) => {
                 tokio::spawn(async move {
-                    crash::point("before-settle");
                     let answer = told("settle", store.settle(&settle).await);
                     events.send(Event::Settled(settle.lease.token, answer)).ok();
                 });
@@ -482,27 +485,3 @@ fn told<T>(verb: &'static str, result: Result<T, Error>) -> Option<T> {
     }
 }
 
-/// Named points at which a test kills the process: `POSTBOX_CRASH_POINT=name[:nth]`, in builds with
-/// the feature `crash-points` only.
-pub(crate) mod crash {
-    #[cfg(not(feature = "crash-points"))]
-    pub(crate) fn point(_name: &str) {}
-
-    #[cfg(feature = "crash-points")]
-    pub(crate) fn point(name: &str) {
-        use std::io::Write;
-        use std::sync::atomic::{AtomicU32, Ordering};
-        static HITS: AtomicU32 = AtomicU32::new(0);
-        let Ok(wanted) = std::env::var("POSTBOX_CRASH_POINT") else { return };
-        let (wanted, nth) = wanted.split_once(':').unwrap_or((&wanted, "1"));
-        if wanted == name && HITS.fetch_add(1, Ordering::SeqCst) + 1 == nth.parse().unwrap_or(1) {
-            let mut out = std::io::stdout().lock();
-            writeln!(out, "crash point {name}").ok();
-            out.flush().ok();
-            // Waits here to be killed: nothing after this point happens in this process.
-            loop {
-                std::thread::park();
-            }
-        }
-    }
-}

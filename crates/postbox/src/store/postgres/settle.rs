@@ -7,6 +7,7 @@ use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::{BEGIN_DURABLE, PgStore, Work, micros, millis, publish};
+use crate::crash;
 use crate::error::Error;
 use crate::lifecycle::{Standing, State};
 use crate::message::Draft;
@@ -57,7 +58,11 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         let sql = format!("delete from {}.lease where token = $1", store.schema);
         store.dynamic(sql).bind(lease.token).execute(work.on()).await?;
     }
-    work.commit().await?;
+    if settle.successes.is_empty() && settle.moves.is_empty() {
+        work.commit().await?;
+    } else {
+        crash::commit("outcome-commit-sent", work.commit()).await?;
+    }
     Ok(Guarded::Done)
 }
 
@@ -179,7 +184,7 @@ pub(super) async fn settle_open(
         work.rollback().await?;
         return Ok(Guarded::Fenced);
     }
-    work.commit().await?;
+    crash::commit("outcome-commit-sent", work.commit()).await?;
     Ok(Guarded::Done)
 }
 

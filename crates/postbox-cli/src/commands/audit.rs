@@ -1,0 +1,46 @@
+//! `postbox audit`: what operators did.
+
+use postbox::Database;
+
+use crate::commands::Ended;
+use crate::desk::Desk;
+use crate::failure::Failure;
+use crate::flags::Audit;
+use crate::output::state_word;
+use crate::table::{Columns, text};
+use crate::text::{plain, shortened};
+
+pub(super) async fn run<Db: Database>(desk: &Desk<'_>, audit: Audit) -> Ended {
+    let postbox = desk.open::<Db>().await?;
+    let failed = |e| Failure::of(&e, "read the audit", desk.command("status"));
+    let entries = postbox.admin().audit(audit.limit).await.map_err(failed)?;
+    if desk.output.json {
+        for entry in &entries {
+            desk.output.object(entry)?;
+        }
+        return Ok(0);
+    }
+    if entries.is_empty() {
+        desk.output.prose("no operator did anything yet");
+        return Ok(0);
+    }
+    let mut columns = Columns::new(&[">AUDIT", "AT", "ACTOR", "ACTION", ">DELIVERY", "CHANGE", "REASON"]);
+    for entry in entries {
+        let change = match (&entry.state_before, &entry.state_after) {
+            (Some(before), Some(after)) => format!("{} -> {}", state_word(before), state_word(after)),
+            (None, Some(after)) => state_word(after),
+            _ => "-".into(),
+        };
+        columns.row([
+            text(entry.seq.to_string()),
+            text(format!("{:.0}", entry.at)),
+            text(shortened(&entry.actor, 30)),
+            text(plain(&entry.action)),
+            text(entry.delivery.map_or_else(|| "-".into(), |d| d.to_string())),
+            text(change),
+            text(entry.reason.as_deref().map_or_else(|| "-".into(), plain)),
+        ]);
+    }
+    columns.print(desk.output)?;
+    Ok(0)
+}

@@ -1,0 +1,291 @@
+//! `postbox publish --jsonl FILE|-`: a message a line. A bad line is told by its number and stops
+//! nobody else.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, IsTerminal, Read};
+use std::path::Path;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use postbox::{Database, Draft, Envelope, Postbox};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::commands::Ended;
+use crate::desk::Desk;
+use crate::failure::{FAILED, Failure};
+use crate::text::plain;
+
+/// Messages that are committed together.
+const BATCH: usize = 500;
+/// What a line may weigh beside its payload: ids, key, headers, escapes.
+const BESIDE_PAYLOAD: usize = 1 << 20;
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// A line as it has to look.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    id: Option<String>,
+    topic: String,
+    key: Option<String>,
+    payload: Box<RawValue>,
+    headers: Option<BTreeMap<String, String>>,
+}
+
+/// Why a line is no message.
+#[derive(Debug, PartialEq, Eq)]
+enum BadLine {
+    Utf8 { at: usize },
+    TooLong { limit: usize },
+    Json(String),
+    Message(String),
+}
+
+impl std::fmt::Display for BadLine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            BadLine::Utf8 { at } => write!(f, "it is not UTF-8 (byte {at})"),
+            BadLine::TooLong { limit } => write!(f, "it is longer than {limit} bytes"),
+            BadLine::Json(why) => write!(f, "it is no message: {why}"),
+            BadLine::Message(why) => f.write_str(why),
+        }
+    }
+}
+
+/// What became of a file.
+#[derive(Debug, Default, Serialize)]
+struct Summary {
+    published: u64,
+    duplicates: u64,
+    bad: u64,
+}
+
+pub(super) async fn run<Db: Database>(desk: &Desk<'_>, file: &Path, window: Option<Duration>) -> Ended {
+    let tried = format!("publish the lines of {}", file.display());
+    let failed = |why: String| Failure::new(FAILED, &tried, why, desk.command("publish --help"));
+    let payload_limit =
+        desk.settings.max_payload_bytes().map_err(|e| Failure::of(&e, &tried, desk.command("config show --origin")))?;
+    let (reader, size) = open(file).map_err(|e| failure_to_read(&tried, &e, desk))?;
+    let postbox = desk.open_or_create::<Db>().await?;
+    let bar = bar(size);
+    let mut lines = Lines { reader, number: 0, bytes: 0, limit: payload_limit + BESIDE_PAYLOAD };
+    let mut publishing = Publishing { desk, postbox, bar: &bar, summary: Summary::default() };
+    let mut batch = Vec::with_capacity(BATCH);
+    let mut unsent = None;
+    loop {
+        let line = lines.next().map_err(|e| failed(format!("line {} could not be read: {e}", lines.number)));
+        let line = match line {
+            Ok(Some(line)) => line,
+            Ok(None) => break,
+            Err(failure) => {
+                unsent = Some(failure);
+                break;
+            }
+        };
+        bar.set_position(lines.bytes);
+        match line.and_then(|text| draft(&text, window.unwrap_or(DAY))) {
+            Ok(Some(draft)) => batch.push((lines.number, draft)),
+            Ok(None) => {}
+            Err(bad) => publishing.bad(lines.number, &bad.to_string()),
+        }
+        if batch.len() == BATCH {
+            publishing.send(&mut batch, &tried).await?;
+        }
+    }
+    publishing.send(&mut batch, &tried).await?;
+    bar.finish_and_clear();
+    let summary = publishing.summary;
+    if desk.output.json {
+        desk.output.object(&summary)?;
+    } else {
+        let Summary { published, duplicates, bad } = summary;
+        desk.output.line(&format!("published {published}, duplicates {duplicates}, bad {bad}"))?;
+        if bad > 0 {
+            desk.output.prose(
+                "next: mend the lines told above and publish the file again; lines with an id are not published twice",
+            );
+        }
+    }
+    match unsent {
+        Some(failure) => Err(failure),
+        None => Ok(if summary.bad > 0 { FAILED } else { 0 }),
+    }
+}
+
+fn failure_to_read(tried: &str, error: &io::Error, desk: &Desk<'_>) -> Failure {
+    let code = if error.kind() == io::ErrorKind::NotFound { crate::failure::NOT_FOUND } else { FAILED };
+    Failure::new(code, tried, error.to_string(), desk.command("publish --jsonl -"))
+}
+
+struct Publishing<'a, Db: Database> {
+    desk: &'a Desk<'a>,
+    postbox: Postbox<Db>,
+    bar: &'a ProgressBar,
+    summary: Summary,
+}
+
+impl<Db: Database> Publishing<'_, Db> {
+    fn bad(&mut self, number: u64, why: &str) {
+        self.summary.bad += 1;
+        let line = format!("line {number}: {}", plain(why));
+        self.bar.suspend(|| self.desk.output.prose(&line));
+    }
+
+    /// Commits the good ones of a batch.
+    async fn send(&mut self, batch: &mut Vec<(u64, Draft)>, tried: &str) -> Result<(), Failure> {
+        let (numbers, drafts): (Vec<u64>, Vec<Draft>) = batch.drain(..).unzip();
+        let (Some(first), Some(last)) = (numbers.first(), numbers.last()) else { return Ok(()) };
+        let published = self.postbox.publish_each_now(drafts).await.map_err(|e| {
+            self.bar.finish_and_clear();
+            let Summary { published, duplicates, .. } = self.summary;
+            let tried = format!(
+                "{tried}: lines {first} to {last} (before them: published {published}, duplicates {duplicates})"
+            );
+            let next = "the same command again; lines with an id are not published twice";
+            Failure::of(&e, tried, next)
+        })?;
+        for (number, published) in numbers.into_iter().zip(published) {
+            match published {
+                Ok(message) if message.is_duplicate() => self.summary.duplicates += 1,
+                Ok(_) => self.summary.published += 1,
+                Err(error) => self.bad(number, &error.to_string()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A line's message; none for a blank line.
+fn draft(bytes: &[u8], window: Duration) -> Result<Option<Draft>, BadLine> {
+    let text = std::str::from_utf8(bytes).map_err(|e| BadLine::Utf8 { at: e.valid_up_to() })?;
+    if text.trim().is_empty() {
+        return Ok(None);
+    }
+    // The payload's depth is judged by the library, with its own words.
+    let mut parser = serde_json::Deserializer::from_str(text);
+    parser.disable_recursion_limit();
+    let line = Line::deserialize(&mut parser)
+        .and_then(|line| parser.end().map(|()| line))
+        .map_err(|e| BadLine::Json(without_line(&e)))?;
+    let mut draft = Envelope::raw(line.topic, line.payload.get()).map_err(|e| BadLine::Message(e.to_string()))?;
+    if let Some(key) = line.key {
+        draft = draft.key(key);
+    }
+    for (name, value) in line.headers.into_iter().flatten() {
+        draft = draft.header(name, value);
+    }
+    if let Some(id) = line.id {
+        draft = draft.external_id(&id).dedup_within(id, window);
+    }
+    Ok(Some(draft))
+}
+
+/// The parser counts lines from its own text, which is always one.
+fn without_line(error: &serde_json::Error) -> String {
+    error.to_string().replace(" at line 1 column ", " at column ").replace(" at line 0 column 0", "")
+}
+
+/// Lines with their numbers, each bounded in size.
+struct Lines {
+    reader: Box<dyn BufRead>,
+    number: u64,
+    bytes: u64,
+    limit: usize,
+}
+
+impl Lines {
+    /// The next line without its end; `None` at the end of the file.
+    fn next(&mut self) -> io::Result<Option<Result<Vec<u8>, BadLine>>> {
+        let mut line = Vec::new();
+        self.number += 1;
+        let read = (&mut self.reader).take(self.limit as u64 + 1).read_until(b'\n', &mut line)?;
+        self.bytes += read as u64;
+        if read == 0 {
+            return Ok(None);
+        }
+        if line.last() == Some(&b'\n') {
+            line.pop();
+        } else if read > self.limit {
+            self.bytes += self.reader.skip_until(b'\n')? as u64;
+            return Ok(Some(Err(BadLine::TooLong { limit: self.limit })));
+        }
+        if self.number == 1 && line.starts_with(b"\xef\xbb\xbf") {
+            line.drain(..3);
+        }
+        Ok(Some(Ok(line)))
+    }
+}
+
+fn open(file: &Path) -> io::Result<(Box<dyn BufRead>, Option<u64>)> {
+    if file == Path::new("-") {
+        return Ok((Box::new(io::stdin().lock()), None));
+    }
+    let file = File::open(file)?;
+    let about = file.metadata()?;
+    if about.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::IsADirectory, "it is a directory"));
+    }
+    let size = about.is_file().then_some(about.len());
+    Ok((Box::new(BufReader::with_capacity(1 << 16, file)), size))
+}
+
+/// On standard error, and only on a terminal.
+fn bar(size: Option<u64>) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let (bar, template) = match size {
+        Some(size) => (ProgressBar::new(size), "publishing {bar:30} {bytes}/{total_bytes} {eta}"),
+        None => (ProgressBar::new_spinner(), "publishing {spinner} {bytes}"),
+    };
+    match ProgressStyle::with_template(template) {
+        Ok(style) => bar.with_style(style.progress_chars("=> ")),
+        Err(_) => bar,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bad(line: &[u8]) -> String {
+        draft(line, DAY).expect_err("a bad line").to_string()
+    }
+
+    #[test]
+    fn a_good_line() {
+        let line =
+            br#"{"id":"e1","topic":"a.b","key":"k","payload":{"n": 1.10000000000000000001},"headers":{"h":"v"}}"#;
+        assert_eq!(draft(line, DAY).expect("good").expect("a message").topic(), "a.b");
+        assert!(draft(b"  \r", DAY).expect("blank").is_none());
+    }
+
+    #[test]
+    fn each_bad_line_says_why() {
+        assert_eq!(bad(b"{\"topic\":\"a\xff\"}"), "it is not UTF-8 (byte 11)");
+        assert!(bad(b"{").contains("EOF"), "{}", bad(b"{"));
+        assert!(bad(br#"{"payload":1}"#).contains("missing field `topic`"));
+        assert!(bad(br#"{"topic":"a"}"#).contains("missing field `payload`"));
+        assert!(bad(br#"{"topic":"a","payload":1,"colour":"red"}"#).contains("unknown field `colour`"));
+        assert!(bad(br#"{"topic":"a","payload":1} 2"#).contains("trailing"));
+        assert!(bad(br#"{"topic":"a","payload":"\u0000"}"#).contains("\\u0000"));
+        assert!(bad(br#"{"topic":"a","payload":"\ud800"}"#).contains("surrogate"));
+        let deep = format!(r#"{{"topic":"a","payload":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
+        assert!(bad(deep.as_bytes()).contains("deeper than 128"));
+        assert!(bad(b"[1]").contains("no message"));
+    }
+
+    #[test]
+    fn a_long_line_is_bad_and_the_next_is_read() {
+        let text: &[u8] = b"\xef\xbb\xbf{}\n123456789\nlast";
+        let mut lines = Lines { reader: Box::new(text), number: 0, bytes: 0, limit: 8 };
+        let mut all = Vec::new();
+        while let Some(line) = lines.next().expect("reads") {
+            all.push(line);
+        }
+        assert_eq!(all, [Ok(b"{}".to_vec()), Err(BadLine::TooLong { limit: 8 }), Ok(b"last".to_vec())]);
+        assert_eq!(lines.bytes, text.len() as u64);
+    }
+}

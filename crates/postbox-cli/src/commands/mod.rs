@@ -1,0 +1,58 @@
+//! One file a command; here the database's kind, known at run time, becomes a type.
+
+mod audit;
+mod config;
+mod jsonl;
+mod list;
+mod migrate;
+mod publish;
+mod resolve;
+mod retry;
+mod show;
+mod status;
+mod subscriptions;
+
+use postbox::{Backend, Database, Postgres, Sqlite};
+
+use crate::demo;
+use crate::desk::Desk;
+use crate::failure::Failure;
+use crate::flags::{Command, Flags, Migrate};
+use crate::output::Output;
+
+/// How a command ended that did what it could: its exit code.
+pub(crate) type Ended = Result<u8, Failure>;
+
+/// Runs what was typed.
+pub(crate) async fn run(flags: Flags, output: &Output) -> Ended {
+    match flags.command {
+        Command::Demo(demo) => return demo::run(demo, output).await,
+        Command::DemoProvider => return demo::provider::run().await,
+        _ => {}
+    }
+    let desk = Desk::new(flags.global, output)?;
+    match flags.command {
+        Command::Config(command) => config::run(&desk, command),
+        Command::Migrate(Migrate::Print) => migrate::print(&desk),
+        command => match desk.backend()? {
+            Backend::Postgres => on::<Postgres>(&desk, command).await,
+            Backend::Sqlite => on::<Sqlite>(&desk, command).await,
+        },
+    }
+}
+
+async fn on<Db: Database>(desk: &Desk<'_>, command: Command) -> Ended {
+    match command {
+        Command::Migrate(command) => migrate::run::<Db>(desk, command).await,
+        Command::Publish(publish) => publish::run::<Db>(desk, *publish).await,
+        Command::Status => status::run::<Db>(desk).await,
+        Command::List(list) => list::run::<Db>(desk, list).await,
+        Command::Show(show) => show::run::<Db>(desk, show).await,
+        Command::Retry(retry) => retry::run::<Db>(desk, retry).await,
+        Command::Resolve(resolve) => resolve::run::<Db>(desk, resolve).await,
+        Command::Subscriptions(subscriptions) => subscriptions::run::<Db>(desk, subscriptions).await,
+        Command::Audit(audit) => audit::run::<Db>(desk, audit).await,
+        // These need no database and were served above.
+        Command::Config(_) | Command::Demo(_) | Command::DemoProvider => Ok(0),
+    }
+}

@@ -1,0 +1,142 @@
+//! `postbox subscriptions [list]` and `postbox subscriptions remove NAME`.
+
+use postbox::admin::SubscriptionRow;
+use postbox::{Database, Postbox};
+
+use crate::commands::Ended;
+use crate::confirm::confirm;
+use crate::desk::{Desk, usage};
+use crate::failure::{Failure, NOT_FOUND};
+use crate::flags::{Remove, Subscriptions, SubscriptionsCommand};
+use crate::output::Tone;
+use crate::table::{Columns, text, toned};
+use crate::text::{capped, plain, quoted};
+
+pub(super) async fn run<Db: Database>(desk: &Desk<'_>, subscriptions: Subscriptions) -> Ended {
+    match subscriptions.command {
+        None | Some(SubscriptionsCommand::List) => list::<Db>(desk).await,
+        Some(SubscriptionsCommand::Remove(wish)) => remove::<Db>(desk, wish).await,
+    }
+}
+
+async fn list<Db: Database>(desk: &Desk<'_>) -> Ended {
+    let postbox = desk.open::<Db>().await?;
+    let rows = rows(desk, &postbox, "list subscriptions").await?;
+    let wanted = |row: &&SubscriptionRow| desk.application.as_ref().is_none_or(|a| *a == row.application);
+    let rows: Vec<_> = rows.iter().filter(wanted).collect();
+    if desk.output.json {
+        for row in rows {
+            desk.output.object(row)?;
+        }
+        return Ok(0);
+    }
+    if rows.is_empty() {
+        desk.output.prose("no subscriptions yet: a worker makes them when it first starts");
+        return Ok(0);
+    }
+    let mut columns = Columns::new(&[
+        "APPLICATION",
+        "NAME",
+        "PATTERN",
+        "KIND",
+        ">TRIES",
+        ">WORKERS",
+        ">WAITING",
+        ">IN-DOUBT",
+        ">DEAD",
+        "",
+    ]);
+    for row in rows {
+        let note = match (row.removed_at, row.backfilling) {
+            (Some(_), _) => "removed",
+            (None, true) => "taking history",
+            (None, false) => "",
+        };
+        let workers = match row.workers {
+            0 => toned(Tone::Doubt, "0"),
+            n => text(n.to_string()),
+        };
+        columns.row([
+            text(plain(&row.application)),
+            text(plain(&row.name)),
+            text(plain(&row.pattern)),
+            text(plain(&row.kind)),
+            text(row.max_attempts.to_string()),
+            workers,
+            text(capped(row.pending + row.scheduled)),
+            text(capped(row.in_doubt)),
+            text(capped(row.dead)),
+            text(note),
+        ]);
+    }
+    columns.print(desk.output)?;
+    Ok(0)
+}
+
+async fn rows<Db: Database>(
+    desk: &Desk<'_>,
+    postbox: &Postbox<Db>,
+    tried: &str,
+) -> Result<Vec<SubscriptionRow>, Failure> {
+    postbox.admin().subscriptions().await.map_err(|e| Failure::of(&e, tried, desk.command("status")))
+}
+
+async fn remove<Db: Database>(desk: &Desk<'_>, wish: Remove) -> Ended {
+    let name = &wish.name;
+    let tried = format!("remove the subscription {name}");
+    let typed = |application: &str| {
+        desk.command(&format!("subscriptions remove {} --application {}", quoted(name), quoted(application)))
+    };
+    let postbox = desk.open::<Db>().await?;
+    let rows = rows(desk, &postbox, &tried).await?;
+    let row = the_one(desk, &rows, name, &tried)?;
+    let application = &row.application;
+    let reason = desk.reason(wish.reason, &tried, &typed(application))?;
+    desk.output.prose(&format!(
+        "removes {} of {}: nothing is fanned out to it any more; {} waiting and {} in doubt stay as they are",
+        plain(name),
+        plain(application),
+        capped(row.pending + row.scheduled),
+        capped(row.in_doubt)
+    ));
+    confirm(wish.yes, &tried, &format!("{} --reason {}", typed(application), quoted(&plain(&reason))))?;
+    let entry = postbox
+        .admin()
+        .remove_subscription(application, name, &desk.actor, &reason)
+        .await
+        .map_err(|e| Failure::of(&e, &tried, desk.command("subscriptions")))?;
+    if desk.output.json {
+        desk.output.object(&entry)?;
+    } else {
+        let plus = desk.output.paint(Tone::Good, "+");
+        desk.output.line(&format!("{plus} removed by {}, audit {}", plain(&entry.actor), entry.seq))?;
+    }
+    Ok(0)
+}
+
+/// The subscription that is meant: of the application that was named, or the only one of its name.
+fn the_one<'r>(
+    desk: &Desk<'_>,
+    rows: &'r [SubscriptionRow],
+    name: &str,
+    tried: &str,
+) -> Result<&'r SubscriptionRow, Failure> {
+    let meant: Vec<&SubscriptionRow> = rows
+        .iter()
+        .filter(|r| r.name == name && r.removed_at.is_none())
+        .filter(|r| desk.application.as_ref().is_none_or(|a| *a == r.application))
+        .collect();
+    match meant.as_slice() {
+        [one] => Ok(one),
+        [] => {
+            let whose = desk.application.as_ref().map_or_else(String::new, |a| format!(" of application {a}"));
+            let why = format!("there is no subscription {name}{whose}");
+            Err(Failure::new(NOT_FOUND, tried, why, desk.command("subscriptions")))
+        }
+        [first, ..] => {
+            let why = "several applications have one of that name; say whose with --application";
+            let next = format!("subscriptions remove {} --application {}", quoted(name), quoted(&first.application));
+            Err(usage(tried, why, desk.command(&next)))
+        }
+    }
+}

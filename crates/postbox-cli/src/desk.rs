@@ -1,0 +1,145 @@
+//! What every command has at hand: the settings, who acts, where answers go.
+
+use std::path::Path;
+
+use postbox::{Backend, Database, Error, Postbox, Settings, hide_password};
+
+use crate::failure::{Failure, NOT_FOUND, REFUSED, USAGE};
+use crate::flags::Global;
+use crate::output::Output;
+use crate::text::quoted;
+
+/// Where a command works.
+#[derive(Debug)]
+pub(crate) struct Desk<'a> {
+    pub(crate) settings: Settings,
+    pub(crate) output: &'a Output,
+    /// Who acts.
+    pub(crate) actor: String,
+    /// Whose subscriptions are meant, if somebody said so.
+    pub(crate) application: Option<String>,
+    prefix: String,
+}
+
+impl<'a> Desk<'a> {
+    /// Reads the settings: flag, then environment, then file, then default. An empty flag counts as
+    /// not given.
+    pub(crate) fn new(global: Global, output: &'a Output) -> Result<Desk<'a>, Failure> {
+        let mut prefix = program();
+        let usual = Path::new("postbox.toml");
+        let file = match &global.config {
+            Some(file) => Some(file.as_path()),
+            None => usual.exists().then_some(usual),
+        };
+        let mut settings = Settings::load_from(file)
+            .map_err(|e| Failure::of(&e, "read the settings", "mend the file, then: postbox config show --origin"))?;
+        for (name, flag, value) in [
+            ("database_url", "--database-url", &global.database_url),
+            ("schema", "--schema", &global.schema),
+            ("application", "--application", &global.application),
+        ] {
+            if let Some(value) = value.as_deref().filter(|v| !v.is_empty()) {
+                settings = settings.set_from(name, value, flag);
+                prefix.push_str(&format!(" {flag} {}", quoted(&hide_password(value))));
+            }
+        }
+        if let Some(file) = &global.config {
+            prefix.push_str(&format!(" --config {}", quoted(&file.display().to_string())));
+        }
+        let named = |name| std::env::var(name).ok();
+        let actor =
+            global.actor.or_else(|| named("USER")).into_iter().chain(named("LOGNAME")).find(|a| !a.trim().is_empty());
+        Ok(Desk {
+            settings,
+            output,
+            actor: actor.unwrap_or_else(|| "unknown".into()),
+            application: global.application.filter(|a| !a.is_empty()),
+            prefix,
+        })
+    }
+
+    /// A command to run next, against the same database.
+    pub(crate) fn command(&self, rest: &str) -> String {
+        format!("{} {rest}", self.prefix)
+    }
+
+    /// What to look at when a delivery was not changed.
+    pub(crate) fn look_at(&self, delivery: i64, error: &Error) -> String {
+        match error {
+            Error::NotFound(_) => self.command("list"),
+            _ => self.command(&format!("show {delivery}")),
+        }
+    }
+
+    /// Which kind of database it is.
+    pub(crate) fn backend(&self) -> Result<Backend, Failure> {
+        self.settings
+            .backend()
+            .map_err(|e| Failure::of(&e, "find the database", self.command("--database-url sqlite:shop.db status")))
+    }
+
+    /// Connects to a database that has to be there already.
+    pub(crate) async fn open<Db: Database>(&self) -> Result<Postbox<Db>, Failure> {
+        self.there_is_a_file()?;
+        self.open_or_create().await
+    }
+
+    /// The same without a look at the schema.
+    pub(crate) async fn open_as_it_is<Db: Database>(&self) -> Result<Postbox<Db>, Failure> {
+        self.there_is_a_file()?;
+        Postbox::open_unchecked(self.settings.clone()).await.map_err(|e| self.no_connection(&e))
+    }
+
+    /// Connects; a SQLite file is made if there is none.
+    pub(crate) async fn open_or_create<Db: Database>(&self) -> Result<Postbox<Db>, Failure> {
+        Postbox::open(self.settings.clone()).await.map_err(|e| self.no_connection(&e))
+    }
+
+    /// What to say when the database cannot be reached.
+    pub(crate) fn no_connection(&self, error: &Error) -> Failure {
+        let next = match error {
+            Error::Schema { .. } => self.command("migrate up"),
+            _ => self.command("config show --origin"),
+        };
+        Failure::of(error, "open the database", next)
+    }
+
+    /// SQLite would make a missing file, and a typing mistake would look like an empty postbox.
+    fn there_is_a_file(&self) -> Result<(), Failure> {
+        match self.sqlite_file() {
+            Some(path) if !Path::new(&path).exists() => {
+                let why = format!("there is no file {path}");
+                Err(Failure::new(NOT_FOUND, "open the database", why, self.command("migrate up")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn sqlite_file(&self) -> Option<String> {
+        let url = self.settings.database_url()?.strip_prefix("sqlite:")?;
+        let path = url.strip_prefix("//").unwrap_or(url).split('?').next().unwrap_or_default();
+        (!path.is_empty() && path != ":memory:" && !url.contains("mode=memory") && !path.contains('%'))
+            .then(|| path.to_owned())
+    }
+
+    /// A reason that says something; it goes on record.
+    pub(crate) fn reason(&self, given: Option<String>, tried: &str, same_command: &str) -> Result<String, Failure> {
+        given.filter(|reason| !reason.trim().is_empty()).ok_or_else(|| {
+            let why = "it needs a reason, which goes on record; nothing was done";
+            Failure::new(REFUSED, tried, why, format!("{same_command} --reason \"how you know\""))
+        })
+    }
+}
+
+/// The command as it was called, so that what is printed can be run.
+pub(crate) fn program() -> String {
+    match std::env::args().next() {
+        Some(name) if name.contains('/') => quoted(&name),
+        _ => "postbox".into(),
+    }
+}
+
+/// What was typed cannot be meant.
+pub(crate) fn usage(tried: &str, why: impl Into<String>, next: String) -> Failure {
+    Failure::new(USAGE, tried, why, next)
+}

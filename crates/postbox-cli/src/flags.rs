@@ -1,0 +1,313 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use jiff::{Span, SpanRelativeTo, Timestamp};
+use postbox::lifecycle::Answer;
+
+/// A transactional outbox and inbox, and honest irreversible operations, on PostgreSQL and SQLite.
+#[derive(Debug, Parser)]
+#[command(
+    name = "postbox",
+    version,
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 ok, 1 failed or partial, 2 usage, 3 not found, 4 conflict (the version moved), 5 refused.\n\
+                  Settings come from flags, then POSTBOX_* and PG* variables (DATABASE_URL too), then postbox.toml."
+)]
+pub(crate) struct Flags {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Flags that every command takes.
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// Where the database is: postgres://localhost/shop or sqlite:shop.db
+    #[arg(long, global = true, value_name = "URL", help_heading = "Everywhere")]
+    pub(crate) database_url: Option<String>,
+    /// The schema in PostgreSQL
+    #[arg(long, global = true, value_name = "NAME", help_heading = "Everywhere")]
+    pub(crate) schema: Option<String>,
+    /// The application that subscriptions belong to
+    #[arg(long, global = true, value_name = "NAME", help_heading = "Everywhere")]
+    pub(crate) application: Option<String>,
+    /// Settings file, instead of ./postbox.toml
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Everywhere")]
+    pub(crate) config: Option<PathBuf>,
+    /// Who acts, for the audit [default: $USER]
+    #[arg(long, global = true, value_name = "NAME", help_heading = "Everywhere")]
+    pub(crate) actor: Option<String>,
+    /// Prints JSON: one object, or one a line for lists
+    #[arg(long, global = true, help_heading = "Everywhere")]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// A small shop that runs by itself, to look at: needs nothing
+    Demo(Demo),
+    /// Bring a database to this version, or see how
+    #[command(subcommand)]
+    Migrate(Migrate),
+    /// Publish a message, or a file of them
+    Publish(Box<Publish>),
+    /// Everything at a glance, and what needs you
+    Status,
+    /// Deliveries, newest first
+    List(List),
+    /// One delivery with its history, or a message with its deliveries
+    Show(Show),
+    /// Try deliveries again, now; their attempts go on counting
+    Retry(Retry),
+    /// Say how a doubt ends
+    Resolve(Resolve),
+    /// Who listens to what
+    Subscriptions(Subscriptions),
+    /// What operators did, newest first
+    Audit(Audit),
+    /// The settings in force
+    #[command(subcommand)]
+    Config(Config),
+    /// The payment provider of the demo, a process of its own
+    #[command(hide = true)]
+    DemoProvider,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    /// Ends by itself after this long, like 10s; without it, Ctrl-C ends it
+    #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
+    pub(crate) lasting: Option<Duration>,
+    /// Where to keep the shop's database; a new file [default: in the temporary directory]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) keep: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub(crate) enum Migrate {
+    /// Bring the schema to this version
+    Up,
+    /// Which migrations there are, and which were applied
+    Status,
+    /// The migrations as plain SQL (PostgreSQL), for a migration tool of your own
+    Print,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Publish {
+    /// The topic, like orders.placed
+    #[arg(required_unless_present = "jsonl")]
+    pub(crate) topic: Option<String>,
+    /// The payload, JSON; `-` reads it from standard input [default: null]
+    pub(crate) payload: Option<String>,
+    /// What ordering and partitioning go by
+    #[arg(long)]
+    pub(crate) key: Option<String>,
+    /// A header, name=value; may be repeated
+    #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
+    pub(crate) headers: Vec<(String, String)>,
+    /// Due this long from now, like 10m or 1h30m
+    #[arg(long, value_name = "DURATION", value_parser = duration, conflicts_with = "at")]
+    pub(crate) after: Option<Duration>,
+    /// Due at this time, like 2027-01-31T09:00:00+01:00
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub(crate) at: Option<Timestamp>,
+    /// Publishes once per topic and key
+    #[arg(long, value_name = "KEY")]
+    pub(crate) dedup: Option<String>,
+    /// How long the dedup key (with --jsonl: the ids) is remembered [default: 1d]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) dedup_window: Option<Duration>,
+    /// Attempts that each delivery may make, whatever the subscription says
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) max_attempts: Option<u32>,
+    /// A file with a message a line, or `-`: {"id"?, "topic", "key"?, "payload", "headers"?};
+    /// an id is a dedup key, and shown as the external id
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["topic", "payload", "key", "headers", "after", "at", "dedup", "max_attempts"]
+    )]
+    pub(crate) jsonl: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct List {
+    /// state:dead,in_doubt topic:orders.* subscription:NAME key:KEY; words narrow, commas widen
+    #[arg(value_name = "FILTER")]
+    pub(crate) filter: Vec<String>,
+    /// How many at most
+    #[arg(long, default_value_t = 50, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) limit: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Show {
+    /// A delivery's number, or a message's id (a UUID)
+    pub(crate) id: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Retry {
+    /// The deliveries' numbers
+    #[arg(required = true, value_name = "ID")]
+    pub(crate) ids: Vec<i64>,
+    /// The revision you saw; if it has moved on, nothing is done (one ID only)
+    #[arg(long, value_name = "NUMBER", value_parser = rev)]
+    pub(crate) rev: Option<i32>,
+    /// Why; goes on record
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Resolve {
+    /// The delivery's number
+    pub(crate) id: i64,
+    #[command(flatten)]
+    pub(crate) answer: Word,
+    /// How you know; goes on record
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+    /// What you saw at the remote: a charge's number, a link
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) evidence: Option<String>,
+    /// The revision you saw; if it has moved on, nothing is done
+    #[arg(long, value_name = "NUMBER", value_parser = rev)]
+    pub(crate) rev: Option<i32>,
+    /// Does not ask
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+}
+
+/// How a doubt ends: exactly one of these.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Word {
+    /// The effect is there
+    #[arg(long)]
+    happened: bool,
+    /// The effect is not there, and will not come any more
+    #[arg(long)]
+    did_not_happen: bool,
+    /// It will never be known
+    #[arg(long)]
+    abandon: bool,
+}
+
+impl Word {
+    pub(crate) fn answer(&self) -> Answer {
+        match (self.happened, self.did_not_happen) {
+            (true, _) => Answer::Happened,
+            (_, true) => Answer::DidNotHappen,
+            _ => Answer::Abandoned,
+        }
+    }
+
+    /// As it is typed.
+    pub(crate) fn flag(&self) -> &'static str {
+        match self.answer() {
+            Answer::Happened => "--happened",
+            Answer::DidNotHappen => "--did-not-happen",
+            Answer::Abandoned => "--abandon",
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Subscriptions {
+    #[command(subcommand)]
+    pub(crate) command: Option<SubscriptionsCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SubscriptionsCommand {
+    /// Who listens to what, and what waits for them
+    List,
+    /// Stop fanning out to a subscription; the deliveries it has stay as they are
+    Remove(Remove),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Remove {
+    /// The subscription's name; --application says whose, if several have one of that name
+    pub(crate) name: String,
+    /// Why; goes on record
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+    /// Does not ask
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Audit {
+    /// How many at most
+    #[arg(long, default_value_t = 50, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) limit: u32,
+}
+
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub(crate) enum Config {
+    /// Every setting's value; passwords are hidden
+    Show {
+        /// Where each value comes from, too
+        #[arg(long)]
+        origin: bool,
+    },
+}
+
+/// `500ms`, `10m`, `1h30m`, `1d`; a day is 24 hours.
+fn duration(text: &str) -> Result<Duration, String> {
+    let span: Span = text.parse().map_err(|_| "write it like 500ms, 10m, 1h30m or 1d".to_owned())?;
+    let signed = span
+        .to_duration(SpanRelativeTo::days_are_24_hours())
+        .map_err(|_| "months and years differ in length; write days, like 30d".to_owned())?;
+    Duration::try_from(signed).map_err(|_| "it must not be negative".to_owned())
+}
+
+fn time(text: &str) -> Result<Timestamp, String> {
+    text.parse()
+        .map_err(|_| "write it with its offset, like 2027-01-31T09:00:00+01:00 or 2027-01-31T08:00:00Z".to_owned())
+}
+
+fn header(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("write it as name=value".to_owned()),
+    }
+}
+
+/// `3` or, as `show` prints it, `v3`.
+fn rev(text: &str) -> Result<i32, String> {
+    text.strip_prefix('v')
+        .unwrap_or(text)
+        .parse()
+        .map_err(|_| "write the number that `postbox show` prints, like 3".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_hold_together() {
+        Flags::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_as_people_write_them() {
+        for (text, millis) in [("500ms", 500), ("10m", 600_000), ("1h30m", 5_400_000), ("1d", 86_400_000), ("0s", 0)] {
+            assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
+        }
+        for text in ["", "10", "-1s", "1mo", "soon", "1 y"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+}

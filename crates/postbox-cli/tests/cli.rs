@@ -1,0 +1,360 @@
+//! The command as it is run: real processes on SQLite files.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A directory of its own, with a database in it.
+struct Place {
+    directory: TempDir,
+}
+
+/// What a run left.
+struct Ran {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Place {
+    fn new() -> Place {
+        Place { directory: tempfile::tempdir().expect("a directory") }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_postbox"));
+        let url = format!("sqlite:{}", self.file("shop.db").display());
+        command.env_clear().env("USER", "ana").env("DATABASE_URL", url).current_dir(self.directory.path()).args(args);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Ran {
+        Ran::of(&self.command(args).output().expect("runs"))
+    }
+
+    fn feed(&self, args: &[&str], input: &[u8]) -> Ran {
+        let mut command = self.command(args);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+        // A command that refuses its input may be gone before it has read it.
+        let _ = child.stdin.take().expect("stdin").write_all(input);
+        Ran::of(&child.wait_with_output().expect("ends"))
+    }
+
+    /// A fresh postbox with one message that nobody listens to.
+    fn with_a_message(&self) -> Value {
+        let ran =
+            self.run(&["publish", "orders.placed", r#"{"cents": 1.10000000000000000001}"#, "--key", "42", "--json"]);
+        ran.ends(0).json()
+    }
+}
+
+impl Ran {
+    fn of(output: &Output) -> Ran {
+        Ran {
+            code: output.status.code().unwrap_or(-1),
+            out: String::from_utf8(output.stdout.clone()).expect("UTF-8"),
+            err: String::from_utf8(output.stderr.clone()).expect("UTF-8"),
+        }
+    }
+
+    #[track_caller]
+    fn ends(self, code: i32) -> Ran {
+        assert_eq!(self.code, code, "out: {}\nerr: {}", self.out, self.err);
+        if code != 0 {
+            assert!(
+                self.err.contains("next: ") || code == 2 || self.err.contains("line "),
+                "no way out in: {}",
+                self.err
+            );
+        }
+        self
+    }
+
+    #[track_caller]
+    fn json(&self) -> Value {
+        assert_eq!(self.out.lines().count(), 1, "one object: {}", self.out);
+        serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("{e}: {}", self.out))
+    }
+
+    #[track_caller]
+    fn json_lines(&self) -> Vec<Value> {
+        self.out.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect()
+    }
+
+    /// Nothing in it acts on a terminal.
+    #[track_caller]
+    fn is_inert(&self) {
+        for text in [&self.out, &self.err] {
+            assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");
+            assert!(!text.contains('\u{202e}'), "{text:?}");
+        }
+    }
+}
+
+#[test]
+fn usage_is_2_and_help_is_0() {
+    let place = Place::new();
+    place.run(&["--help"]).ends(0);
+    place.run(&["fly"]).ends(2);
+    place.run(&["publish"]).ends(2);
+    place.run(&["publish", "a.b", "1", "--after", "soon"]).ends(2);
+    place.run(&["publish", "a.b", "1", "--after", "1m", "--at", "2030-01-01T00:00:00Z"]).ends(2);
+    place.run(&["publish", "a.b", "1", "--jsonl", "x"]).ends(2);
+    place.run(&["resolve", "1", "--happened", "--abandon", "--reason", "x"]).ends(2);
+    place.run(&["resolve", "1", "--reason", "x"]).ends(2);
+    place.run(&["list", "state:asleep"]).ends(2);
+    place.run(&["list", "colour:red"]).ends(2);
+    place.run(&["show", "abc"]).ends(2);
+    place.run(&["retry", "1", "2", "--rev", "3", "--reason", "x"]).ends(2);
+    place.run(&["--config", "missing.toml", "status"]).ends(2);
+    place.run(&["--database-url", "mysql://x", "status"]).ends(2);
+    let mut without = place.command(&["status"]);
+    let ran = Ran::of(&without.env_remove("DATABASE_URL").output().expect("runs")).ends(2);
+    assert!(ran.err.contains("DATABASE_URL"), "{}", ran.err);
+}
+
+#[test]
+fn the_demo_runs_unattended() {
+    let place = Place::new();
+    let ran = place.run(&["demo", "--for", "5s", "--json", "--keep", "demo.db"]).ends(0);
+    let told = ran.json();
+    assert_eq!(told["duplicates_at_provider"], 0);
+    let number = |name: &str| told[name].as_u64().unwrap_or_else(|| panic!("no {name} in {told}"));
+    for (name, least) in [("published", 7), ("succeeded", 10), ("retried", 1), ("dead", 2), ("in_doubt", 1)] {
+        assert!(number(name) >= least, "{name} in {told}");
+    }
+    let database = told["database"].as_str().expect("a path");
+    assert_eq!(Path::new(database), std::fs::canonicalize(place.file("demo.db")).expect("kept"));
+
+    // What it left can be looked at and settled, by the commands that it told.
+    let url = format!("sqlite:{database}");
+    let on = |args: &[&str]| {
+        let all: Vec<&str> = ["--database-url", &url].into_iter().chain(args.iter().copied()).collect();
+        place.run(&all)
+    };
+    let doubts = on(&["list", "state:in_doubt", "--json"]).ends(0).json_lines();
+    assert_eq!(doubts.len() as u64, number("in_doubt"));
+    let doubt = &doubts[0];
+    for field in ["attempt", "max_attempts", "next_due_at", "last_error", "last_error_at", "rev"] {
+        assert!(doubt.get(field).is_some(), "no {field} in {doubt}");
+    }
+    let id = doubt["id"].to_string();
+    let rev = doubt["rev"].to_string();
+    let shown = on(&["show", &id]).ends(0);
+    assert!(
+        shown.out.contains("? IN-DOUBT") && shown.out.contains(&format!("resolve {id} --happened")),
+        "{}",
+        shown.out
+    );
+    assert!(shown.out.contains("attempt 1"), "{}", shown.out);
+    let detail = on(&["show", &id, "--json"]).ends(0).json();
+    assert_eq!(detail["attempts"][0]["outcome"], "in_doubt", "{detail}");
+    let message = detail["message"].as_str().expect("a message").to_owned();
+    let of_message = on(&["show", &message, "--json"]).ends(0).json();
+    assert_eq!(of_message["deliveries"].as_array().map(Vec::len), Some(2), "{of_message}");
+
+    let status = on(&["status"]).ends(0);
+    assert!(status.out.contains("need") && status.out.contains("list state:in_doubt"), "{}", status.out);
+    let status = on(&["status", "--json"]).ends(0).json();
+    assert_eq!(status["subscriptions"].as_array().map(Vec::len), Some(3), "{status}");
+
+    // In doubt is not retried; nobody is there to confirm; a reason is needed; an old version loses.
+    on(&["retry", &id, "--reason", "impatient"]).ends(5);
+    let unconfirmed = on(&["resolve", &id, "--happened", "--reason", "seen in the console"]).ends(5);
+    assert!(unconfirmed.err.contains("--yes"), "{}", unconfirmed.err);
+    on(&["resolve", &id, "--happened", "--yes"]).ends(5);
+    on(&["resolve", &id, "--happened", "--reason", " ", "--yes"]).ends(5);
+    on(&["resolve", &id, "--happened", "--reason", "x", "--rev", "999", "--yes"]).ends(4);
+    let entry =
+        on(&["resolve", &id, "--did-not-happen", "--reason", "not in the console", "--rev", &rev, "--yes", "--json"]);
+    let entry = entry.ends(0).json();
+    assert_eq!((entry["actor"].as_str(), entry["state_before"].as_str()), (Some("ana"), Some("in_doubt")), "{entry}");
+    assert_eq!(entry["state_after"], "pending", "{entry}");
+    on(&["resolve", &id, "--happened", "--reason", "again", "--yes"]).ends(4);
+
+    let dead = on(&["list", "state:dead", "--json"]).ends(0).json_lines();
+    assert_eq!(dead.len() as u64, number("dead"));
+    let dead = dead[0]["id"].to_string();
+    on(&["retry", &dead]).ends(5);
+    let entry = on(&["--actor", "bo", "retry", &dead, "--reason", "mended", "--json"]).ends(0).json();
+    assert_eq!((entry["actor"].as_str(), entry["state_after"].as_str()), (Some("bo"), Some("pending")), "{entry}");
+    on(&["retry", &dead, "987654321", "--reason", "one of them is not there"]).ends(1);
+    on(&["retry", "987654321", "--reason", "not there"]).ends(3);
+
+    let audit = on(&["audit", "--json"]).ends(0).json_lines();
+    assert!(audit.len() >= 2, "{audit:?}");
+    let gaps = audit.windows(2).filter(|w| w[0]["seq"].as_i64() != w[1]["seq"].as_i64().map(|s| s + 1)).count();
+    assert_eq!(gaps, 0, "{audit:?}");
+    assert!(audit.iter().all(|e| e["reason"].is_string()), "{audit:?}");
+
+    on(&["subscriptions", "remove", "send_mail", "--reason", "no mails any more"]).ends(5);
+    on(&["subscriptions", "remove", "send_mail", "--reason", "no mails any more", "--yes"]).ends(0);
+    on(&["subscriptions", "remove", "send_mail", "--reason", "twice", "--yes"]).ends(3);
+    on(&["subscriptions", "remove", "send_mail", "--application", "other", "--reason", "x", "--yes"]).ends(3);
+    on(&["subscriptions", "list", "--json"]).ends(0).json_lines();
+    place.run(&["demo", "--for", "1s", "--keep", "demo.db"]).ends(5);
+}
+
+#[test]
+fn what_is_not_there_is_3() {
+    let place = Place::new();
+    let missing = place.run(&["status"]).ends(3);
+    assert!(missing.err.contains("migrate up"), "{}", missing.err);
+    assert!(!place.file("shop.db").exists(), "looking makes no file");
+    place.run(&["migrate", "up"]).ends(0);
+    place.run(&["show", "1"]).ends(3);
+    place.run(&["show", "0198f3c2-0000-7000-8000-000000000000"]).ends(3);
+    place.run(&["resolve", "1", "--happened", "--reason", "x", "--yes"]).ends(3);
+    place.run(&["subscriptions", "remove", "nobody", "--reason", "x", "--yes"]).ends(3);
+    place.run(&["publish", "--jsonl", "missing.jsonl"]).ends(3);
+    assert_eq!(place.run(&["list", "--json"]).ends(0).out, "");
+    assert_eq!(place.run(&["audit", "--json"]).ends(0).out, "");
+}
+
+#[test]
+fn a_message_is_published_and_shown_digit_for_digit() {
+    let place = Place::new();
+    let told = place.with_a_message();
+    assert_eq!((told["topic"].as_str(), told["key"].as_str()), (Some("orders.placed"), Some("42")));
+    assert_eq!(told["duplicate"], false);
+    let id = told["id"].as_str().expect("an id");
+    for args in [["show", id].as_slice(), &["show", id, "--json"]] {
+        let shown = place.run(args).ends(0);
+        assert!(shown.out.contains("1.10000000000000000001"), "{}", shown.out);
+    }
+    let status = place.run(&["status", "--json"]).ends(0).json();
+    assert_eq!(status["unrouted"], 1);
+    let from_stdin =
+        place.feed(&["publish", "orders.placed", "-", "--header", "a=b=c", "--json"], b" [1, 2]\n").ends(0).json();
+    assert_eq!((&from_stdin["payload"][1], from_stdin["headers"]["a"].as_str()), (&Value::from(2), Some("b=c")));
+    place.feed(&["publish", "orders.placed", "-"], b"\"\xff\"").ends(1);
+    place.run(&["publish", "orders.placed", "{"]).ends(1);
+    place.run(&["publish", "orders placed", "{}"]).ends(1);
+    place.run(&["publish", "a.b", "--max-attempts", "0"]).ends(1);
+    let again = ["publish", "a.b", "1", "--dedup", "k", "--dedup-window", "1d", "--json"];
+    assert_eq!(place.run(&again).ends(0).json()["duplicate"], false);
+    assert_eq!(place.run(&again).ends(0).json()["duplicate"], true);
+    let other = place.run(&["publish", "a.b", "2", "--dedup", "k"]).ends(1);
+    assert!(other.err.contains("another body"), "{}", other.err);
+}
+
+#[test]
+fn bad_lines_are_told_by_number_and_stop_nobody() {
+    let place = Place::new();
+    let mut lines: Vec<Vec<u8>> =
+        (0..1200).map(|n| format!(r#"{{"id":"e{n}","topic":"a.b","payload":{n}}}"#).into_bytes()).collect();
+    let bad: [(usize, &[u8], &str); 10] = [
+        (0, br#"{"topic":"a.b","payload":"\u0000"}"#, "\\u0000"),
+        (1, b"{\"topic\":\"a.b\",\"payload\":\"\xff\"}", "UTF-8"),
+        (2, br#"{"payload":1}"#, "missing field `topic`"),
+        (3, br#"{"topic":"a.b","payload":1,"colour":"red"}"#, "unknown field `colour`"),
+        (4, br#"{"topic":"a b","payload":1}"#, "the topic"),
+        (600, b"{nonsense", "no message"),
+        (601, br#"{"id":"","topic":"a.b","payload":1}"#, "dedup key must not be empty"),
+        (602, br#"{"id":"e5","topic":"a.b","payload":"other"}"#, "another body"),
+        (603, br#"{"topic":"a.b","payload":"\ud800"}"#, "surrogate"),
+        (1199, br#"{"topic":"a.b"}"#, "missing field `payload`"),
+    ];
+    for (at, line, _) in bad {
+        lines[at] = line.to_vec();
+    }
+    lines[604] = br#"{"id":"e5","topic":"a.b","payload":5}"#.to_vec();
+    let file = lines.join(&b'\n');
+    std::fs::write(place.file("events.jsonl"), &file).expect("writes");
+    let first = place.run(&["publish", "--jsonl", "events.jsonl", "--json"]).ends(1);
+    assert_eq!(first.json(), serde_json::json!({"published": 1189, "duplicates": 1, "bad": 10}));
+    for (at, _, why) in bad {
+        let number = format!("line {}: ", at + 1);
+        let line =
+            first.err.lines().find(|l| l.starts_with(&number)).unwrap_or_else(|| panic!("{number} in {}", first.err));
+        assert!(line.contains(why), "{line}");
+    }
+    assert_eq!(first.err.lines().count(), bad.len(), "{}", first.err);
+    let second = place.feed(&["publish", "--jsonl", "-"], &file).ends(1);
+    assert_eq!(second.out, "published 0, duplicates 1190, bad 10\n");
+    let good = place
+        .feed(&["publish", "--jsonl", "-", "--json"], b"\n{\"topic\":\"a.b\",\"payload\":18446744073709551616}\n\n");
+    assert_eq!(good.ends(0).json(), serde_json::json!({"published": 1, "duplicates": 0, "bad": 0}));
+}
+
+#[test]
+fn nothing_from_outside_acts_on_the_terminal() {
+    let place = Place::new();
+    let evil = "\u{1b}[31mred\u{7}\r\nnext: rm -rf\u{9b}2J\u{202e}";
+    let payload = serde_json::to_string(evil).expect("serializes");
+    let line = format!(
+        r#"{{"id":{payload},"topic":"a.b","key":{payload},"payload":{payload},"headers":{{{payload}:{payload}}}}}"#
+    );
+    let told = place.feed(&["publish", "--jsonl", "-"], line.as_bytes()).ends(0);
+    told.is_inert();
+    let raw = format!("\"{}\"", "\u{9b}2J\u{202e}");
+    let told = place.run(&["publish", "a.b", &raw, "--json"]).ends(0);
+    told.is_inert();
+    let id = told.json()["id"].as_str().expect("an id").to_owned();
+    assert_eq!(told.json()["payload"].as_str(), Some("\u{9b}2J\u{202e}"), "the same JSON");
+    for args in [["show", &id].as_slice(), &["show", &id, "--json"], &["list"], &["status"], &["list", evil]] {
+        place.run(args).is_inert();
+    }
+    let topic = place.run(&["publish", evil, "1"]);
+    topic.is_inert();
+    place.run(&["--application", evil, "config", "show", "--origin"]).is_inert();
+}
+
+#[test]
+fn settings_say_where_they_come_from() {
+    let place = Place::new();
+    std::fs::write(place.file("postbox.toml"), "lease = \"10s\"\nschema = \"from_file\"\nconcurrency = 7\n")
+        .expect("writes");
+    let mut command = place.command(&["--schema", "from_flag", "config", "show", "--origin", "--json"]);
+    command
+        .env("POSTBOX_LEASE", "20s")
+        .env("POSTBOX_SCHEMA", "from_env")
+        .env("DATABASE_URL", "postgres://ana:secret@db/shop");
+    let ran = Ran::of(&command.output().expect("runs")).ends(0);
+    assert!(!ran.out.contains("secret"), "{}", ran.out);
+    let settings = ran.json_lines();
+    let setting = |name: &str| settings.iter().find(|s| s["setting"] == name).cloned().unwrap_or_default();
+    assert_eq!(
+        (setting("schema")["value"].as_str(), setting("schema")["origin"].as_str()),
+        (Some("from_flag"), Some("--schema"))
+    );
+    assert_eq!(
+        (setting("lease")["value"].as_str(), setting("lease")["origin"].as_str()),
+        (Some("20s"), Some("$POSTBOX_LEASE"))
+    );
+    assert_eq!(setting("concurrency")["origin"], "postbox.toml, line 3");
+    assert_eq!(setting("poll_interval")["origin"], "default");
+}
+
+#[test]
+fn migrations_are_applied_listed_and_printed() {
+    let place = Place::new();
+    place.run(&["migrate", "up"]).ends(0);
+    let again = place.run(&["migrate", "up", "--json"]).ends(0).json();
+    assert_eq!(again["applied"], serde_json::json!([]));
+    let status = place.run(&["migrate", "status", "--json"]).ends(0).json();
+    assert!(status["migrations"].as_array().is_some_and(|m| m.iter().all(|m| m["applied_at"].is_string())), "{status}");
+    let sql = place.run(&["migrate", "print", "--schema", "shop_events"]).ends(0).out;
+    assert!(sql.contains("create table shop_events.message") && !sql.contains("{schema}"), "{sql}");
+    place.run(&["migrate", "print", "--schema", "x\"; drop"]).ends(2);
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_panic() {
+    let place = Place::new();
+    place.with_a_message();
+    let mut child =
+        place.command(&["config", "show"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+    drop(child.stdout.take());
+    let ran = Ran::of(&child.wait_with_output().expect("ends")).ends(0);
+    assert_eq!(ran.err, "");
+}

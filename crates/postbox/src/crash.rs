@@ -1,0 +1,46 @@
+//! Named points at which a test kills the process: `POSTBOX_CRASH_POINT=name[:nth]`, in builds with the
+//! feature `crash-points` only. Elsewhere they are nothing.
+
+/// Announces the point on stdout and waits there to be killed: nothing after it happens in this task.
+#[cfg(feature = "crash-points")]
+pub fn point(name: &str) {
+    if armed(name) {
+        use std::io::Write;
+        let mut out = std::io::stdout().lock();
+        writeln!(out, "crash point {name}").ok();
+        out.flush().ok();
+        loop {
+            std::thread::park();
+        }
+    }
+}
+
+#[cfg(not(feature = "crash-points"))]
+pub(crate) fn point(_name: &str) {}
+
+/// Whether this is the wanted point, for the wanted time.
+#[cfg(feature = "crash-points")]
+fn armed(name: &str) -> bool {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static HITS: AtomicU32 = AtomicU32::new(0);
+    let Ok(wanted) = std::env::var("POSTBOX_CRASH_POINT") else { return false };
+    let (wanted, nth) = wanted.split_once(':').unwrap_or((&wanted, "1"));
+    wanted == name && HITS.fetch_add(1, Ordering::SeqCst) + 1 == nth.parse().unwrap_or(1)
+}
+
+/// Awaits a commit; at the point, its COMMIT has been sent and its answer is never read.
+#[cfg(feature = "crash-points")]
+pub(crate) async fn commit<F: Future>(name: &str, commit: F) -> F::Output {
+    let mut commit = std::pin::pin!(commit);
+    if let std::task::Poll::Ready(done) = futures_util::poll!(commit.as_mut()) {
+        point(name);
+        return done;
+    }
+    point(name);
+    commit.await
+}
+
+#[cfg(not(feature = "crash-points"))]
+pub(crate) async fn commit<F: Future>(_name: &str, commit: F) -> F::Output {
+    commit.await
+}

@@ -1,0 +1,303 @@
+//! What operators do; each action leaves an audit row in the same transaction.
+
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use super::work::Work;
+use super::{SqliteStore, doubt, settle, timestamp};
+use crate::admin::{AuditEntry, Resolution, Retry, no_delivery};
+use crate::error::Error;
+use crate::lifecycle::{Answer, Event, Kind, Standing, State, transition};
+use crate::store::{Answered, DeliveryId, Move, Speaker, SubscriptionId, Word, policy_of};
+
+/// What an operator's action is recorded with.
+struct Action<'a> {
+    actor: &'a str,
+    action: &'a str,
+    reason: &'a str,
+    delivery: Option<DeliveryId>,
+    subscription: Option<SubscriptionId>,
+    rev: Option<(i32, i32)>,
+    state: Option<(State, State)>,
+    detail: Option<serde_json::Value>,
+}
+
+/// Writes it down under a number that leaves no gap.
+async fn record(work: &mut Work, action: Action<'_>) -> Result<AuditEntry, Error> {
+    let seq: i64 =
+        sqlx::query_scalar("update postbox_audit_counter set seq = seq + 1 returning seq").fetch_one(work.on()).await?;
+    let row = sqlx::query(
+        "insert into postbox_audit (seq, actor, action, delivery, subscription, rev_before, rev_after, state_before,
+             state_after, reason, detail, at)
+         select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, now from postbox_clock
+         returning seq, at, actor, action, delivery, state_before, state_after, rev_after, reason",
+    )
+    .bind(seq)
+    .bind(action.actor)
+    .bind(action.action)
+    .bind(action.delivery)
+    .bind(action.subscription)
+    .bind(action.rev.map(|r| r.0))
+    .bind(action.rev.map(|r| r.1))
+    .bind(action.state.map(|s| s.0.as_str()))
+    .bind(action.state.map(|s| s.1.as_str()))
+    .bind(action.reason)
+    .bind(action.detail.map(|d| d.to_string()))
+    .fetch_one(work.on())
+    .await?;
+    entry(&row)
+}
+
+fn entry(row: &SqliteRow) -> Result<AuditEntry, Error> {
+    Ok(AuditEntry {
+        seq: row.try_get("seq")?,
+        at: timestamp(row.try_get("at")?),
+        actor: row.try_get("actor")?,
+        action: row.try_get("action")?,
+        delivery: row.try_get("delivery")?,
+        state_before: row.try_get("state_before")?,
+        state_after: row.try_get("state_after")?,
+        rev_after: row.try_get("rev_after")?,
+        reason: row.try_get("reason")?,
+    })
+}
+
+/// The loser of a race is on record too, in a transaction of its own.
+async fn lost_race(
+    store: &SqliteStore,
+    work: Work,
+    (actor, action, reason): (&str, &str, &str),
+    delivery: DeliveryId,
+    error: Error,
+) -> Error {
+    let recorded = async {
+        work.rollback().await?;
+        let mut work = store.write().await?;
+        let detail = Some(serde_json::json!({ "refused": error.to_string() }));
+        let action = Action {
+            actor,
+            action,
+            reason,
+            delivery: Some(delivery),
+            subscription: None,
+            rev: None,
+            state: None,
+            detail,
+        };
+        record(&mut work, action).await?;
+        work.commit().await
+    };
+    match recorded.await {
+        Ok(()) => error,
+        Err(failure) => failure,
+    }
+}
+
+fn moved_on(delivery: DeliveryId, seen: i32, now: i32) -> Error {
+    Error::Conflict(format!(
+        "delivery {delivery} is at version {now}, not {seen}: somebody changed it meanwhile; look again with `postbox show {delivery}`"
+    ))
+}
+
+row! {
+    struct Stands {
+        message: uuid::Uuid,
+        subscription: SubscriptionId,
+        state: String,
+        priority: i16,
+        attempt: u32,
+        rev: i32,
+    }
+}
+
+async fn stands(work: &mut Work, delivery: DeliveryId) -> Result<Option<(Stands, State)>, Error> {
+    let found: Option<Stands> = sqlx::query_as(
+        "select message, subscription, state, priority, attempt, rev from postbox_delivery where id = ?1",
+    )
+    .bind(delivery)
+    .fetch_optional(work.on())
+    .await?;
+    found.map(|found| found.state.parse().map(|state| (found, state)).map_err(Error::Refused)).transpose()
+}
+
+pub(super) async fn retry(store: &SqliteStore, delivery: DeliveryId, retry: &Retry) -> Result<AuditEntry, Error> {
+    let mut work = store.write().await?;
+    let Some((found, state)) = stands(&mut work, delivery).await? else {
+        work.rollback().await?;
+        return Err(no_delivery(delivery));
+    };
+    let refused = match state {
+        State::InDoubt => Some(Error::Refused(format!(
+            "delivery {delivery} is in doubt: it may have happened, so it is not tried again; say how it ended with `postbox resolve {delivery}`"
+        ))),
+        State::Succeeded => {
+            Some(Error::Refused(format!("delivery {delivery} has succeeded; there is nothing to try again")))
+        }
+        State::Running => Some(Error::Conflict(format!(
+            "delivery {delivery} is in a worker's hands; look again with `postbox show {delivery}`"
+        ))),
+        State::Pending | State::Dead | State::Cancelled => {
+            retry.rev.filter(|seen| *seen != found.rev).map(|seen| moved_on(delivery, seen, found.rev))
+        }
+    };
+    if let Some(error) = refused {
+        let who = (retry.actor.as_str(), "retry refused", retry.reason.as_str());
+        return Err(lost_race(store, work, who, delivery, error).await);
+    }
+    let now = Standing { state, attempts: found.attempt, begun: false, lost: 0 };
+    let next = transition(now, Event::Retried, &policy_of(Kind::Plain, 1, 0, 0), 0.0)
+        .map_err(|e| Error::Refused(e.to_string()))?;
+    let moved = Move {
+        delivery,
+        message: found.message,
+        subscription: found.subscription,
+        priority: found.priority,
+        rev: found.rev + 1,
+        standing: next.standing,
+        delay: next.delay,
+        quiet: std::time::Duration::ZERO,
+        note: String::new(),
+        outcome: None,
+    };
+    settle::apply(work.on(), &[moved], None).await?;
+    let action = Action {
+        actor: &retry.actor,
+        action: "retry",
+        reason: &retry.reason,
+        delivery: Some(delivery),
+        subscription: Some(found.subscription),
+        rev: Some((found.rev, found.rev + 1)),
+        state: Some((state, State::Pending)),
+        detail: None,
+    };
+    let entry = record(&mut work, action).await?;
+    work.commit().await?;
+    store.shared.bell.ring();
+    Ok(entry)
+}
+
+pub(super) async fn resolve(
+    store: &SqliteStore,
+    delivery: DeliveryId,
+    resolution: &Resolution,
+) -> Result<AuditEntry, Error> {
+    let mut work = store.write().await?;
+    let found = doubt::find(work.on(), delivery).await?;
+    let conflict = match &found {
+        None => match stands(&mut work, delivery).await? {
+            None => {
+                work.rollback().await?;
+                return Err(no_delivery(delivery));
+            }
+            Some((_, state)) => Some(Error::Conflict(format!(
+                "delivery {delivery} is {state} and not in doubt (any more); look again with `postbox show {delivery}`"
+            ))),
+        },
+        Some(doubt) => match resolution.rev {
+            Some(seen) if seen != doubt.rev => Some(moved_on(delivery, seen, doubt.rev)),
+            _ => doubt.word.is_some().then(|| {
+                Error::Conflict(format!("delivery {delivery} was resolved already; a worker is about to carry it out"))
+            }),
+        },
+    };
+    let (Some(doubt), None) = (&found, &conflict) else {
+        let error = conflict.unwrap_or_else(|| no_delivery(delivery));
+        let who = (resolution.actor.as_str(), "resolve refused", resolution.reason.as_str());
+        return Err(lost_race(store, work, who, delivery, error).await);
+    };
+    let receipt = resolution.evidence.as_ref().map(|e| serde_json::json!({ "evidence": e }));
+    let after = if resolution.answer == Answer::Happened && doubt.continues {
+        // Only a worker knows the follow-ups: it is woken to settle this with them, in one commit.
+        let word =
+            Word { actor: resolution.actor.clone(), reason: resolution.reason.clone(), receipt: receipt.clone() };
+        sqlx::query(
+            "update postbox_delivery set word = ?2, rev = rev + 1, ask_at = (select now from postbox_clock) where id = ?1",
+        )
+        .bind(delivery)
+        .bind(super::json_of(&word)?)
+        .execute(work.on())
+        .await?;
+        State::InDoubt
+    } else {
+        let answered = Answered {
+            delivery,
+            rev: doubt.rev,
+            answer: resolution.answer,
+            speaker: Speaker::Operator,
+            actor: resolution.actor.clone(),
+            reason: Some(resolution.reason.clone()),
+            receipt: receipt.clone(),
+            follow_ups: Vec::new(),
+            policy: policy_of(Kind::Operation, 1, 0, 0),
+            draw: 0.0,
+        };
+        doubt::end(&mut work, doubt, &answered).await?
+    };
+    let action = Action {
+        actor: &resolution.actor,
+        action: match resolution.answer {
+            Answer::Happened => "resolve: happened",
+            Answer::DidNotHappen => "resolve: did not happen",
+            Answer::Abandoned => "resolve: abandoned",
+        },
+        reason: &resolution.reason,
+        delivery: Some(delivery),
+        subscription: Some(doubt.subscription),
+        rev: Some((doubt.rev, doubt.rev + 1)),
+        state: Some((State::InDoubt, after)),
+        detail: receipt,
+    };
+    let entry = record(&mut work, action).await?;
+    work.commit().await?;
+    store.shared.bell.ring();
+    Ok(entry)
+}
+
+pub(super) async fn remove_subscription(
+    store: &SqliteStore,
+    application: &str,
+    name: &str,
+    actor: &str,
+    reason: &str,
+) -> Result<AuditEntry, Error> {
+    let mut work = store.write().await?;
+    let removed: Option<SubscriptionId> = sqlx::query_scalar(
+        "update postbox_subscription set removed_at = (select now from postbox_clock)
+         where application = ?1 and name = ?2 and removed_at is null returning id",
+    )
+    .bind(application)
+    .bind(name)
+    .fetch_optional(work.on())
+    .await?;
+    let Some(id) = removed else {
+        work.rollback().await?;
+        return Err(Error::NotFound(format!(
+            "application `{application}` has no subscription `{name}`; `postbox subscriptions` shows what there is"
+        )));
+    };
+    sqlx::query("update postbox_routing set epoch = epoch + 1").execute(work.on()).await?;
+    let action = Action {
+        actor,
+        action: "remove subscription",
+        reason,
+        delivery: None,
+        subscription: Some(id),
+        rev: None,
+        state: None,
+        detail: Some(serde_json::json!({ "application": application, "name": name })),
+    };
+    let entry = record(&mut work, action).await?;
+    work.commit().await?;
+    Ok(entry)
+}
+
+pub(super) async fn audit(store: &SqliteStore, limit: u32) -> Result<Vec<AuditEntry>, Error> {
+    let rows = sqlx::query(
+        "select seq, at, actor, action, delivery, state_before, state_after, rev_after, reason
+         from postbox_audit order by seq desc limit ?1",
+    )
+    .bind(limit)
+    .fetch_all(&store.reader)
+    .await?;
+    rows.iter().map(entry).collect()
+}

@@ -1,0 +1,198 @@
+//! Deliveries in doubt: who asks, what is answered, what late outcomes prove.
+
+use std::time::Duration;
+
+use sqlx::SqliteConnection;
+use uuid::Uuid;
+
+use super::work::Work;
+use super::{SqliteStore, json_of, messages, millis, publish, settle};
+use crate::error::Error;
+use crate::lifecycle::{Answer, Event, Kind, Standing, State, transition};
+use crate::store::{Answered, DeliveryId, Doubtful, Move, Observation, Speaker, SubscriptionId, Word, policy_of};
+
+row! {
+    struct Due {
+        id: DeliveryId,
+        subscription: SubscriptionId,
+        message: Uuid,
+        rev: i32,
+        attempt: u32,
+        asks: u32,
+        quiet: bool,
+        word: Option<String>,
+    }
+}
+
+pub(super) async fn doubts(
+    store: &SqliteStore,
+    subscriptions: &[SubscriptionId],
+    limit: u32,
+    put_off: Duration,
+) -> Result<Vec<Doubtful>, Error> {
+    let subscriptions = json_of(subscriptions)?;
+    // Mostly there are none: looking does not need the writer.
+    let ask = || sqlx::query_as::<_, Due>(include_str!("doubts.sql")).bind(subscriptions.clone()).bind(limit);
+    if ask().fetch_all(&store.reader).await?.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut work = store.write().await?;
+    let due = ask().fetch_all(work.on()).await?;
+    sqlx::query(
+        "update postbox_delivery
+         set ask_at = (select now from postbox_clock) + min(?2 * (1 << min(asks, 20)), 900000), asks = asks + 1
+         where id in (select value from json_each(?1))",
+    )
+    .bind(json_of(&due.iter().map(|d| d.id).collect::<Vec<_>>())?)
+    .bind(millis(put_off).min(900_000))
+    .execute(work.on())
+    .await?;
+    let envelopes = messages(work.on(), &due.iter().map(|d| d.message).collect::<Vec<_>>()).await?;
+    work.commit().await?;
+    let doubtful = due.into_iter().map(|d| Doubtful {
+        delivery: d.id,
+        subscription: d.subscription,
+        rev: d.rev,
+        attempts: d.attempt,
+        quiet: d.quiet,
+        asks: d.asks,
+        word: d.word.and_then(|w| serde_json::from_str::<Word>(&w).ok()),
+        envelope: envelopes.get(&d.message).cloned(),
+    });
+    Ok(doubtful.collect())
+}
+
+row! {
+    /// A delivery in doubt, under the write lock.
+    pub(super) struct Doubt {
+        pub(super) message: Uuid,
+        pub(super) subscription: SubscriptionId,
+        priority: i16,
+        pub(super) attempt: u32,
+        pub(super) rev: i32,
+        pub(super) word: Option<String>,
+        kind: String,
+        max_attempts: i32,
+        retry_base_ms: i64,
+        retry_cap_ms: i64,
+        pub(super) continues: bool,
+    }
+}
+
+pub(super) async fn find(db: &mut SqliteConnection, delivery: DeliveryId) -> Result<Option<Doubt>, Error> {
+    let found = sqlx::query_as(
+        "select d.message, d.subscription, d.priority, d.attempt, d.rev, d.word, s.kind,
+             coalesce(m.max_attempts, s.max_attempts) as max_attempts, s.retry_base_ms, s.retry_cap_ms, s.continues
+         from postbox_delivery d
+         join postbox_subscription s on s.id = d.subscription
+         left join postbox_message m on m.id = d.message
+         where d.id = ?1 and d.state = 'in_doubt'",
+    )
+    .bind(delivery)
+    .fetch_optional(db)
+    .await?;
+    Ok(found)
+}
+
+/// Ends a doubt: the resolution, the move, and on success the follow-ups. The state after.
+pub(super) async fn end(work: &mut Work, doubt: &Doubt, answered: &Answered) -> Result<State, Error> {
+    let kind: Kind = doubt.kind.parse().map_err(Error::Refused)?;
+    let policy = policy_of(kind, doubt.max_attempts, doubt.retry_base_ms, doubt.retry_cap_ms);
+    let now = Standing { state: State::InDoubt, attempts: doubt.attempt, begun: false, lost: 0 };
+    let next = transition(now, Event::Resolved(answered.answer), &policy, answered.draw)
+        .map_err(|e| Error::Refused(e.to_string()))?;
+    let receipt = answered.receipt.as_ref().map(serde_json::Value::to_string);
+    sqlx::query(
+        "insert into postbox_resolution (delivery, rev, number, subscription, message, answer, source, actor, reason,
+             receipt, state_after, at)
+         select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, now from postbox_clock",
+    )
+    .bind(answered.delivery)
+    .bind(doubt.rev + 1)
+    .bind(doubt.attempt)
+    .bind(doubt.subscription)
+    .bind(doubt.message)
+    .bind(answered.answer.as_str())
+    .bind(answered.speaker.as_str())
+    .bind(&answered.actor)
+    .bind(&answered.reason)
+    .bind(&receipt)
+    .bind(next.standing.state.as_str())
+    .execute(work.on())
+    .await?;
+    let note = match answered.answer {
+        Answer::Abandoned => "abandoned: outcome never known".to_owned(),
+        _ => format!("{} said that it {}", answered.actor, answered.answer.as_str().replace('_', " ")),
+    };
+    let moved = Move {
+        delivery: answered.delivery,
+        message: doubt.message,
+        subscription: doubt.subscription,
+        priority: doubt.priority,
+        rev: doubt.rev + 1,
+        standing: next.standing,
+        delay: next.delay,
+        quiet: Duration::ZERO,
+        note,
+        outcome: None,
+    };
+    settle::apply(work.on(), &[moved], None).await?;
+    if next.standing.state == State::Succeeded {
+        publish::follow(work.on(), &answered.follow_ups).await?;
+    }
+    Ok(next.standing.state)
+}
+
+pub(super) async fn answer(store: &SqliteStore, answered: &Answered) -> Result<bool, Error> {
+    let mut work = store.write().await?;
+    let Some(doubt) = find(work.on(), answered.delivery).await?.filter(|d| d.rev == answered.rev) else {
+        work.rollback().await?;
+        return Ok(false);
+    };
+    end(&mut work, &doubt, answered).await?;
+    work.commit().await?;
+    store.shared.bell.ring();
+    Ok(true)
+}
+
+pub(super) async fn observe(store: &SqliteStore, observations: &[Observation]) -> Result<(), Error> {
+    if observations.is_empty() {
+        return Ok(());
+    }
+    let mut work = store.write().await?;
+    for seen in observations {
+        sqlx::query(
+            "insert into postbox_observation (delivery, number, worker, kind, detail, at)
+             select ?1, ?2, ?3, ?4, ?5, now from postbox_clock",
+        )
+        .bind(seen.delivery)
+        .bind(seen.number)
+        .bind(seen.worker)
+        .bind(seen.kind)
+        .bind(&seen.detail)
+        .execute(work.on())
+        .await?;
+        let Some(evidence) = &seen.evidence else { continue };
+        let Some(doubt) = find(work.on(), seen.delivery).await?.filter(|d| d.attempt == seen.number) else { continue };
+        if doubt.word.is_some() && evidence.answer != Answer::Happened {
+            // An operator has said the opposite, which is about to be carried out; both are on record.
+            continue;
+        }
+        let answered = Answered {
+            delivery: seen.delivery,
+            rev: doubt.rev,
+            answer: evidence.answer,
+            speaker: Speaker::Evidence,
+            actor: format!("worker {}", seen.worker),
+            reason: Some("its outcome came after its lease had run out".into()),
+            receipt: evidence.receipt.clone(),
+            follow_ups: evidence.follow_ups.clone(),
+            policy: evidence.policy,
+            draw: 1.0,
+        };
+        end(&mut work, &doubt, &answered).await?;
+    }
+    work.commit().await?;
+    store.shared.bell.ring();
+    Ok(())
+}

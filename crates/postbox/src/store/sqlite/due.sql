@@ -1,0 +1,13 @@
+-- Whether something is due for the subscriptions in the JSON array ?1, and how many milliseconds from
+-- now the next scheduled one is.
+select exists (
+        select 1 from json_each(?1) w
+        join postbox_delivery d on d.subscription = w.value and d.state = 'pending' and d.due_at is null)
+    or coalesce(n.due_at <= c.now, false) as due,
+    n.due_at - c.now as wait
+from postbox_clock c
+cross join (
+    select min((select min(d.due_at) from postbox_delivery d
+        where d.subscription = w.value and d.state = 'pending' and d.due_at is not null)) as due_at
+    from json_each(?1) w
+) n

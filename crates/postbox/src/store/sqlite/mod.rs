@@ -1,0 +1,329 @@
+//! The store on SQLite: one file, one writer, WAL, `synchronous=FULL`.
+//!
+//! The same tables and verbs as on PostgreSQL, with one row a delivery. What writes begins with
+//! `BEGIN IMMEDIATE`; what only looks reads beside the writer.
+
+/// A struct that is read from a row, column by column.
+macro_rules! row {
+    ($(#[$meta:meta])* $vis:vis struct $name:ident { $($seen:vis $field:ident: $type:ty,)* }) => {
+        $(#[$meta])*
+        $vis struct $name { $($seen $field: $type,)* }
+
+        impl sqlx::FromRow<'_, sqlx::sqlite::SqliteRow> for $name {
+            fn from_row(row: &sqlx::sqlite::SqliteRow) -> Result<Self, sqlx::Error> {
+                use sqlx::Row;
+                Ok($name { $($field: row.try_get(stringify!($field))?,)* })
+            }
+        }
+    };
+}
+
+mod admin;
+mod alive;
+mod backfill;
+mod body;
+mod claim;
+mod connect;
+mod doubt;
+mod publish;
+mod register;
+mod settle;
+mod show;
+mod takeover;
+mod wake;
+mod work;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, Sqlite, SqliteConnection, SqlitePool};
+use uuid::Uuid;
+
+use crate::admin::{
+    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
+};
+use crate::error::{Error, PublishError};
+use crate::message::{Draft, Envelope, minted_at};
+use crate::settings::Settings;
+use crate::store::{
+    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Guarded, LeaseRef, Move, Observation, Pulse,
+    Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
+};
+
+pub use connect::migrations_sql;
+pub use work::Work;
+
+/// What all tables' names begin with: they live beside the user's own.
+const PREFIX: &str = "postbox_";
+
+/// The store on a SQLite file.
+#[derive(Debug, Clone)]
+pub struct SqliteStore {
+    writer: SqlitePool,
+    reader: SqlitePool,
+    shared: Arc<Shared>,
+}
+
+/// What clones of a store share.
+#[derive(Debug)]
+struct Shared {
+    alive: alive::Alive,
+    bell: wake::Bell,
+    options: sqlx::sqlite::SqliteConnectOptions,
+}
+
+impl SqliteStore {
+    async fn write(&self) -> Result<Work, Error> {
+        Work::write(&self.writer).await
+    }
+
+    async fn read(&self) -> Result<Work, Error> {
+        Work::read(&self.reader).await
+    }
+}
+
+/// Milliseconds since the epoch, as the tables keep them.
+fn timestamp(millis: i64) -> jiff::Timestamp {
+    jiff::Timestamp::from_millisecond(millis).unwrap_or(jiff::Timestamp::UNIX_EPOCH)
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// For waits: rounded up, so that nothing is due too early, and far from an overflow.
+fn millis_up(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros().div_ceil(1000)).unwrap_or(i64::MAX).min(1 << 50)
+}
+
+fn json_of<T: serde::Serialize + ?Sized>(value: &T) -> Result<String, Error> {
+    serde_json::to_string(value).map_err(|e| Error::Database(sqlx::Error::Encode(Box::new(e))))
+}
+
+/// The messages that are there, by id.
+async fn messages(db: &mut SqliteConnection, ids: &[Uuid]) -> Result<HashMap<Uuid, Envelope>, Error> {
+    let ids: Vec<String> = ids.iter().map(|id| id.simple().to_string()).collect();
+    let rows = sqlx::query(
+        "select id, topic, key, payload, headers, occurred_us, source, external_id, correlation_id, causation_id,
+             max_attempts
+         from postbox_message where id in (select unhex(value) from json_each(?1))",
+    )
+    .bind(json_of(&ids)?)
+    .fetch_all(db)
+    .await?;
+    rows.iter().map(|row| envelope(row).map(|e| (e.id, e)).map_err(Error::from)).collect()
+}
+
+fn envelope(row: &SqliteRow) -> Result<Envelope, sqlx::Error> {
+    let id: Uuid = row.try_get("id")?;
+    let payload: String = row.try_get("payload")?;
+    let headers: Option<String> = row.try_get("headers")?;
+    let occurred_us: Option<i64> = row.try_get("occurred_us")?;
+    let decode = |e: serde_json::Error| sqlx::Error::Decode(Box::new(e));
+    Ok(Envelope {
+        id,
+        topic: row.try_get("topic")?,
+        key: row.try_get("key")?,
+        payload: serde_json::value::RawValue::from_string(payload).map_err(decode)?.into(),
+        headers: headers.map(|h| serde_json::from_str(&h)).transpose().map_err(decode)?.unwrap_or_default(),
+        occurred_at: occurred_us.and_then(|us| jiff::Timestamp::from_microsecond(us).ok()).unwrap_or(minted_at(id)),
+        received_at: minted_at(id),
+        source: row.try_get("source")?,
+        external_id: row.try_get("external_id")?,
+        correlation_id: row.try_get("correlation_id")?,
+        causation_id: row.try_get("causation_id")?,
+        max_attempts: row.try_get("max_attempts")?,
+    })
+}
+
+impl Store for SqliteStore {
+    type Db = Sqlite;
+    type Tx = Work;
+
+    async fn connect(settings: &Settings) -> Result<Self, Error> {
+        let opened = connect::open(settings).await?;
+        let store = SqliteStore {
+            writer: opened.writer,
+            reader: opened.reader,
+            shared: Arc::new(Shared {
+                alive: alive::Alive::new(opened.file),
+                bell: wake::Bell::new(opened.options.clone(), settings.wake_ups()?),
+                options: opened.options,
+            }),
+        };
+        connect::migrate(&store).await?;
+        Ok(store)
+    }
+
+    async fn alone(&self) -> Result<Self, Error> {
+        Ok(SqliteStore { reader: connect::readers(&self.shared.options, 1), ..self.clone() })
+    }
+
+    async fn close(&self) {
+        self.shared.bell.close().await;
+        self.reader.close().await;
+        self.writer.close().await;
+    }
+
+    async fn migrate(&self) -> Result<Vec<String>, Error> {
+        connect::migrate(self).await
+    }
+
+    async fn migration_status(&self) -> Result<MigrationStatus, Error> {
+        connect::status(self).await
+    }
+
+    async fn publish(
+        connection: &mut SqliteConnection,
+        _: &Self,
+        messages: &[Draft],
+    ) -> Result<Vec<Stored>, PublishError> {
+        publish::publish(connection, messages).await
+    }
+
+    async fn begin(&self) -> Result<Work, Error> {
+        self.write().await
+    }
+
+    async fn commit(&self, tx: Work) -> Result<(), Error> {
+        tx.commit().await?;
+        self.shared.bell.ring();
+        Ok(())
+    }
+
+    async fn register(&self, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
+        register::register(self, registration).await
+    }
+
+    async fn beat(&self, beat: Beat) -> Result<Option<Pulse>, Error> {
+        register::beat(self, beat.worker).await
+    }
+
+    async fn retire(&self, worker: Uuid) -> Result<(), Error> {
+        register::retire(self, worker).await
+    }
+
+    async fn asleep(&self, _: Uuid, _: bool) -> Result<(), Error> {
+        // Nobody has to be told: whoever sleeps watches the file.
+        Ok(())
+    }
+
+    async fn woken(&self) {
+        self.shared.bell.woken().await;
+    }
+
+    async fn claim(&self, request: &ClaimRequest) -> Result<Claimed, Error> {
+        claim::claim(self, request).await
+    }
+
+    async fn settle(&self, settle: &Settle) -> Result<Guarded, Error> {
+        settle::settle(self, settle).await
+    }
+
+    async fn open(&self, _: LeaseRef, _: Duration) -> Result<Work, Error> {
+        settle::open(self).await
+    }
+
+    async fn settle_open(
+        &self,
+        tx: Work,
+        lease: LeaseRef,
+        outcome: &Move,
+        follow_ups: &[Draft],
+    ) -> Result<Guarded, Error> {
+        settle::settle_open(self, tx, lease, outcome, follow_ups).await
+    }
+
+    async fn recheck(&self, lease: LeaseRef, delivery: DeliveryId, number: u32) -> Result<Option<bool>, Error> {
+        settle::recheck(self, lease, delivery, number).await
+    }
+
+    async fn disown(&self, worker: Uuid, token: Uuid) -> Result<(), Error> {
+        takeover::disown(self, worker, token).await
+    }
+
+    async fn take_over(&self, draw: f64) -> Result<Option<TakenOver>, Error> {
+        takeover::take_over(self, draw).await
+    }
+
+    async fn doubts(
+        &self,
+        subscriptions: &[SubscriptionId],
+        limit: u32,
+        put_off: Duration,
+    ) -> Result<Vec<Doubtful>, Error> {
+        doubt::doubts(self, subscriptions, limit, put_off).await
+    }
+
+    async fn answer(&self, answered: &Answered) -> Result<bool, Error> {
+        doubt::answer(self, answered).await
+    }
+
+    async fn observe(&self, observations: &[Observation]) -> Result<(), Error> {
+        doubt::observe(self, observations).await
+    }
+
+    async fn backfill(&self) -> Result<bool, Error> {
+        backfill::backfill(self).await
+    }
+
+    async fn learn_routes(&self, _: &[String]) -> Result<(), Error> {
+        // Publishing matches in SQL: there is nobody to wait for.
+        Ok(())
+    }
+
+    async fn tidy(&self) -> Result<u64, Error> {
+        publish::tidy(self).await
+    }
+
+    async fn status(&self) -> Result<Status, Error> {
+        show::status(self).await
+    }
+
+    async fn list(&self, filter: &Filter, limit: u32) -> Result<Vec<DeliveryRow>, Error> {
+        show::list(self, filter, limit).await
+    }
+
+    async fn show(&self, delivery: DeliveryId) -> Result<Option<DeliveryDetail>, Error> {
+        show::show(self, delivery).await
+    }
+
+    async fn deliveries_of(&self, message: Uuid) -> Result<Option<(Envelope, Vec<DeliveryId>)>, Error> {
+        show::deliveries_of(self, message).await
+    }
+
+    async fn retry(&self, delivery: DeliveryId, retry: &Retry) -> Result<AuditEntry, Error> {
+        admin::retry(self, delivery, retry).await
+    }
+
+    async fn resolve(&self, delivery: DeliveryId, resolution: &Resolution) -> Result<AuditEntry, Error> {
+        admin::resolve(self, delivery, resolution).await
+    }
+
+    async fn subscriptions(&self) -> Result<Vec<SubscriptionRow>, Error> {
+        show::subscriptions(self).await
+    }
+
+    async fn remove_subscription(
+        &self,
+        application: &str,
+        name: &str,
+        actor: &str,
+        reason: &str,
+    ) -> Result<AuditEntry, Error> {
+        admin::remove_subscription(self, application, name, actor, reason).await
+    }
+
+    async fn stranded(&self) -> Result<Vec<Stranded>, Error> {
+        show::stranded(self).await
+    }
+
+    async fn audit(&self, limit: u32) -> Result<Vec<AuditEntry>, Error> {
+        admin::audit(self, limit).await
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,168 @@
+//! Publishing on the caller's connection, and the second look at dedup keys that were taken.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+use sqlx::{Row, SqliteConnection};
+use uuid::Uuid;
+
+use super::{SqliteStore, body, millis_up};
+use crate::error::{Error, PublishError};
+use crate::message::{Draft, Due};
+use crate::store::Stored;
+
+/// A message as `publish.sql` and `stored.sql` read it.
+#[derive(Serialize)]
+struct Input<'a> {
+    id: String,
+    topic: &'a str,
+    key: Option<&'a str>,
+    headers: Option<String>,
+    occurred_us: Option<i64>,
+    source: Option<&'a str>,
+    external_id: Option<&'a str>,
+    correlation_id: Option<&'a str>,
+    causation_id: Option<&'a str>,
+    max_attempts: Option<u32>,
+    delay_ms: Option<i64>,
+    due_ms: Option<i64>,
+    dedup_key: Option<&'a str>,
+    dedup_ms: Option<i64>,
+    body_hash: Option<String>,
+    payload: Option<&'a str>,
+}
+
+impl<'a> Input<'a> {
+    fn of(draft: &'a Draft, id: Uuid) -> Result<Self, PublishError> {
+        let headers = match draft.headers.is_empty() {
+            true => None,
+            false => Some(serde_json::to_string(&draft.headers).map_err(encode)?),
+        };
+        let (delay_ms, due_ms) = match draft.due {
+            Due::Now => (None, None),
+            Due::After(delay) => (Some(millis_up(delay)), None),
+            // Rounded up: nothing starts before its time.
+            Due::At(time) => (
+                None,
+                Some(time.as_microsecond().div_euclid(1000) + i64::from(time.subsec_nanosecond() % 1_000_000 != 0)),
+            ),
+        };
+        let dedup = draft.dedup.as_ref();
+        Ok(Input {
+            id: hex(id.as_bytes()),
+            topic: &draft.topic,
+            key: draft.key.as_deref(),
+            headers,
+            occurred_us: draft.occurred_at.map(|t| t.as_microsecond()),
+            source: draft.source.as_deref(),
+            external_id: draft.external_id.as_deref(),
+            correlation_id: draft.correlation_id.as_deref(),
+            causation_id: draft.causation_id.as_deref(),
+            max_attempts: draft.max_attempts,
+            delay_ms,
+            due_ms,
+            dedup_key: dedup.map(|d| d.key.as_str()),
+            dedup_ms: dedup.map(|d| millis_up(d.window)),
+            body_hash: dedup.map(|_| hex(&body::hash(draft.key.as_deref(), draft.payload.get()))),
+            payload: Some(draft.payload.get()),
+        })
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn encode(error: serde_json::Error) -> sqlx::Error {
+    sqlx::Error::Encode(Box::new(error))
+}
+
+/// Stores checked drafts, in order.
+pub(super) async fn publish(connection: &mut SqliteConnection, drafts: &[Draft]) -> Result<Vec<Stored>, PublishError> {
+    let mut stored: Vec<Option<Stored>> = vec![None; drafts.len()];
+    // A dedup row may run out between the two looks; then its message is published after all.
+    for _ in 0..5 {
+        let open: Vec<usize> = (0..drafts.len()).filter(|i| stored[*i].is_none()).collect();
+        if open.is_empty() {
+            break;
+        }
+        let ids: Vec<Uuid> = open.iter().map(|_| Uuid::now_v7()).collect();
+        let mut inputs = Vec::with_capacity(open.len());
+        for (i, id) in open.iter().zip(&ids) {
+            inputs.push(Input::of(&drafts[*i], *id)?);
+        }
+        let json = serde_json::to_string(&inputs).map_err(encode)?;
+        sqlx::query(include_str!("publish.sql")).bind(json).execute(&mut *connection).await?;
+
+        let mut unsure = Vec::new();
+        for ((i, id), mut input) in open.into_iter().zip(ids).zip(inputs) {
+            if input.dedup_key.is_none() {
+                stored[i] = Some(Stored::New(id));
+            } else {
+                input.payload = None;
+                unsure.push((i, id, input));
+            }
+        }
+        if unsure.is_empty() {
+            break;
+        }
+        let json =
+            serde_json::to_string(&unsure.iter().map(|(_, _, input)| input).collect::<Vec<_>>()).map_err(encode)?;
+        let rows = sqlx::query(include_str!("stored.sql")).bind(json).fetch_all(&mut *connection).await?;
+        for ((i, id, _), row) in unsure.into_iter().zip(rows) {
+            if row.try_get("stored")? {
+                stored[i] = Some(Stored::New(id));
+            } else if let Some(existing) = row.try_get("existing")? {
+                stored[i] = Some(Stored::Duplicate { existing, same_body: row.try_get("same_body")? });
+            }
+        }
+    }
+    stored
+        .into_iter()
+        .map(|s| s.ok_or_else(|| sqlx::Error::Protocol("a dedup key keeps changing hands; try again".into()).into()))
+        .collect()
+}
+
+/// Publishes follow-ups in the transaction of the outcome. One whose dedup key is taken is there
+/// already: that is what its key is for.
+pub(super) async fn follow(connection: &mut SqliteConnection, drafts: &[Draft]) -> Result<(), PublishError> {
+    for chunk in drafts.chunks(1000) {
+        let stored = publish(connection, chunk).await?;
+        for (draft, stored) in chunk.iter().zip(stored) {
+            if let Stored::Duplicate { existing, same_body: false } = stored {
+                tracing::warn!(topic = draft.topic, %existing, "a follow-up's dedup key is taken by a message with another body; the first is kept");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Removes dedup windows that have run out, and the marks of flushes that nobody repeats any more.
+pub(super) async fn tidy(store: &SqliteStore) -> Result<u64, Error> {
+    let idle: bool = !sqlx::query_scalar::<_, bool>(include_str!("untidy.sql")).fetch_one(&store.reader).await?;
+    if idle {
+        return Ok(0);
+    }
+    let mut work = store.write().await?;
+    let windows = sqlx::query(
+        "delete from postbox_dedup where (topic, key) in (
+             select topic, key from postbox_dedup where expires_at <= (select now from postbox_clock) limit 1000)",
+    )
+    .execute(work.on())
+    .await?
+    .rows_affected();
+    sqlx::query(
+        "delete from postbox_part where (batch, part) in (
+             select p.batch, p.part from postbox_part p
+             where p.at < (select now from postbox_clock) - 86400000
+                 and not exists (select 1 from postbox_lease l where l.batch = p.batch) limit 1000)",
+    )
+    .execute(work.on())
+    .await?;
+    work.commit().await?;
+    Ok(windows)
+}

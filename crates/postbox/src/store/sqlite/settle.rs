@@ -1,0 +1,265 @@
+//! Settling: one flush of a batch, a transactional handler's end, and moves in general.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use sqlx::SqliteConnection;
+use uuid::Uuid;
+
+use super::publish::follow;
+use super::work::Work;
+use super::{SqliteStore, json_of, millis, millis_up};
+use crate::error::Error;
+use crate::lifecycle::{Standing, State};
+use crate::message::Draft;
+use crate::store::{DeliveryId, Guarded, Item, LeaseRef, Move, Settle, Success};
+
+pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guarded, Error> {
+    let lease = settle.lease;
+    let mut work = store.write().await?;
+    let part: u64 = sqlx::query(
+        "insert into postbox_part (batch, part, at) select ?1, ?2, now from postbox_clock where true on conflict do nothing",
+    )
+    .bind(lease.batch)
+    .bind(settle.part)
+    .execute(work.on())
+    .await?
+    .rows_affected();
+    if part == 0 {
+        // The answer to an earlier try was lost; it had committed.
+        work.rollback().await?;
+        return Ok(Guarded::Done);
+    }
+    if !holds(work.on(), lease).await? {
+        work.rollback().await?;
+        return Ok(Guarded::Fenced);
+    }
+    succeed(work.on(), lease, &settle.successes).await?;
+    let mut moves: Vec<Move> = settle.moves.clone();
+    moves.extend(settle.released.iter().map(released));
+    apply(work.on(), &moves, Some(lease)).await?;
+    follow(work.on(), &settle.follow_ups).await?;
+    begin(work.on(), lease, &settle.starts).await?;
+    if settle.close {
+        close(work.on(), lease.token).await?;
+    }
+    work.commit().await?;
+    if !settle.follow_ups.is_empty() || moves.iter().any(|m| m.standing.state == State::Pending) {
+        store.shared.bell.ring();
+    }
+    Ok(Guarded::Done)
+}
+
+async fn holds(db: &mut SqliteConnection, lease: LeaseRef) -> Result<bool, Error> {
+    let held = sqlx::query_scalar(
+        "select exists (select 1 from postbox_lease where token = ?1 and batch = ?2 and worker = ?3)",
+    )
+    .bind(lease.token)
+    .bind(lease.batch)
+    .bind(lease.worker)
+    .fetch_one(db)
+    .await?;
+    Ok(held)
+}
+
+/// A lease ends when it holds nothing: what would be left behind would be nobody's.
+pub(super) async fn close(db: &mut SqliteConnection, token: Uuid) -> Result<(), Error> {
+    let closed = sqlx::query(
+        "delete from postbox_lease
+         where token = ?1 and not exists (select 1 from postbox_delivery d where d.token = ?1)",
+    )
+    .bind(token)
+    .execute(db)
+    .await?
+    .rows_affected();
+    match closed {
+        0 => Err(Error::Refused("a lease that still holds deliveries cannot end; nothing was settled".into())),
+        _ => Ok(()),
+    }
+}
+
+/// All of them, or none: a delivery that is not in the lease any more is a mistake in the caller.
+fn all(moved: u64, wanted: usize) -> Result<(), Error> {
+    match moved == wanted as u64 {
+        true => Ok(()),
+        false => Err(Error::Refused(format!(
+            "{moved} of {wanted} deliveries are where they were thought to be; nothing was changed"
+        ))),
+    }
+}
+
+async fn succeed(db: &mut SqliteConnection, lease: LeaseRef, successes: &[Success]) -> Result<(), Error> {
+    if successes.is_empty() {
+        return Ok(());
+    }
+    let rows = json_of(&successes.iter().map(|s| (s.delivery, millis(s.ran))).collect::<Vec<_>>())?;
+    sqlx::query(include_str!("successes.sql"))
+        .bind(&rows)
+        .bind(lease.batch)
+        .bind(lease.worker)
+        .bind(lease.token)
+        .execute(&mut *db)
+        .await?;
+    let moved = sqlx::query(
+        "update postbox_delivery
+         set state = 'succeeded', attempt = attempt + 1 - begun, begun = 0, lost = 0, rev = rev + 1, token = null,
+             since = (select now from postbox_clock)
+         where id in (select value ->> 0 from json_each(?1)) and token = ?2",
+    )
+    .bind(&rows)
+    .bind(lease.token)
+    .execute(db)
+    .await?;
+    all(moved.rows_affected(), successes.len())
+}
+
+/// What was leased and never started goes back as it was.
+fn released(item: &Item) -> Move {
+    Move {
+        delivery: item.delivery,
+        message: item.message,
+        subscription: item.subscription,
+        priority: item.priority,
+        rev: item.rev + 1,
+        standing: Standing { state: State::Pending, attempts: item.attempts, begun: false, lost: item.lost },
+        delay: Duration::ZERO,
+        quiet: Duration::ZERO,
+        note: String::new(),
+        outcome: None,
+    }
+}
+
+/// Writes moves, under a lease or outside of one.
+pub(super) async fn apply(db: &mut SqliteConnection, moves: &[Move], lease: Option<LeaseRef>) -> Result<(), Error> {
+    if moves.is_empty() {
+        return Ok(());
+    }
+    let rows = Value::Array(moves.iter().map(row).collect()).to_string();
+    if let Some(lease) = lease {
+        sqlx::query(include_str!("outcomes.sql"))
+            .bind(&rows)
+            .bind(lease.batch)
+            .bind(lease.worker)
+            .bind(lease.token)
+            .execute(&mut *db)
+            .await?;
+    }
+    let moved = sqlx::query(include_str!("moves.sql")).bind(&rows).bind(lease.map(|l| l.token)).execute(db).await?;
+    all(moved.rows_affected(), moves.len())
+}
+
+fn row(m: &Move) -> Value {
+    let mut row = json!({
+        "delivery": m.delivery,
+        "rev": m.rev,
+        "state": m.standing.state.as_str(),
+        "attempts": m.standing.attempts,
+        "lost": m.standing.lost,
+        "wait_ms": millis_up(m.delay),
+        "quiet_ms": millis_up(m.quiet),
+        "note": m.note,
+    });
+    if let Some(outcome) = &m.outcome {
+        row["number"] = outcome.number.into();
+        row["kind"] = outcome.kind.into();
+        row["error"] = outcome.error.clone().into();
+        row["receipt"] = outcome.receipt.as_ref().map(Value::to_string).into();
+        row["ran_ms"] = millis(outcome.ran).into();
+        row["ago_ms"] = millis(outcome.ago).into();
+    }
+    row
+}
+
+/// Attempts that begin once this is committed.
+async fn begin(db: &mut SqliteConnection, lease: LeaseRef, starts: &[(DeliveryId, u32)]) -> Result<(), Error> {
+    if starts.is_empty() {
+        return Ok(());
+    }
+    let rows = json_of(starts)?;
+    let begun = sqlx::query(
+        "update postbox_delivery as d set begun = 1, attempt = s.value ->> 1
+         from json_each(?1) s where d.id = s.value ->> 0 and d.token = ?2 and d.begun = 0",
+    )
+    .bind(&rows)
+    .bind(lease.token)
+    .execute(&mut *db)
+    .await?;
+    all(begun.rows_affected(), starts.len())?;
+    sqlx::query(
+        "insert into postbox_attempt (delivery, number, batch, worker, started_at)
+         select s.value ->> 0, s.value ->> 1, ?2, ?3, c.now from json_each(?1) s cross join postbox_clock c",
+    )
+    .bind(&rows)
+    .bind(lease.batch)
+    .bind(lease.worker)
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// What tells whether a handler's transaction is still the one that was opened for it.
+const GUARD: &str = "SAVEPOINT postbox_guard";
+
+pub(super) async fn open(store: &SqliteStore) -> Result<Work, Error> {
+    let mut work = store.write().await?;
+    sqlx::query(GUARD).execute(work.on()).await?;
+    Ok(work)
+}
+
+pub(super) async fn settle_open(
+    store: &SqliteStore,
+    mut work: Work,
+    lease: LeaseRef,
+    outcome: &Move,
+    follow_ups: &[Draft],
+) -> Result<Guarded, Error> {
+    // Before anything is written: without the transaction, each statement would commit by itself.
+    if sqlx::query("RELEASE postbox_guard").execute(work.on()).await.is_err() {
+        // What the handler may have begun in its place is rolled back with the connection.
+        return Err(Error::Refused(
+            "the handler ended its own transaction (COMMIT or ROLLBACK in raw SQL); what it committed before that is not undone, and the attempt counts as failed".into(),
+        ));
+    }
+    let held: bool = holds(work.on(), lease).await?
+        && sqlx::query_scalar("select exists (select 1 from postbox_delivery where id = ?1 and token = ?2)")
+            .bind(outcome.delivery)
+            .bind(lease.token)
+            .fetch_one(work.on())
+            .await?;
+    if !held {
+        work.rollback().await?;
+        return Ok(Guarded::Fenced);
+    }
+    apply(work.on(), std::slice::from_ref(outcome), Some(lease)).await?;
+    follow(work.on(), follow_ups).await?;
+    work.commit().await?;
+    // The handler may have published in it.
+    store.shared.bell.ring();
+    Ok(Guarded::Done)
+}
+
+pub(super) async fn recheck(
+    store: &SqliteStore,
+    lease: LeaseRef,
+    delivery: DeliveryId,
+    number: u32,
+) -> Result<Option<bool>, Error> {
+    // Waits for a connection that is still committing; only then is the answer final.
+    let mut work = store.write().await?;
+    let (held, found): (bool, bool) = sqlx::query_as(
+        "select exists (select 1 from postbox_lease where token = ?1),
+            exists (select 1 from postbox_outcome where delivery = ?2 and number = ?3 and batch = ?4)",
+    )
+    .bind(lease.token)
+    .bind(delivery)
+    .bind(number)
+    .bind(lease.batch)
+    .fetch_one(work.on())
+    .await?;
+    work.rollback().await?;
+    Ok(match (held, found) {
+        (_, true) => Some(true),
+        (true, false) => Some(false),
+        (false, false) => None,
+    })
+}

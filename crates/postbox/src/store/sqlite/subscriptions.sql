@@ -1,0 +1,29 @@
+-- The subscriptions with their counts; what there can be much of is counted up to 100001. Live
+-- workers are in the JSON array ?1, as arrays of the subscriptions that they stand behind.
+select s.id, s.application, s.name, s.pattern, s.kind, s.max_attempts, s.removed_at,
+    not s.backfilled and s.removed_at is null as backfilling,
+    (select count(*) from json_each(?1) w where s.id in (select value from json_each(w.value))) as workers,
+    (select count(*) from (select 1 from postbox_delivery d
+        where d.subscription = s.id and d.state = 'pending' and d.due_at is null limit 100001))
+    + (select count(*) from (select 1 from postbox_delivery d
+        where d.subscription = s.id and d.state = 'pending' and d.due_at is not null and d.due_at <= c.now limit 100001))
+    + (select count(*) from postbox_delivery d
+        where d.token is not null and d.subscription = s.id and s.kind = 'operation' and not d.begun) as pending,
+    (select count(*) from (select 1 from postbox_delivery d
+        where d.subscription = s.id and d.state = 'pending' and d.due_at is not null and d.due_at > c.now limit 100001)) as scheduled,
+    (select count(*) from postbox_delivery d
+        where d.token is not null and d.subscription = s.id and (s.kind <> 'operation' or d.begun)) as running,
+    (select count(*) from (select 1 from postbox_delivery d
+        where d.subscription = s.id and d.state = 'in_doubt' limit 100001)) as in_doubt,
+    (select count(*) from (select 1 from postbox_delivery d
+        where d.subscription = s.id and d.state = 'dead' and d.state in ('dead', 'cancelled') limit 100001)) as dead,
+    (select count(*) from (select 1 from postbox_delivery d
+        where d.subscription = s.id and d.state = 'succeeded' and d.since > c.now - 3600000 limit 100001)) as succeeded_last_hour,
+    (c.now - min(
+        coalesce((select d.since from postbox_delivery d
+            where d.subscription = s.id and d.state = 'pending' and d.due_at is null
+            order by d.priority, d.pos, d.id limit 1), c.now + 1),
+        coalesce((select min(d.due_at) from postbox_delivery d
+            where d.subscription = s.id and d.state = 'pending' and d.due_at is not null), c.now + 1))) / 1000.0 as oldest_age_s
+from postbox_subscription s cross join postbox_clock c
+order by s.application, s.name, s.id

@@ -1,0 +1,174 @@
+//! What a worker leaves behind: taken over when it died, handed back when its claim's answer was lost.
+
+use std::time::Duration;
+
+use sqlx::SqliteConnection;
+use uuid::Uuid;
+
+use super::work::Work;
+use super::{SqliteStore, settle};
+use crate::error::Error;
+use crate::lifecycle::{Event, Kind, Standing, State, transition};
+use crate::store::{DeliveryId, LeaseRef, Move, OutcomeRecord, SubscriptionId, TakenOver, policy_of};
+
+/// How long a lost worker's call may still be on its way, beyond the lease that has run out.
+const GRACE: Duration = Duration::from_secs(60);
+
+row! {
+    /// A delivery that a lease still holds.
+    struct Leftover {
+        id: DeliveryId,
+        message: Uuid,
+        subscription: SubscriptionId,
+        priority: i16,
+        attempt: u32,
+        lost: u32,
+        rev: i32,
+        begun: bool,
+        batch: i64,
+        token: Uuid,
+        kind: String,
+        max_attempts: i32,
+        retry_base_ms: i64,
+        retry_cap_ms: i64,
+        ran_ms: i64,
+    }
+}
+
+async fn leftover(db: &mut SqliteConnection, worker: Uuid, token: Option<Uuid>) -> Result<Vec<Leftover>, Error> {
+    Ok(sqlx::query_as(include_str!("leftover.sql")).bind(worker).bind(token).fetch_all(db).await?)
+}
+
+pub(super) async fn take_over(store: &SqliteStore, draw: f64) -> Result<Option<TakenOver>, Error> {
+    let workers: Vec<Uuid> =
+        sqlx::query_scalar("select id from postbox_worker order by started_at").fetch_all(&store.reader).await?;
+    for worker in workers {
+        // The dead worker's lock is ours until its row is gone: nobody else takes it over meanwhile.
+        let Some(dead) = store.shared.alive.dead(worker) else { continue };
+        let mut work = store.write().await?;
+        let row: Option<(String, i64)> = sqlx::query_as("select name, lease_ms from postbox_worker where id = ?1")
+            .bind(worker)
+            .fetch_optional(work.on())
+            .await?;
+        let Some((name, lease_ms)) = row else {
+            work.rollback().await?;
+            dead.bury();
+            continue;
+        };
+        let quiet = Duration::from_millis(lease_ms.max(0) as u64) + GRACE;
+        let taken = settle_leftover(&mut work, worker, name, quiet, draw).await?;
+        work.commit().await?;
+        dead.bury();
+        store.shared.bell.ring();
+        return Ok(Some(taken));
+    }
+    Ok(None)
+}
+
+async fn settle_leftover(
+    work: &mut Work,
+    worker: Uuid,
+    name: String,
+    quiet: Duration,
+    draw: f64,
+) -> Result<TakenOver, Error> {
+    let mut taken = TakenOver { worker, name, pending: 0, in_doubt: 0, dead: 0 };
+    for left in leftover(work.on(), worker, None).await? {
+        let moved = left.lost(&taken.name, quiet, draw)?;
+        match moved.standing.state {
+            State::InDoubt => taken.in_doubt += 1,
+            State::Dead => taken.dead += 1,
+            _ => taken.pending += 1,
+        }
+        if !left.begun && left.kind != Kind::Operation.as_str() {
+            sqlx::query(
+                "insert into postbox_observation (delivery, number, worker, kind, detail, at)
+                 select ?1, ?2, ?3, 'lost', ?4, now from postbox_clock",
+            )
+            .bind(left.id)
+            .bind(left.attempt + 1)
+            .bind(worker)
+            .bind(format!("worker {} died holding it; whether it had started is not known", taken.name))
+            .execute(work.on())
+            .await?;
+        }
+        let lease = LeaseRef { worker, batch: left.batch, token: left.token };
+        settle::apply(work.on(), &[moved], Some(lease)).await?;
+    }
+    sqlx::query("delete from postbox_lease where worker = ?1").bind(worker).execute(work.on()).await?;
+    sqlx::query("delete from postbox_worker where id = ?1").bind(worker).execute(work.on()).await?;
+    Ok(taken)
+}
+
+impl Leftover {
+    /// Where a dead worker's delivery goes.
+    fn lost(&self, worker: &str, quiet: Duration, draw: f64) -> Result<Move, Error> {
+        let kind: Kind = self.kind.parse().map_err(Error::Refused)?;
+        let policy = policy_of(kind, self.max_attempts, self.retry_base_ms, self.retry_cap_ms);
+        let now = Standing { state: State::Running, attempts: self.attempt, begun: self.begun, lost: self.lost };
+        let next = transition(now, Event::WorkerLost, &policy, draw).map_err(|e| Error::Refused(e.to_string()))?;
+        let words = format!("worker {worker} was lost during the attempt");
+        let outcome = self.begun.then(|| OutcomeRecord {
+            number: self.attempt,
+            kind: if kind == Kind::Operation { "in_doubt" } else { "lost" },
+            error: Some(words.clone()),
+            receipt: None,
+            ran: Duration::from_millis(self.ran_ms.max(0) as u64),
+            ago: Duration::ZERO,
+        });
+        Ok(self.moved(next.standing, next.delay, quiet, words, outcome))
+    }
+
+    fn moved(
+        &self,
+        standing: Standing,
+        delay: Duration,
+        quiet: Duration,
+        note: String,
+        outcome: Option<OutcomeRecord>,
+    ) -> Move {
+        Move {
+            delivery: self.id,
+            message: self.message,
+            subscription: self.subscription,
+            priority: self.priority,
+            rev: self.rev + 1,
+            standing,
+            delay,
+            quiet,
+            note,
+            outcome,
+        }
+    }
+}
+
+/// Hands back one lease's deliveries, none of which has started.
+pub(super) async fn disown(store: &SqliteStore, worker: Uuid, token: Uuid) -> Result<(), Error> {
+    let mut work = store.write().await?;
+    let held: Option<i64> = sqlx::query_scalar("select batch from postbox_lease where token = ?1 and worker = ?2")
+        .bind(token)
+        .bind(worker)
+        .fetch_optional(work.on())
+        .await?;
+    let Some(batch) = held else {
+        work.rollback().await?;
+        return Ok(());
+    };
+    let mut moves = Vec::new();
+    for left in leftover(work.on(), worker, Some(token)).await? {
+        if left.begun {
+            work.rollback().await?;
+            return Err(Error::Refused(format!(
+                "delivery {} has begun and cannot be handed back; it is taken over when its worker ends",
+                left.id
+            )));
+        }
+        let standing = Standing { state: State::Pending, attempts: left.attempt, begun: false, lost: left.lost };
+        moves.push(left.moved(standing, Duration::ZERO, Duration::ZERO, String::new(), None));
+    }
+    settle::apply(work.on(), &moves, Some(LeaseRef { worker, batch, token })).await?;
+    settle::close(work.on(), token).await?;
+    work.commit().await?;
+    store.shared.bell.ring();
+    Ok(())
+}

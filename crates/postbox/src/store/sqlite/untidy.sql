@@ -1,0 +1,5 @@
+-- Whether there is something to remove.
+select exists (select 1 from postbox_dedup where expires_at <= c.now)
+    or exists (select 1 from postbox_part p where p.at < c.now - 86400000
+        and not exists (select 1 from postbox_lease l where l.batch = p.batch))
+from postbox_clock c

@@ -1,0 +1,222 @@
+//! Worker processes that are really killed (SIGKILL), at named points, on both stores.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use postbox::admin::Filter;
+use postbox::lifecycle::State;
+use postbox::{Envelope, Postbox};
+use postbox_testkit::{Fresh, Remote, Testable, WorkerProcess, on_both_stores};
+
+on_both_stores!(
+    killed_at_each_point,
+    the_honest_batch,
+    a_chain_of_three_killed_between_its_steps,
+    nothing_is_stranded,
+    a_signal_stops_gracefully,
+);
+
+const WORKER: &str = env!("CARGO_BIN_EXE_postbox-test-worker");
+
+async fn publish<Db: Testable>(postbox: &Postbox<Db>, topic: &str, count: usize) {
+    postbox.publish_now((0..count).map(|n| Envelope::new(topic, &n))).await.expect("publish");
+}
+
+/// How many deliveries stand where.
+async fn standing<Db: Testable>(fresh: &Fresh<Db>) -> BTreeMap<State, usize> {
+    let mut counts = BTreeMap::new();
+    for row in fresh.postbox.admin().list(&Filter::default(), 10_000).await.expect("list") {
+        *counts.entry(row.state).or_default() += 1;
+    }
+    counts
+}
+
+/// Looks until it is so, a minute at most.
+async fn until<Db: Testable>(fresh: &Fresh<Db>, what: &str, so: impl Fn(&BTreeMap<State, usize>) -> bool) {
+    let looking = async {
+        while !so(&standing(fresh).await) {
+            tokio::task::yield_now().await;
+        }
+    };
+    if tokio::time::timeout(Duration::from_secs(60), looking).await.is_err() {
+        panic!("not {what} within a minute: {:?}", standing(fresh).await);
+    }
+}
+
+fn settled(counts: &BTreeMap<State, usize>) -> bool {
+    !counts.contains_key(&State::Pending) && !counts.contains_key(&State::Running)
+}
+
+async fn projection<Db: Testable>(fresh: &Fresh<Db>) {
+    let sql = format!("create table {} (message text primary key)", fresh.table("projected"));
+    Db::execute(fresh, &sql).await;
+}
+
+async fn killed_at_each_point<Db: Testable>() {
+    let mut hits = BTreeMap::new();
+    for point in ["claimed", "attempt-committed", "request-sent", "outcome-commit-sent"] {
+        for topic in ["op.charge", "plain.note", "tx.project"] {
+            // A plain handler has no record before its call, and a transactional one makes no call.
+            if topic != "op.charge" && !["claimed", "outcome-commit-sent"].contains(&point) {
+                continue;
+            }
+            let (fresh, remote) = (Db::fresh().await, Remote::start().await);
+            projection(&fresh).await;
+            let remote_at = ("TEST_REMOTE", remote.address());
+            publish(&fresh.postbox, topic, 3).await;
+            let doomed = WorkerProcess::start(
+                WORKER,
+                &fresh,
+                &[remote_at, ("TEST_CONCURRENCY", "1"), ("POSTBOX_CRASH_POINT", point)],
+            );
+            doomed.kill_at(point).await;
+            *hits.entry(point).or_insert(0) += 1;
+            let _heir = WorkerProcess::start(WORKER, &fresh, &[remote_at]);
+            until(&fresh, "settled", |counts| settled(counts) && counts.values().sum::<usize>() == 3).await;
+
+            let counts = standing(&fresh).await;
+            let calls = remote.calls();
+            let doubts = counts.get(&State::InDoubt).copied().unwrap_or(0);
+            let done = counts.get(&State::Succeeded).copied().unwrap_or(0);
+            let told = format!("{topic} killed at {point}: {counts:?}, calls {calls:?}");
+            assert_eq!(doubts + done, 3, "{told}");
+            match (topic, point) {
+                ("op.charge", "claimed") => assert_eq!((doubts, calls.len()), (0, 3), "{told}"),
+                ("op.charge", "attempt-committed") => assert_eq!((doubts, calls.len()), (1, 2), "{told}"),
+                ("op.charge", "request-sent") => assert_eq!((doubts, calls.len()), (1, 3), "{told}"),
+                // The COMMIT was sent and its answer never read: it counts, or it does not. It also
+                // put the next attempt on record, whose call was never made.
+                ("op.charge", _) => assert!(doubts <= 1 && calls.len() >= done, "{told}"),
+                ("plain.note", _) => assert!(doubts == 0 && calls.len() == 3, "{told}"),
+                _ => assert_eq!(done, 3, "{told}"),
+            }
+            if topic == "op.charge" {
+                assert!(calls.values().all(|n| *n == 1), "an operation was repeated by itself: {told}");
+            }
+            if topic == "tx.project" {
+                let rows = Db::count(&fresh, &format!("select count(*) from {}", fresh.table("projected"))).await;
+                assert_eq!(rows, 3, "effects and outcomes commit together: {told}");
+            }
+        }
+    }
+    println!("{} hits: {hits:?}", <Db as Testable>::NAME);
+    assert_eq!(hits.len(), 4, "a point without a hit proves nothing");
+}
+
+async fn the_honest_batch<Db: Testable>() {
+    let (fresh, remote) = (Db::fresh().await, Remote::start().await);
+    publish(&fresh.postbox, "op.charge", 100).await;
+    let variables = [
+        ("TEST_REMOTE", remote.address()),
+        ("TEST_CONCURRENCY", "1"),
+        ("TEST_BATCH", "100"),
+        ("POSTBOX_CRASH_POINT", "request-sent"),
+    ];
+    WorkerProcess::start(WORKER, &fresh, &variables).kill_at("request-sent").await;
+    let leased = fresh.postbox.admin().subscriptions().await.expect("subscriptions");
+    let charge = leased.iter().find(|s| s.name == "charge").expect("the subscription");
+    assert_eq!((charge.pending, charge.running), (99, 1), "claimed is not started, even before the takeover");
+
+    // Somebody else's worker takes over; it has no handler for them, so they stay as they are.
+    let other = postbox::Router::<Db>::new();
+    let heir = fresh.postbox.worker(other).application("other").start().await.expect("start");
+    until(&fresh, "taken over", |counts| counts.get(&State::InDoubt) == Some(&1)).await;
+    assert_eq!(standing(&fresh).await, [(State::Pending, 99), (State::InDoubt, 1)].into());
+    for row in fresh.postbox.admin().list(&Filter::default(), 200).await.expect("list") {
+        let shown = fresh.postbox.admin().show(row.id).await.expect("show");
+        match shown.row.state {
+            State::InDoubt => {
+                assert_eq!((shown.row.attempt, shown.attempts.len()), (1, 1));
+                assert_eq!(shown.attempts[0].outcome.as_deref(), Some("in_doubt"));
+                assert!(shown.row.last_error.is_some_and(|e| e.contains("lost")));
+            }
+            _ => assert_eq!((shown.row.attempt, shown.attempts.len()), (0, 0), "not an attempt, not a trace of one"),
+        }
+    }
+    heir.stop(None).await.expect("stop");
+}
+
+async fn a_chain_of_three_killed_between_its_steps<Db: Testable>() {
+    for nth in 1..=3 {
+        for point in ["attempt-committed", "request-sent", "outcome-commit-sent"] {
+            let (fresh, remote) = (Db::fresh().await, Remote::start().await);
+            let remote_at = ("TEST_REMOTE", remote.address());
+            publish(&fresh.postbox, "chain.one", 1).await;
+            let crash = format!("{point}:{nth}");
+            WorkerProcess::start(WORKER, &fresh, &[remote_at, ("POSTBOX_CRASH_POINT", &crash)]).kill_at(point).await;
+            let _heir = WorkerProcess::start(WORKER, &fresh, &[remote_at]);
+            let told = format!("killed at {crash}");
+            if point == "attempt-committed" {
+                // The call was never made; the remote's "nothing" is believed only when the old
+                // worker's call can no longer be on its way, so a person says it here.
+                until(&fresh, &told, |counts| counts.contains_key(&State::InDoubt)).await;
+                let doubts = fresh.postbox.admin().list(&"state:in_doubt".parse().expect("a filter"), 10).await.expect("list");
+                let word = postbox::admin::Resolution {
+                    rev: None,
+                    answer: postbox::lifecycle::Answer::DidNotHappen,
+                    evidence: None,
+                    actor: "ana".into(),
+                    reason: "the worker is dead and the remote has nothing".into(),
+                };
+                fresh.postbox.admin().resolve(doubts[0].id, &word).await.expect("resolve");
+            }
+            until(&fresh, &told, |counts| counts.get(&State::Succeeded) == Some(&3)).await;
+            let calls = remote.calls();
+            assert_eq!(calls.len(), 3, "{told}: {calls:?}");
+            assert!(calls.values().all(|n| *n == 1), "{told}: each step once: {calls:?}");
+        }
+    }
+}
+
+async fn nothing_is_stranded<Db: Testable>() {
+    let (fresh, remote) = (Db::fresh().await, Remote::start().await);
+    let remote_at = ("TEST_REMOTE", remote.address());
+    // Published before any worker ever ran.
+    publish(&fresh.postbox, "plain.note", 2).await;
+    let first = WorkerProcess::start(WORKER, &fresh, &[remote_at]);
+    until(&fresh, "handled", |counts| counts.get(&State::Succeeded) == Some(&2)).await;
+    first.kill().await;
+    // Published while nobody runs, then the handler has another name and another configuration.
+    publish(&fresh.postbox, "plain.note", 3).await;
+    let renamed = [remote_at, ("TEST_RENAMED", "1"), ("TEST_CONCURRENCY", "2"), ("TEST_BATCH", "1")];
+    let second = WorkerProcess::start(WORKER, &fresh, &renamed);
+    until(&fresh, "handled", |counts| counts.get(&State::Succeeded) == Some(&5)).await;
+    second.kill().await;
+    assert!(remote.calls().values().all(|n| *n == 1) && remote.calls().len() == 5, "{:?}", remote.calls());
+
+    // The old name again, without a word of the renaming: what waits for the other is told, loudly.
+    publish(&fresh.postbox, "plain.note", 1).await;
+    let third = WorkerProcess::start(WORKER, &fresh, &[remote_at]);
+    let told = async {
+        loop {
+            let status = fresh.postbox.admin().status().await.expect("status");
+            if let [stranded] = status.stranded.as_slice()
+                && status.workers.iter().any(|w| w.alive)
+                && status.workers.len() == 1
+            {
+                break stranded.clone();
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let stranded = tokio::time::timeout(Duration::from_secs(60), told).await.expect("told within a minute");
+    assert_eq!((stranded.subscription.as_str(), stranded.waiting), ("noted", 1));
+    third.kill().await;
+}
+
+async fn a_signal_stops_gracefully<Db: Testable>() {
+    let (fresh, remote) = (Db::fresh().await, Remote::start().await);
+    publish(&fresh.postbox, "op.charge", 50).await;
+    let variables = [("TEST_REMOTE", remote.address()), ("TEST_CONCURRENCY", "2"), ("TEST_BATCH", "50")];
+    let mut worker = WorkerProcess::start(WORKER, &fresh, &variables);
+    until(&fresh, "at work", |counts| counts.contains_key(&State::Succeeded)).await;
+    let id = worker.id().expect("it lives");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id as i32), nix::sys::signal::Signal::SIGTERM).expect("SIGTERM");
+    assert_eq!(worker.ended().await, Some(0));
+    let counts = standing(&fresh).await;
+    assert!(!counts.contains_key(&State::InDoubt) && !counts.contains_key(&State::Running), "{counts:?}");
+    assert_eq!(counts.values().sum::<usize>(), 50);
+    assert_eq!(counts.get(&State::Succeeded).copied().unwrap_or(0), remote.calls().len(), "what was called is settled");
+    let status = fresh.postbox.admin().status().await.expect("status");
+    assert!(status.workers.is_empty(), "it retired: {:?}", status.workers);
+}
