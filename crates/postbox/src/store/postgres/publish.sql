@@ -12,22 +12,21 @@ with routing as materialized (
         for share
     ) s
 ),
+-- Narrow on purpose: payloads are read once, by their place in the array, where they are stored.
 input as materialized (
-    select i.*, {schema}.uuid7() as id,
+    select i.ord, i.topic, i.dedup_key, {schema}.uuid7() as id,
         case
             when i.due_us is not null and pg_catalog.to_timestamp(i.due_us / 1000000.0) > pg_catalog.clock_timestamp()
                 then pg_catalog.to_timestamp(i.due_us / 1000000.0)
             when i.delay_ms > 0 then pg_catalog.clock_timestamp() + i.delay_ms * interval '1 millisecond'
         end as due_at
-    from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::text[],
-        $8::text[], $9::text[], $10::int[], $11::bigint[], $12::bigint[], $13::text[], $14::bigint[])
-        with ordinality as i(topic, key, payload, headers, occurred_us, source, external_id,
-            correlation_id, causation_id, max_attempts, delay_ms, due_us, dedup_key, dedup_ms, ord)
+    from unnest($1::text[], $11::bigint[], $12::bigint[], $13::text[])
+        with ordinality as i(topic, delay_ms, due_us, dedup_key, ord)
 ),
 fresh as (
     insert into {schema}.dedup as d (topic, key, message, body_hash, expires_at)
-    select i.topic, i.dedup_key, i.id, {schema}.body_hash(i.key, i.payload),
-        pg_catalog.clock_timestamp() + i.dedup_ms * interval '1 millisecond'
+    select i.topic, i.dedup_key, i.id, {schema}.body_hash(($2::text[])[i.ord], ($3::text[])[i.ord]),
+        pg_catalog.clock_timestamp() + ($14::bigint[])[i.ord] * interval '1 millisecond'
     from input i where i.dedup_key is not null
     order by i.topic, i.dedup_key
     on conflict (topic, key) do update
@@ -36,52 +35,52 @@ fresh as (
     returning d.message
 ),
 kept as materialized (
-    select i.* from input i
+    select i.ord, i.id, i.topic, i.due_at from input i
     where i.dedup_key is null or i.id in (select f.message from fresh f)
 ),
+routed as materialized (
+    select k.ord, k.id, k.topic, k.due_at,
+        coalesce(
+            (select t.subscriptions from {schema}.route t
+                where t.topic = k.topic and t.epoch = (select r.epoch from routing r)),
+            array(select s.id from {schema}.subscription s
+                where s.removed_at is null and k.topic ~ s.matcher order by s.id)) as subscriptions
+    from kept k
+),
 fan as materialized (
-    select f.ord, f.id, f.subscription, f.due_at, pg_catalog.nextval('{schema}.delivery_id') as delivery
-    from (
-        select k.ord, k.id, k.due_at, s.subscription
-        from kept k cross join routing r
-        left join {schema}.route t on t.topic = k.topic and t.epoch = r.epoch
-        cross join lateral (
-            select u.subscription from unnest(t.subscriptions) as u(subscription) where t.topic is not null
-            union all
-            select s.id from {schema}.subscription s
-            where t.topic is null and s.removed_at is null and k.topic ~ s.matcher
-        ) s
-        order by k.ord, s.subscription
-    ) f
+    select r.*, array(select pg_catalog.nextval('{schema}.delivery_id') from unnest(r.subscriptions)) as deliveries
+    from routed r
 ),
 stored as (
     insert into {schema}.message (id, epoch, topic, key, payload, headers, occurred_at, due_at, source,
         external_id, correlation_id, causation_id, max_attempts, deliveries)
-    select k.id, r.epoch, k.topic, k.key, k.payload::json, k.headers::json,
-        pg_catalog.to_timestamp(k.occurred_us / 1000000.0), k.due_at, k.source, k.external_id,
-        k.correlation_id, k.causation_id, k.max_attempts, a.deliveries
-    from kept k cross join routing r
-    left join (select f.ord, pg_catalog.array_agg(f.delivery order by f.delivery) as deliveries
-        from fan f group by f.ord) a on a.ord = k.ord
+    select f.id, (select r.epoch from routing r), f.topic, ($2::text[])[f.ord], ($3::text[])[f.ord]::json,
+        ($4::text[])[f.ord]::json, pg_catalog.to_timestamp(($5::bigint[])[f.ord] / 1000000.0), f.due_at,
+        ($6::text[])[f.ord], ($7::text[])[f.ord], ($8::text[])[f.ord], ($9::text[])[f.ord],
+        ($10::int[])[f.ord], f.deliveries
+    from fan f
 ),
 readied as (
     insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
-    select f.subscription, 0, f.delivery, f.delivery, f.id, 0, 0, 0 from fan f where f.due_at is null
+    select d.subscription, 0, d.delivery, d.delivery, f.id, 0, 0, 0
+    from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
+    where f.due_at is null
 ),
 later as (
     insert into {schema}.scheduled (delivery, due_at, subscription, priority, message, attempt, lost, rev)
-    select f.delivery, f.due_at, f.subscription, 0, f.id, 0, 0, 0 from fan f where f.due_at is not null
+    select d.delivery, f.due_at, d.subscription, 0, f.id, 0, 0, 0
+    from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
+    where f.due_at is not null
 ),
 nobody as (
     insert into {schema}.unrouted (message, topic, epoch)
-    select k.id, k.topic, r.epoch from kept k cross join routing r
-    where not exists (select from fan f where f.ord = k.ord)
+    select f.id, f.topic, (select r.epoch from routing r) from fan f where f.subscriptions = '{}'
 )
 select i.ord, i.id,
-    k.id is not null and (
+    (i.dedup_key is null or i.id in (select f.message from fresh f)) and (
         -- Tells a worker that said it would sleep; a busy one is not told, because NOTIFY costs.
         select pg_catalog.count(pg_catalog.pg_notify(r.channel, ''))
         from routing r where exists (select from {schema}.worker w where w.asleep)
     ) >= 0 as stored
-from input i left join kept k on k.ord = i.ord
+from input i
 order by i.ord
