@@ -150,7 +150,8 @@ async fn a_chain_of_three_killed_between_its_steps<Db: Testable>() {
                 // The call was never made; the remote's "nothing" is believed only when the old
                 // worker's call can no longer be on its way, so a person says it here.
                 until(&fresh, &told, |counts| counts.contains_key(&State::InDoubt)).await;
-                let doubts = fresh.postbox.admin().list(&"state:in_doubt".parse().expect("a filter"), 10).await.expect("list");
+                let doubts =
+                    fresh.postbox.admin().list(&"state:in_doubt".parse().expect("a filter"), 10).await.expect("list");
                 let word = postbox::admin::Resolution {
                     rev: None,
                     answer: postbox::lifecycle::Answer::DidNotHappen,

@@ -8,8 +8,8 @@ use std::time::Duration;
 use postbox::admin::Resolution;
 use postbox::lifecycle::{Answer, State as Standing};
 use postbox::{
-    Attempt, Envelope, Failure, Message, Operation, OperationFailure, Payload, Postgres, Receipt, Router, Sqlite, State,
-    Tx, handler, operation,
+    Attempt, Envelope, Failure, Message, Operation, OperationFailure, Payload, Postgres, Receipt, Router, Sqlite,
+    State, Tx, handler, operation,
 };
 use postbox_testkit::{Fresh, Testable};
 use serde::{Deserialize, Serialize};
@@ -43,7 +43,11 @@ impl Psp {
     }
 }
 
-async fn charge(op: Operation, Payload(order): Payload<OrderPlaced>, State(psp): State<Psp>) -> Result<Receipt, OperationFailure> {
+async fn charge(
+    op: Operation,
+    Payload(order): Payload<OrderPlaced>,
+    State(psp): State<Psp>,
+) -> Result<Receipt, OperationFailure> {
     let id = psp.charge(&order, op.idempotency_key()).await?; // `?` after the call: in doubt, never guessed
     Ok(Receipt::of(id).then(&OrderPaid { order_id: order.order_id }))
 }
@@ -59,7 +63,11 @@ macro_rules! journey {
     ($name:ident, $db:ty, $insert:literal) => {
         #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
         async fn $name() {
-            async fn reserve_stock(Payload(order): Payload<OrderPlaced>, State(table): State<String>, mut tx: Tx<$db>) -> Result<(), Failure> {
+            async fn reserve_stock(
+                Payload(order): Payload<OrderPlaced>,
+                State(table): State<String>,
+                mut tx: Tx<$db>,
+            ) -> Result<(), Failure> {
                 let sql = format!($insert, table);
                 sqlx::query(sqlx::AssertSqlSafe(sql)).bind(order.order_id).execute(&mut tx).await?;
                 Ok(())
@@ -77,8 +85,12 @@ macro_rules! journey {
                 let mut tx = shop.pool.begin().await.expect("begin");
                 let sql = format!($insert, orders);
                 sqlx::query(sqlx::AssertSqlSafe(sql)).bind(order_id).execute(&mut *tx).await.expect("the order");
-                let published = shop.postbox.publish(&mut tx, &OrderPlaced { order_id, cents: 999 }).await.expect("publish");
-                assert_eq!((published.topic.as_str(), published.key.as_deref()), ("orders.placed", Some(&*order_id.to_string())));
+                let published =
+                    shop.postbox.publish(&mut tx, &OrderPlaced { order_id, cents: 999 }).await.expect("publish");
+                assert_eq!(
+                    (published.topic.as_str(), published.key.as_deref()),
+                    ("orders.placed", Some(&*order_id.to_string()))
+                );
                 match commits {
                     true => tx.commit().await.expect("commit"),
                     false => tx.rollback().await.expect("rollback"),
@@ -92,13 +104,15 @@ macro_rules! journey {
             let app = Router::new()
                 .nest("orders", Router::new().on("placed", handler(notify_crm)).merge(stocking).merge(charging))
                 .on("orders.paid", handler(|_: Envelope| async {}).named("ship"));
-            let worker = shop.postbox.worker(app).poll_interval(Duration::from_millis(20)).start().await.expect("start");
+            let worker =
+                shop.postbox.worker(app).poll_interval(Duration::from_millis(20)).start().await.expect("start");
             let admin = shop.postbox.admin();
             let ended = |state: &'static str, count: usize| {
                 let admin = admin.clone();
                 async move {
                     loop {
-                        let found = admin.list(&format!("state:{state}").parse().expect("a filter"), 100).await.expect("list");
+                        let found =
+                            admin.list(&format!("state:{state}").parse().expect("a filter"), 100).await.expect("list");
                         if found.len() >= count {
                             break found;
                         }
@@ -113,10 +127,11 @@ macro_rules! journey {
             assert!(done.iter().filter(|d| d.subscription == "notify_crm").all(|d| d.attempt == 2));
             assert_eq!(doubts[0].key.as_deref(), Some("13"));
             assert_eq!(psp.charges.load(Ordering::SeqCst), 2, "one call each: a doubt is never tried again by itself");
-            let stocked: Vec<i64> = sqlx::query_scalar(sqlx::AssertSqlSafe(format!("select id from {stock} order by id")))
-                .fetch_all(&shop.pool)
-                .await
-                .expect("the stock");
+            let stocked: Vec<i64> =
+                sqlx::query_scalar(sqlx::AssertSqlSafe(format!("select id from {stock} order by id")))
+                    .fetch_all(&shop.pool)
+                    .await
+                    .expect("the stock");
             assert_eq!(stocked, [12, 13]);
 
             // 3. A person looks at the provider and says how it ended; it is on record.

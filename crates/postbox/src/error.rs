@@ -80,7 +80,19 @@ pub enum PublishError {
     /// The database refused or did not answer. If it did not answer, whether the message is there
     /// is known when the caller's transaction has committed or not.
     #[error("the database did not take the message: {}", Plain(.0))]
-    Database(#[from] sqlx::Error),
+    Database(#[source] sqlx::Error),
+    /// Another connection holds the SQLite file's write lock, or has written since the caller's
+    /// transaction read. Nothing was stored.
+    #[error(
+        "the SQLite database is busy: another connection holds its write lock, or has written since this transaction read; begin your transaction with BEGIN IMMEDIATE, or try again"
+    )]
+    Busy(#[source] sqlx::Error),
+}
+
+impl From<sqlx::Error> for PublishError {
+    fn from(error: sqlx::Error) -> Self {
+        if is_busy(&error) { PublishError::Busy(error) } else { PublishError::Database(error) }
+    }
 }
 
 /// What can go wrong with a postbox.
@@ -126,11 +138,13 @@ pub enum Error {
 
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
-        match error.as_database_error().and_then(|e| e.code()) {
-            Some(code) if code == "5" || code == "517" || code == "261" => Error::Busy(error),
-            _ => Error::Database(error),
-        }
+        if is_busy(&error) { Error::Busy(error) } else { Error::Database(error) }
     }
+}
+
+/// SQLITE_BUSY, and with it SQLITE_BUSY_RECOVERY, _SNAPSHOT and _TIMEOUT.
+fn is_busy(error: &sqlx::Error) -> bool {
+    error.as_database_error().and_then(|e| e.code()).is_some_and(|code| matches!(&*code, "5" | "261" | "517" | "773"))
 }
 
 impl Error {
@@ -138,7 +152,7 @@ impl Error {
     /// failure got in between.
     pub fn is_transient(&self) -> bool {
         match self {
-            Error::Busy(_) => true,
+            Error::Busy(_) | Error::Publish(PublishError::Busy(_)) => true,
             Error::Database(e) | Error::Publish(PublishError::Database(e)) => is_transient(e),
             _ => false,
         }

@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use postbox::{
-    Database, Envelope, Failure, Metadata, Operation, OperationFailure, Postbox, Postgres, Receipt, Reconciled, ResultExt,
-    Router, Settings, Sqlite, State, Tx, handler, operation,
+    Database, Envelope, Failure, Metadata, Operation, OperationFailure, Postbox, Postgres, Receipt, Reconciled,
+    ResultExt, Router, Settings, Sqlite, State, Tx, handler, operation,
 };
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
@@ -52,7 +52,11 @@ async fn note(metadata: Metadata, State(remote): State<Remote>) -> Result<(), Fa
 
 macro_rules! step {
     ($name:ident, $next:expr) => {
-        async fn $name(op: Operation, envelope: Envelope, State(remote): State<Remote>) -> Result<Receipt, OperationFailure> {
+        async fn $name(
+            op: Operation,
+            envelope: Envelope,
+            State(remote): State<Remote>,
+        ) -> Result<Receipt, OperationFailure> {
             let answer = remote.ask("charge", &format!("{} {}", envelope.topic, op.idempotency_key())).await?;
             Ok(follow(Receipt::of(answer), $next))
         }
@@ -84,7 +88,8 @@ async fn find_step(op: Operation, envelope: Envelope, State(remote): State<Remot
 
 fn routes<Db: Database>() -> Router<Db, Remote> {
     let charging = operation(charge).named("charge").max_attempts(2);
-    let charging = if std::env::var_os("TEST_RECONCILE").is_some() { charging.reconcile(find_charge) } else { charging };
+    let charging =
+        if std::env::var_os("TEST_RECONCILE").is_some() { charging.reconcile(find_charge) } else { charging };
     let noting = match std::env::var_os("TEST_RENAMED") {
         Some(_) => handler(note).named("noted").renamed_from("note"),
         None => handler(note).named("note"),

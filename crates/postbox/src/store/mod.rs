@@ -10,8 +10,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status,
-    SubscriptionRow,
+    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::{Answer, Kind, Policy};

@@ -9,8 +9,8 @@ use futures_util::FutureExt;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use super::core::{Cancel, Ended, Event, Hold};
 use super::Life;
+use super::core::{Cancel, Ended, Event, Hold};
 use crate::context::Context;
 use crate::crash;
 use crate::error::{Error, is_transient};
@@ -171,9 +171,7 @@ impl<Db: Database> Attempt<Db> {
                 Err(error) => Ended::failed(format!("a follow-up message cannot be published: {error}"), true),
             },
             Ok(Ran::Plain(Err(failure))) => ended_by(failure),
-            Ok(Ran::Operation(result)) => {
-                judge(&*self.handler, &call, result, self.max_payload_bytes)
-            }
+            Ok(Ran::Operation(result)) => judge(&*self.handler, &call, result, self.max_payload_bytes),
             Err(panic) => Ended::new(End::Panicked, Some(panic_words(&*panic))),
         }
     }

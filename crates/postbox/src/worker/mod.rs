@@ -484,4 +484,3 @@ fn told<T>(verb: &'static str, result: Result<T, Error>) -> Option<T> {
         }
     }
 }
-

@@ -135,6 +135,8 @@ pub(super) async fn observe(store: &PgStore, observations: &[Observation]) -> Re
             .await?;
         if let Some(evidence) = &seen.evidence
             && let Some(doubt) = lock(store, &mut work, seen.delivery).await?.filter(|d| d.attempts == seen.number)
+            // An operator's "happened" that waits to be carried out is not overruled.
+            && (evidence.answer == Answer::Happened || doubt.row.try_get::<Option<String>, _>("word")?.is_none())
         {
             let answered = Answered {
                 delivery: seen.delivery,

@@ -4,7 +4,8 @@ from (
     select s.application, s.name,
         (select pg_catalog.count(*) from (select from {schema}.ready r where r.subscription = s.id limit 100001) r)
         + (select pg_catalog.count(*) from (select from {schema}.scheduled r where r.subscription = s.id limit 100001) r)
-        + (select pg_catalog.count(*) from {schema}.leased l where l.subscription = s.id) as waiting
+        + (select pg_catalog.count(*) from {schema}.leased l where l.subscription = s.id)
+        + (select pg_catalog.count(*) from {schema}.doubt d where d.subscription = s.id) as waiting
     from {schema}.subscription s
     where not exists (select from {schema}.worker w
         where s.id = any (w.subscriptions) and w.expires_at > pg_catalog.statement_timestamp())

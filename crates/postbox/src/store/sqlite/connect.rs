@@ -89,8 +89,8 @@ fn options(url: &str) -> Result<SqliteConnectOptions, Error> {
         Some(name) if name.starts_with("file:") || name.starts_with(":memory:") => {
             refuse("postbox needs several connections to one file, memory has none")
         }
-        // The user's foreign keys are the user's business.
-        Some(_) => Ok(options.foreign_keys(false)),
+        // Handlers' transactions run on these connections: the user's foreign keys are enforced.
+        Some(_) => Ok(options.foreign_keys(true)),
     }
 }
 

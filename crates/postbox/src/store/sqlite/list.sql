@@ -1,5 +1,5 @@
 -- Deliveries with what lists show, newest first. ?1 limit; JSON arrays or null: ?2 states,
--- ?3 subscriptions, ?4 segments of topic patterns, ?5 keys. {which} narrows it to what an index finds.
+-- ?3 subscriptions, ?4 segments of topic patterns, ?5 keys. What stands for `which` narrows it to what an index finds.
 select d.id, d.rev, d.message, coalesce(m.topic, '(gone)') as topic, m.key, m.external_id, s.application,
     s.name as subscription, s.kind, d.attempt, coalesce(m.max_attempts, s.max_attempts) as max_attempts,
     d.due_at, d.since, w.name as worker, l.worker as worker_id,

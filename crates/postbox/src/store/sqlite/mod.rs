@@ -63,6 +63,8 @@ const PREFIX: &str = "postbox_";
 pub struct SqliteStore {
     writer: SqlitePool,
     reader: SqlitePool,
+    /// Only the reader is its own: closing it leaves the others' connections open.
+    alone: bool,
     shared: Arc<Shared>,
 }
 
@@ -147,6 +149,7 @@ impl Store for SqliteStore {
         let store = SqliteStore {
             writer: opened.writer,
             reader: opened.reader,
+            alone: false,
             shared: Arc::new(Shared {
                 alive: alive::Alive::new(opened.file),
                 bell: wake::Bell::new(opened.options.clone(), settings.wake_ups()?),
@@ -158,13 +161,15 @@ impl Store for SqliteStore {
     }
 
     async fn alone(&self) -> Result<Self, Error> {
-        Ok(SqliteStore { reader: connect::readers(&self.shared.options, 1), ..self.clone() })
+        Ok(SqliteStore { reader: connect::readers(&self.shared.options, 1), alone: true, ..self.clone() })
     }
 
     async fn close(&self) {
-        self.shared.bell.close().await;
         self.reader.close().await;
-        self.writer.close().await;
+        if !self.alone {
+            self.shared.bell.close();
+            self.writer.close().await;
+        }
     }
 
     async fn migrate(&self) -> Result<Vec<String>, Error> {

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::publish::follow;
 use super::work::Work;
 use super::{SqliteStore, json_of, millis, millis_up};
+use crate::crash;
 use crate::error::Error;
 use crate::lifecycle::{Standing, State};
 use crate::message::Draft;
@@ -43,7 +44,11 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
     if settle.close {
         close(work.on(), lease.token).await?;
     }
-    work.commit().await?;
+    if settle.successes.is_empty() && settle.moves.is_empty() {
+        work.commit().await?;
+    } else {
+        crash::commit("outcome-commit-sent", work.commit()).await?;
+    }
     if !settle.follow_ups.is_empty() || moves.iter().any(|m| m.standing.state == State::Pending) {
         store.shared.bell.ring();
     }
@@ -232,7 +237,7 @@ pub(super) async fn settle_open(
     }
     apply(work.on(), std::slice::from_ref(outcome), Some(lease)).await?;
     follow(work.on(), follow_ups).await?;
-    work.commit().await?;
+    crash::commit("outcome-commit-sent", work.commit()).await?;
     // The handler may have published in it.
     store.shared.bell.ring();
     Ok(Guarded::Done)

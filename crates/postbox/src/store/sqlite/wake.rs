@@ -65,7 +65,7 @@ impl Bell {
         }
     }
 
-    pub(super) async fn close(&self) {
+    pub(super) fn close(&self) {
         // Whoever waits holds the watch; its connection then closes with the store.
         if let Ok(mut watch) = self.watch.try_lock() {
             watch.connection = None;

@@ -300,6 +300,8 @@ async fn a_held_writer_is_busy_for_others_and_stops_no_heartbeat() {
     let tx = shop.store.open(lease, Duration::from_secs(1)).await.expect("opens");
     let alone = shop.store.alone().await.expect("is alone");
     assert!(alone.beat(beat(lease.worker)).await.expect("beats").is_some());
+    alone.close().await;
+    assert!(shop.store.beat(beat(lease.worker)).await.expect("beats").is_some(), "the others' connections stay open");
     let url = format!("sqlite:{}", shop.folder.path().join("shop.db").display());
     let hasty =
         SqliteStore::connect(&Settings::defaults().url(url).set("busy_timeout", "10ms")).await.expect("connects");

@@ -1,0 +1,135 @@
+//! Imports run one way. Each module may use those below it and its own; this reads the `use` lines
+//! (and paths in code) and says who breaks the rule.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// From the bottom up; a module may use modules of lower layers, and of its own.
+const LAYERS: [&[&str]; 7] = [
+    // Pure: no clock, no I/O, no SQL.
+    &["json", "pattern", "retry", "crash"],
+    &["lifecycle", "message", "error"],
+    &["settings", "context"],
+    // The port, and the types that go through it.
+    &["store", "admin", "operation"],
+    &["handler", "router"],
+    &["postbox", "worker"],
+    &["lib"],
+];
+
+/// Uses that go up, each with its reason.
+const EXCEPTIONS: [(&str, &str, &str); 5] = [
+    ("error", "message", "names the limits in its words"),
+    ("operation", "handler", "turns a handler's verdict marks into its own failures"),
+    ("admin", "postbox", "is opened by the handle"),
+    ("message", "error", "refuses with a publish error"),
+    ("lifecycle", "lifecycle", "its tests"),
+];
+
+/// Crates that the pure modules must not know.
+const IMPURE: [&str; 4] = ["sqlx", "tokio", "std::time::Instant", "SystemTime"];
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).expect("the sources").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            files.extend(sources(&path));
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    files
+}
+
+/// The top-level module a file belongs to.
+fn module(root: &Path, file: &Path) -> String {
+    let first = file.strip_prefix(root).expect("below the root").components().next().expect("a name");
+    first.as_os_str().to_string_lossy().trim_end_matches(".rs").to_owned()
+}
+
+/// Code without comments and doc text.
+fn code(text: &str) -> String {
+    text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
+}
+
+/// What follows `crate::` anywhere in the code.
+fn used(code: &str) -> Vec<String> {
+    code.match_indices("crate::")
+        .map(|(at, prefix)| &code[at + prefix.len()..])
+        .map(|rest| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect())
+        .collect()
+}
+
+fn library() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+}
+
+#[test]
+fn imports_run_one_way() {
+    let layer: BTreeMap<&str, usize> =
+        LAYERS.iter().enumerate().flat_map(|(n, modules)| modules.iter().map(move |m| (*m, n))).collect();
+    let root = library();
+    let (mut wrong, mut edges) = (Vec::new(), 0);
+    for file in sources(&root) {
+        let from = module(&root, &file);
+        let from_layer = layer.get(from.as_str()).unwrap_or_else(|| panic!("{from} has no layer; give it one"));
+        for to in used(&code(&std::fs::read_to_string(&file).expect("a source"))) {
+            let Some(to_layer) = layer.get(to.as_str()) else { continue };
+            edges += 1;
+            let allowed = to_layer <= from_layer
+                || EXCEPTIONS.iter().any(|(a, b, _)| *a == from && *b == to)
+                // Adapters name themselves where the databases are listed.
+                || from == "lib";
+            if !allowed {
+                wrong.push(format!("{} uses crate::{to}, which lies above it", file.display()));
+            }
+        }
+    }
+    assert!(edges > 50, "only {edges} imports were read: this checks nothing");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn adapters_keep_to_themselves() {
+    let root = library();
+    let mut wrong = Vec::new();
+    for file in sources(&root) {
+        let text = code(&std::fs::read_to_string(&file).expect("a source"));
+        let inside = |store: &str| file.starts_with(root.join("store").join(store));
+        let port = file == root.join("store/mod.rs") || file == root.join("lib.rs");
+        for store in ["postgres", "sqlite"] {
+            let named = text.contains(&format!("store::{store}"));
+            if named && !inside(store) && !port {
+                wrong.push(format!("{} names the {store} store", file.display()));
+            }
+        }
+        if (inside("postgres") && text.contains("sqlx::Sqlite"))
+            || (inside("sqlite") && text.contains("sqlx::Postgres"))
+        {
+            wrong.push(format!("{} knows the other database", file.display()));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_pure_modules_are_pure() {
+    let root = library();
+    for name in ["json.rs", "pattern.rs", "retry.rs", "lifecycle.rs", "worker/core.rs"] {
+        let text = code(&std::fs::read_to_string(root.join(name)).expect("a source"));
+        for impure in IMPURE {
+            assert!(!text.contains(impure), "{name} must not know {impure}");
+        }
+    }
+}
+
+#[test]
+fn the_command_knows_the_library_by_its_doors_only() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../postbox-cli/src");
+    for file in sources(&root) {
+        let text = code(&std::fs::read_to_string(&file).expect("a source"));
+        assert!(!text.contains("postbox::store"), "{} reaches past the library's doors", file.display());
+    }
+}

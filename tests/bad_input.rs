@@ -1,0 +1,295 @@
+//! One table of bad input through every door: Rust on PostgreSQL, Rust on SQLite, and SQL. The
+//! command's `--jsonl` goes through the same table in its own tests. The verdicts are the same.
+
+use std::time::Duration;
+
+use postbox::{Draft, Envelope, Error, JsonError, Postgres, PublishError, Sqlite, TopicError};
+use postbox_testkit::Testable;
+use sqlx::Row;
+
+/// What is said of an input, in one word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Taken,
+    Topic,
+    Json,
+    TooLarge,
+    TooLong,
+    Empty,
+    Range,
+}
+use Verdict::*;
+
+struct Input {
+    what: &'static str,
+    topic: String,
+    payload: String,
+    key: Option<String>,
+    dedup: Option<String>,
+    external_id: Option<String>,
+    header: Option<(String, String)>,
+    after: Option<Duration>,
+    max_attempts: Option<i32>,
+    verdict: Verdict,
+}
+
+fn input(what: &'static str, verdict: Verdict) -> Input {
+    Input {
+        what,
+        topic: "t".into(),
+        payload: "{}".into(),
+        key: None,
+        dedup: None,
+        external_id: None,
+        header: None,
+        after: None,
+        max_attempts: None,
+        verdict,
+    }
+}
+
+fn topic(what: &'static str, topic: impl Into<String>, verdict: Verdict) -> Input {
+    Input { topic: topic.into(), ..input(what, verdict) }
+}
+
+fn payload(what: &'static str, payload: impl Into<String>, verdict: Verdict) -> Input {
+    Input { payload: payload.into(), ..input(what, verdict) }
+}
+
+fn nested(levels: usize) -> String {
+    format!("{}1{}", "[".repeat(levels), "]".repeat(levels))
+}
+
+fn table() -> Vec<Input> {
+    vec![
+        input("as it should be", Taken),
+        topic("an empty topic", "", Topic),
+        topic("an empty segment", "orders..placed", Topic),
+        topic("a dot at the end", "orders.", Topic),
+        topic("a space", "orders placed", Topic),
+        topic("a wildcard", "orders.*", Topic),
+        topic("a letter that is not ASCII", "ordérs", Topic),
+        topic("a line break", "orders\nplaced", Topic),
+        topic("255 bytes of topic", "x".repeat(255), Taken),
+        topic("256 bytes of topic", "x".repeat(256), Topic),
+        payload("no JSON", "{", Json),
+        payload("two values", "1 2", Json),
+        payload("nothing", "", Json),
+        payload("\\u0000", r#"{"a":"\u0000"}"#, Json),
+        payload("\\u0000 in a name", r#"{"\u0000":1}"#, Json),
+        payload("an escaped backslash before u0000", r#""\\u0000""#, Taken),
+        payload("a lone high surrogate", r#""\ud800x""#, Json),
+        payload("a lone low surrogate", r#""\udc00""#, Json),
+        payload("a surrogate pair", r#""\ud83d\ude00""#, Taken),
+        payload("128 levels", nested(128), Taken),
+        payload("129 levels", nested(129), Json),
+        payload("many brackets, shallow", format!("[{}[]]", "[],".repeat(300)), Taken),
+        payload("an integer above 2^53", "9007199254740993", Taken),
+        payload("an integer above 2^64", "123456789012345678901234567890", Taken),
+        payload("a number beyond numeric", "1e200000", Json),
+        payload("a fraction beyond numeric", "1e-20000", Json),
+        payload("a payload at the limit", format!("\"{}\"", "x".repeat((1 << 20) - 2)), Taken),
+        payload("a payload above the limit", format!("\"{}\"", "x".repeat((1 << 20) - 1)), TooLarge),
+        payload("script", r#""<script>alert(1)</script>""#, Taken),
+        Input { key: Some("k".repeat(255)), ..input("255 bytes of key", Taken) },
+        Input { key: Some("k".repeat(256)), ..input("256 bytes of key", TooLong) },
+        Input { key: Some(String::new()), ..input("an empty key is no key", Taken) },
+        Input { dedup: Some("d".repeat(256)), ..input("256 bytes of dedup key", TooLong) },
+        Input { dedup: Some(String::new()), ..input("an empty dedup key", Empty) },
+        Input { external_id: Some("e".repeat(256)), ..input("256 bytes of external id", TooLong) },
+        Input { header: Some(("h".into(), "v".into())), ..input("a header", Taken) },
+        Input { header: Some((String::new(), "v".into())), ..input("a header without a name", Empty) },
+        Input { header: Some(("h".repeat(256), "v".into())), ..input("256 bytes of header name", TooLong) },
+        Input { header: Some(("h".into(), "v".repeat(40_000))), ..input("40000 bytes of headers", TooLarge) },
+        Input { after: Some(Duration::from_secs(400 * 366 * 86_400)), ..input("400 years", Range) },
+        Input { max_attempts: Some(0), ..input("no attempts", Range) },
+        Input { max_attempts: Some(1001), ..input("1001 attempts", Range) },
+    ]
+}
+
+fn draft(input: &Input) -> Result<Draft, PublishError> {
+    let mut draft = Envelope::raw(input.topic.as_str(), input.payload.as_str())?;
+    if let Some(key) = &input.key {
+        draft = draft.key(key);
+    }
+    if let Some(dedup) = &input.dedup {
+        draft = draft.dedup(dedup);
+    }
+    if let Some(id) = &input.external_id {
+        draft = draft.external_id(id);
+    }
+    if let Some((name, value)) = &input.header {
+        draft = draft.header(name, value);
+    }
+    if let Some(after) = input.after {
+        draft = draft.after(after);
+    }
+    if let Some(attempts) = input.max_attempts {
+        draft = draft.max_attempts(attempts.try_into().expect("not negative"));
+    }
+    Ok(draft)
+}
+
+fn verdict_of(error: &PublishError) -> Verdict {
+    match error {
+        PublishError::Topic(TopicError::TooLong { .. } | TopicError::Empty { .. }) | PublishError::Topic(_) => Topic,
+        PublishError::Json(JsonError::Syntax(_)) | PublishError::Json(_) => Json,
+        PublishError::PayloadTooLarge { .. } | PublishError::HeadersTooLarge { .. } => TooLarge,
+        PublishError::TooLong { .. } => TooLong,
+        PublishError::EmptyDedupKey | PublishError::EmptyHeaderName => Empty,
+        PublishError::TooFar { .. } | PublishError::MaxAttempts { .. } => Range,
+        other => panic!("an error without a verdict: {other}"),
+    }
+}
+
+async fn through_rust<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    for input in table() {
+        let verdict = match draft(&input) {
+            Err(error) => verdict_of(&error),
+            Ok(draft) => match fresh.postbox.publish_now([draft]).await {
+                Ok(published) => {
+                    let (stored, _) = fresh.postbox.admin().message(published[0].id).await.expect("it is there");
+                    assert_eq!(stored.payload.get(), input.payload, "{}: kept digit for digit", input.what);
+                    assert_eq!(stored.key, input.key.clone().filter(|k| !k.is_empty()), "{}", input.what);
+                    Taken
+                }
+                Err(Error::Publish(error)) => {
+                    let words = error.to_string();
+                    assert!(words.len() < 600, "{}: the error does not repeat the input: {words}", input.what);
+                    verdict_of(&error)
+                }
+                Err(other) => panic!("{}: {other}", input.what),
+            },
+        };
+        assert_eq!(verdict, input.verdict, "{}", input.what);
+    }
+}
+
+#[tokio::test]
+async fn through_rust_on_postgres() {
+    through_rust::<Postgres>().await;
+}
+
+#[tokio::test]
+async fn through_rust_on_sqlite() {
+    through_rust::<Sqlite>().await;
+}
+
+#[tokio::test]
+async fn through_sql() {
+    let fresh = Postgres::fresh().await;
+    let sql = format!(
+        "select {}.publish($1, $2::text::jsonb, key => $3, dedup_key => $4, external_id => $5, headers => $6::text::jsonb,
+            after => $7::bigint * interval '1 second', max_attempts => $8) as id",
+        fresh.schema()
+    );
+    for input in table() {
+        let headers = input.header.as_ref().map(|(name, value)| serde_json::json!({ name: value }).to_string());
+        let result = sqlx::query(sqlx::AssertSqlSafe(sql.as_str()))
+            .bind(&input.topic)
+            .bind(&input.payload)
+            .bind(&input.key)
+            .bind(&input.dedup)
+            .bind(&input.external_id)
+            .bind(headers)
+            .bind(input.after.map(|d| d.as_secs() as i64))
+            .bind(input.max_attempts)
+            .fetch_one(&fresh.pool)
+            .await;
+        let verdict = match &result {
+            Ok(row) => {
+                row.try_get::<uuid::Uuid, _>("id").expect("an id");
+                Taken
+            }
+            Err(error) => {
+                let error = error.as_database_error().unwrap_or_else(|| panic!("{}: {error}", input.what));
+                let (code, words) = (error.code().unwrap_or_default().into_owned(), error.message());
+                match code.as_str() {
+                    // Invalid text, an untranslatable character, a number out of range: the cast to jsonb.
+                    "22P02" | "22P05" | "22003" => Json,
+                    "22023" if words.contains("topic") => Topic,
+                    "22023" if words.contains("nested deeper") => Json,
+                    "22023" if words.contains("limit is 1048576") || words.contains("limit is 32768") => TooLarge,
+                    "22023"
+                        if words.contains("the limit is 255")
+                            || words.contains("names of 1 to 255") && input.verdict == TooLong =>
+                    {
+                        TooLong
+                    }
+                    "22023" if words.contains("must not be empty") || words.contains("names of 1 to 255") => Empty,
+                    "22023" if words.contains("10 years") || words.contains("1 to 1000") => Range,
+                    _ => panic!("{}: {code} {words}", input.what),
+                }
+            }
+        };
+        assert_eq!(verdict, input.verdict, "{}: {result:?}", input.what);
+    }
+    // Only through SQL: a null payload, and both times at once.
+    for (call, code) in [
+        ("publish('t', null)", "22004"),
+        ("publish(null, '{}')", "22023"),
+        ("publish('t', '{}', after => '1 s', at => now())", "22023"),
+        ("publish('t', '{}', after => '-1 s')", "22023"),
+        ("publish('t', '{}', headers => '[]')", "22023"),
+        ("publish('t', '{}', headers => '{\"a\": 1}')", "22023"),
+    ] {
+        let sql = format!("select {}.{call}", fresh.schema());
+        let error = sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&fresh.pool).await.expect_err(call);
+        let found = error.as_database_error().and_then(|e| e.code()).unwrap_or_default().into_owned();
+        assert_eq!(found, code, "{call}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn the_sql_function_says_what_it_did() {
+    let fresh = Postgres::fresh().await;
+    let schema = fresh.schema();
+    let publish = async |arguments: &str| -> Result<uuid::Uuid, sqlx::Error> {
+        let sql = format!("select {schema}.publish({arguments})");
+        sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(&fresh.pool).await
+    };
+    let id =
+        publish("'orders.placed', '{\"order_id\": 42}', key => '42', correlation_id => 'c-1'").await.expect("publish");
+    let (stored, deliveries) = fresh.postbox.admin().message(id).await.expect("it is there");
+    assert_eq!((stored.topic.as_str(), stored.key.as_deref(), deliveries.len()), ("orders.placed", Some("42"), 0));
+    assert_eq!(stored.correlation_id.as_deref(), Some("c-1"));
+    let first = publish("'t', '{\"a\": 1, \"b\": 2}', dedup_key => 'k'").await.expect("publish");
+    assert_eq!(publish("'t', '{\"b\":2,\"a\":1}', dedup_key => 'k'").await.expect("the same body"), first);
+    let error = publish("'t', '{\"a\": 3}', dedup_key => 'k'").await.expect_err("another body").to_string();
+    assert!(error.contains(&first.to_string()) && error.contains("another body"), "{error}");
+    // And the same key through Rust is the same key.
+    let rust = Envelope::raw("t", r#"{"a":1,"b":2}"#).expect("json").dedup("k");
+    let published = fresh.postbox.publish_now([rust]).await.expect("publish");
+    assert_eq!((published[0].id, published[0].is_duplicate()), (first, true));
+
+    // The function and the library run one text.
+    let body: String = sqlx::query_scalar(sqlx::AssertSqlSafe(format!(
+        "select prosrc from pg_proc where oid = '{schema}.publish_batch'::regproc"
+    )))
+    .fetch_one(&fresh.pool)
+    .await
+    .expect("the function");
+    let inline = include_str!("../crates/postbox/src/store/postgres/publish.sql").replace("{schema}", &schema);
+    assert_eq!(body.trim(), inline.trim(), "publish_batch and publish.sql have drifted apart: add a migration");
+}
+
+#[tokio::test]
+async fn a_strict_snapshot_that_is_older_than_the_routing_is_refused() {
+    let fresh = Postgres::fresh().await;
+    let mut tx = fresh.pool.begin().await.expect("begin");
+    sqlx::query("set transaction isolation level repeatable read").execute(&mut *tx).await.expect("set");
+    sqlx::query("select 1 from pg_class limit 1").execute(&mut *tx).await.expect("a snapshot is taken");
+    let worker =
+        fresh.postbox.worker(postbox::Router::new().on("t", postbox::handler(|_: Envelope| async {}).named("late")));
+    let worker = worker.start().await.expect("start");
+    let error = fresh.postbox.publish(&mut tx, Envelope::new("t", &1)).await.expect_err("the routing has moved on");
+    match error {
+        PublishError::Database(e) => {
+            assert_eq!(e.as_database_error().and_then(|e| e.code()).as_deref(), Some("40001"));
+        }
+        other => panic!("{other}"),
+    }
+    drop(tx);
+    worker.stop(None).await.expect("stop");
+}
