@@ -51,6 +51,7 @@ fn declared(name: &str, pattern: &str, kind: Kind) -> Declared {
         renamed_from: Vec::new(),
         pattern: pattern.parse().expect("a pattern"),
         policy: Policy { kind, retry: RetryPolicy::default() },
+        timeout: Duration::from_secs(60),
         reconciles: kind == Kind::Operation,
         continues: false,
         start: Start::Unrouted,
@@ -542,6 +543,14 @@ async fn new_subscriptions_take_their_history<Db: Testable>() {
     let (_, deliveries) = fresh.postbox.admin().message(before[0]).await.expect("the message");
     assert_eq!(deliveries.len(), 3, "first, twin and all");
     drop((first, second));
+    let (_, late) = fresh.postbox.admin().message(before[0]).await.expect("the message");
+    assert_eq!(late, deliveries, "and no later look hands it out again");
+    // A time in the future is nobody's taker: what is older waits for who wants it.
+    publish(&fresh, "v", 1).await;
+    let future = Start::Time(jiff::Timestamp::now() + Duration::from_secs(3600));
+    let _later = Hand::register(&fresh, vec![Declared { start: future, ..declared("later", "v", Kind::Plain) }]).await;
+    let taker = Hand::register(&fresh, vec![declared("taker", "v", Kind::Plain)]).await;
+    assert_eq!(taker.claim(10).await.items.len(), 1);
     // Nobody's: shown, and waiting for whoever comes.
     publish(&fresh, "u", 2).await;
     let status = fresh.postbox.admin().status().await.expect("status");

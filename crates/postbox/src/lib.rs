@@ -1,5 +1,44 @@
-//! Postbox: a transactional outbox and inbox, and honest irreversible operations.
-#![doc = ""]
+//! Save it in PostgreSQL (or SQLite), and then make it happen in the world, so that the database never
+//! lies about what has, or has not, happened.
+//!
+//! The story in five rooms:
+//!
+//! 1. **publish**: [`Postbox::publish`] writes a [`Message`] and one delivery for each matching
+//!    subscription, in *your* transaction. It never commits.
+//! 2. **claim**: a [`Worker`] leases a batch of deliveries for the handlers of its [`Router`].
+//! 3. **attempt**: a plain handler runs at least once; one that takes a [`Tx`] commits its effects
+//!    together with its outcome; an [`operation`] has its attempt on record *before* it is called.
+//! 4. **judge**: [`lifecycle::transition`], a pure function, says what comes next.
+//! 5. **settle**: outcomes are written in batches, each guarded by its lease.
+//!
+//! ```no_run
+//! use postbox::{Failure, Message, Payload, Postbox, Postgres, Router, Tx};
+//! use serde::{Deserialize, Serialize};
+//!
+//! #[derive(Serialize, Deserialize, Message)]
+//! #[message(topic = "orders.placed", key = order_id)]
+//! struct OrderPlaced { order_id: i64 }
+//!
+//! async fn reserve_stock(Payload(order): Payload<OrderPlaced>, mut tx: Tx<Postgres>) -> Result<(), Failure> {
+//!     sqlx::query("update stock set reserved = reserved + 1 where order_id = $1")
+//!         .bind(order.order_id)
+//!         .execute(&mut tx)
+//!         .await?; // `?` means: roll back, try again later
+//!     Ok(())
+//! }
+//!
+//! # async fn shop(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+//! let postbox = Postbox::connect("postgres://localhost/shop").await?;
+//! let mut tx = pool.begin().await?;
+//! postbox.publish(&mut tx, &OrderPlaced { order_id: 42 }).await?;
+//! tx.commit().await?;
+//!
+//! let app = Router::new().on("orders.placed", reserve_stock);
+//! postbox.worker(app).run().await?; // until SIGINT or SIGTERM
+//! # Ok(()) }
+//! ```
+//!
+//! An operator's view of the same things is [`Postbox::admin`], and the `postbox` command on top of it.
 
 mod context;
 #[cfg(not(feature = "crash-points"))]
@@ -44,3 +83,18 @@ pub use sqlx::{Postgres, Sqlite};
 pub use store::postgres::migrations_sql;
 pub use store::{AsConnection, Database};
 pub use worker::{Worker, WorkerBuilder};
+
+/// The Rust in the texts is compiled with the doc-tests.
+#[cfg(doctest)]
+mod docs {
+    #[doc = include_str!("../../../README.md")]
+    mod readme {}
+    #[doc = include_str!("../../../docs/bad-input.md")]
+    mod bad_input {}
+    #[doc = include_str!("../../../docs/lifecycle.md")]
+    mod lifecycle {}
+    #[doc = include_str!("../../../docs/operations.md")]
+    mod operations {}
+    #[doc = include_str!("../../../docs/settings.md")]
+    mod settings {}
+}

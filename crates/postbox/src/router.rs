@@ -295,6 +295,13 @@ impl<S: 'static> OperationEntry<S> {
 }
 
 /// What [`Router::on`] takes: a handler, [`handler`] or [`operation`] with options.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot stand behind a subscription of this router",
+    label = "no handler for this router",
+    note = "a handler is an async function whose arguments are Payload<T>, Envelope, Metadata, State<S>, Attempt (at most eight), then `Tx<Db>`, last, if it is transactional, and that returns () or Result<(), postbox::Failure>",
+    note = "the `Db` of `Tx<Db>` and of the router are the same, and `State<S>` is the router's state or a part of it",
+    note = "irreversible work goes through `operation(f)`"
+)]
 pub trait IntoSubscription<Db: Database, S, M> {
     /// The entry.
     #[doc(hidden)]
@@ -373,7 +380,6 @@ enum Target<Db: Database, S> {
 
 struct Entry<Db: Database, S> {
     declared: Declared,
-    timeout: Duration,
     concurrency: Option<usize>,
     absolute: bool,
     target: Target<Db, S>,
@@ -449,8 +455,8 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
                 reconciles,
                 continues,
                 start: options.start,
+                timeout: options.timeout,
             },
-            timeout: options.timeout,
             concurrency: options.concurrency,
             absolute,
             target: Target::Unbound(unbound),
@@ -506,7 +512,6 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
     pub fn with_state<S2>(self, state: S) -> Router<Db, S2> {
         let entries = self.entries.into_iter().map(|entry| Entry {
             declared: entry.declared,
-            timeout: entry.timeout,
             concurrency: entry.concurrency,
             absolute: entry.absolute,
             target: Target::Bound(match entry.target {
@@ -526,7 +531,6 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
 /// A subscription as a worker runs it.
 pub(crate) struct Route<Db: Database> {
     pub(crate) declared: Declared,
-    pub(crate) timeout: Duration,
     pub(crate) concurrency: Option<usize>,
     pub(crate) handler: Arc<dyn Bound<Db>>,
 }
@@ -535,7 +539,6 @@ impl<Db: Database> Router<Db> {
     pub(crate) fn into_routes(self) -> Vec<Route<Db>> {
         let routes = self.entries.into_iter().map(|entry| Route {
             declared: entry.declared,
-            timeout: entry.timeout,
             concurrency: entry.concurrency,
             handler: match entry.target {
                 Target::Unbound(unbound) => unbound.bind(()),

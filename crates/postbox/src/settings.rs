@@ -26,6 +26,7 @@ use crate::message::MAX_PAYLOAD_BYTES;
 /// | `wake_ups` | `POSTBOX_WAKE_UPS` | `true`; `false` polls only (pgbouncer) |
 /// | `prepared_statements` | `POSTBOX_PREPARED_STATEMENTS` | `true`; `false` behind pgbouncer |
 /// | `pool_size` | `POSTBOX_POOL_SIZE` | concurrency + 5 |
+/// | `busy_timeout` | `POSTBOX_BUSY_TIMEOUT` | `30s`: how long SQLite waits for another writer |
 #[derive(Debug, Clone)]
 pub struct Settings {
     values: BTreeMap<&'static str, (String, String)>,
@@ -279,8 +280,7 @@ impl Settings {
         }
     }
 
-    /// How to connect to PostgreSQL: the URL, and over it the separate fields that code, the
-    /// environment or the file name where the URL has none.
+    /// How to connect to PostgreSQL: the URL; without one, the separate fields.
     ///
     /// # Errors
     /// The URL or a field does not parse. Its password is not in the message.

@@ -47,6 +47,11 @@ mod sealed {
 }
 
 /// Something that lends a connection to publish on: a connection, a transaction, a handler's `Tx`.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no connection to publish on with this postbox",
+    label = "no connection of the postbox's database",
+    note = "pass `&mut` a sqlx connection, transaction or pool connection, or a handler's `Tx`, of the postbox's own database: Postgres or Sqlite"
+)]
 pub trait AsConnection<Db: Database> {
     /// The connection.
     fn as_connection(&mut self) -> &mut Db::Connection;
@@ -57,14 +62,20 @@ macro_rules! lends {
         impl AsConnection<$db> for $connection {
             fn as_connection(&mut self) -> &mut $connection { self }
         }
-        impl AsConnection<$db> for sqlx::Transaction<'_, $db> {
-            fn as_connection(&mut self) -> &mut $connection { self }
-        }
-        impl AsConnection<$db> for sqlx::pool::PoolConnection<$db> {
-            fn as_connection(&mut self) -> &mut $connection { self }
-        }
     )* };
 }
+impl<Db: Database> AsConnection<Db> for sqlx::Transaction<'_, Db> {
+    fn as_connection(&mut self) -> &mut Db::Connection {
+        self
+    }
+}
+
+impl<Db: Database> AsConnection<Db> for sqlx::pool::PoolConnection<Db> {
+    fn as_connection(&mut self) -> &mut Db::Connection {
+        self
+    }
+}
+
 lends! {
     sqlx::Postgres, sqlx::PgConnection;
     sqlx::Sqlite, sqlx::SqliteConnection;
@@ -109,6 +120,8 @@ pub struct Declared {
     pub pattern: Pattern,
     /// Its policy.
     pub policy: Policy,
+    /// How long an attempt may run.
+    pub timeout: Duration,
     /// It can ask the remote about a doubt.
     pub reconciles: bool,
     /// Follow-ups hang on its success.

@@ -76,7 +76,7 @@ impl Running {
                 "the worker stopped while it ran".to_owned(),
             ),
         };
-        let ended = Ended { ran, fenced: why == Cancel::Fenced, ..Ended::new(end, Some(words)) };
+        let ended = Ended { ran, fenced: why == Cancel::Fenced, cut_off: true, ..Ended::new(end, Some(words)) };
         self.events.send(Event::Ended(self.hold, Box::new(ended))).ok();
     }
 }
@@ -91,6 +91,7 @@ impl Ended {
             ran: Duration::ZERO,
             settled: false,
             fenced: false,
+            cut_off: false,
         }
     }
 

@@ -69,6 +69,8 @@ pub(crate) struct Ended {
     pub(crate) settled: bool,
     /// The lease was found to be gone.
     pub(crate) fenced: bool,
+    /// It was cut off: a call may still be on its way to the remote.
+    pub(crate) cut_off: bool,
 }
 
 /// What happens to a worker.
@@ -158,6 +160,15 @@ struct Load {
     running: usize,
     /// A moving average of how long an attempt runs.
     ran: Option<Duration>,
+}
+
+/// What of a batch a kill would leave in doubt.
+#[derive(Debug, Clone, Copy, Default)]
+struct Exposed {
+    /// Begun, or about to be.
+    open: usize,
+    /// Ended, and settled by the batch's next flush.
+    ended: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -423,6 +434,7 @@ impl Core {
         if self.phase != Phase::Working || self.permits.len() >= self.setup.concurrency {
             return;
         }
+        let mut exposed = self.exposed();
         let mut waiting = VecDeque::with_capacity(self.queue.len());
         while let Some(hold) = self.queue.pop_front() {
             if self.permits.len() >= self.setup.concurrency {
@@ -441,6 +453,17 @@ impl Core {
                 waiting.push_back(hold);
                 continue;
             }
+            // What a kill would leave in doubt never passes the concurrency. Attempts that ended in this
+            // batch are settled by the flush that starts this one; those in others are not yet.
+            if lane.policy.kind == Kind::Operation {
+                let here = exposed.get(&hold.0).map_or(0, |e| e.ended);
+                let all: usize = exposed.values().map(|e| e.open + e.ended).sum();
+                if all - here >= self.setup.concurrency {
+                    waiting.push_back(hold);
+                    continue;
+                }
+                exposed.entry(hold.0).or_default().open += 1;
+            }
             load.queued -= 1;
             load.running += 1;
             self.permits.insert(hold, item.subscription);
@@ -456,6 +479,25 @@ impl Core {
         }
         waiting.append(&mut self.queue);
         self.queue = waiting;
+    }
+
+    /// Operations on record as begun and without an outcome on record, batch by batch.
+    fn exposed(&self) -> HashMap<Uuid, Exposed> {
+        let mut exposed: HashMap<Uuid, Exposed> = HashMap::new();
+        for (token, batch) in &self.batches {
+            for (item, slot) in &batch.items {
+                let operation =
+                    self.lanes.get(&item.subscription).is_some_and(|(l, _)| l.policy.kind == Kind::Operation);
+                match slot {
+                    Slot::Reserved | Slot::Starting | Slot::Running { .. } | Slot::Settling(Some(_)) if operation => {
+                        exposed.entry(*token).or_default().open += 1;
+                    }
+                    Slot::Ended(..) if operation => exposed.entry(*token).or_default().ended += 1,
+                    _ => {}
+                }
+            }
+        }
+        exposed
     }
 
     /// Cancels what has run too long.
@@ -685,7 +727,12 @@ fn due_flush(
     let complete = ended + released + settled == batch.items.len();
     let oldest =
         batch.items.iter().filter_map(|(_, s)| if let Slot::Ended(_, at) = s { Some(*at) } else { None }).min();
-    let ripe = ended >= FLUSH_COUNT || oldest.is_some_and(|at| at + FLUSH_AFTER <= now);
+    // An operation's outcome does not wait: others may wait for it.
+    let urgent = batch.items.iter().any(|(item, slot)| {
+        matches!(slot, Slot::Ended(..))
+            && lanes.get(&item.subscription).is_some_and(|(lane, _)| lane.policy.kind == Kind::Operation)
+    });
+    let ripe = urgent || ended >= FLUSH_COUNT || oldest.is_some_and(|at| at + FLUSH_AFTER <= now);
     if !(complete || ripe || reserved > 0 || released > 0) {
         return None;
     }
@@ -760,7 +807,7 @@ fn judge(
         rev: item.rev + 1,
         standing: next.standing,
         delay: next.delay,
-        quiet: if ended.end == End::TimedOut { grace } else { Duration::ZERO },
+        quiet: if ended.cut_off { grace } else { Duration::ZERO },
         note: note(&ended.error, next.standing.state, number, &policy),
         outcome: Some(OutcomeRecord {
             number,

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
-use super::Life;
 use super::core::Event;
+use super::{Life, Moment};
 use crate::error::Error;
 use crate::store::{Beat, Registration, Store};
 
@@ -60,19 +60,19 @@ async fn beat<S: Store>(
             _ = stopped.changed() => break,
             () = tokio::time::sleep(wait) => {}
         }
-        let sent = Instant::now();
+        let sent = Moment::now();
         let beat = Beat { worker: registration.worker, lease };
         let answer = tokio::time::timeout(lease / 2, own.beat(beat)).await;
         wait = lease / 3;
         match answer {
             Ok(Ok(Some(pulse))) => {
                 life.extend(sent, lease);
-                events.send(Event::Pulse(sent.duration_since(origin), pulse.tokens)).ok();
+                events.send(Event::Pulse(sent.instant.saturating_duration_since(origin), pulse.tokens)).ok();
             }
             Ok(Ok(None)) => {
                 tracing::warn!("this worker was taken over; it goes on under a new id");
                 registration.worker = Uuid::now_v7();
-                let sent = Instant::now();
+                let sent = Moment::now();
                 match own.register(&registration).await {
                     Ok(_) => {
                         life.extend(sent, lease);

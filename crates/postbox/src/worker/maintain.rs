@@ -135,9 +135,24 @@ async fn settle<Db: Database>(
     worker: &str,
     max_payload_bytes: usize,
 ) -> Option<Answered> {
-    let envelope = doubt.envelope?;
-    let context = Context::of(&envelope);
     let policy = route.declared.policy;
+    let Some(envelope) = doubt.envelope else {
+        // Its message is gone, and with it whatever would have followed: an operator's word still counts.
+        let word = doubt.word?;
+        return Some(Answered {
+            delivery: doubt.delivery,
+            rev: doubt.rev,
+            answer: Answer::Happened,
+            speaker: Speaker::Operator,
+            actor: word.actor,
+            reason: Some(format!("{} (its message is gone: nothing could follow)", word.reason)),
+            receipt: word.receipt,
+            follow_ups: Vec::new(),
+            policy,
+            draw: 0.0,
+        });
+    };
+    let context = Context::of(&envelope);
     let call = Call {
         attempt: handler::Attempt {
             number: doubt.attempts,
@@ -200,12 +215,12 @@ async fn reconcile<Db: Database>(route: &Route<Db>, call: &Call) -> Option<Recon
             Err(rejection) => Some(Err(rejection.0)),
         }
     };
-    let words = match tokio::time::timeout(route.timeout, AssertUnwindSafe(asked).catch_unwind()).await {
+    let words = match tokio::time::timeout(route.declared.timeout, AssertUnwindSafe(asked).catch_unwind()).await {
         Ok(Ok(Some(Ok(reconciled)))) => return Some(reconciled),
         Ok(Ok(None)) => return None,
         Ok(Ok(Some(Err(words)))) => words,
         Ok(Err(panic)) => panic_words(&*panic),
-        Err(_) => format!("no answer after {:?}", route.timeout),
+        Err(_) => format!("no answer after {:?}", route.declared.timeout),
     };
     tracing::warn!(
         subscription = route.declared.name,

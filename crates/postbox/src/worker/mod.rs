@@ -1,4 +1,4 @@
-//! The worker: claims, attempts, settles, maintains; the decisions are in [`core`].
+//! The worker: claims, attempts, settles, maintains; the decisions are in `core`.
 
 mod attempt;
 mod core;
@@ -8,7 +8,7 @@ mod maintain;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
@@ -255,28 +255,49 @@ fn worker_name() -> String {
     format!("{host}:{}", std::process::id())
 }
 
-/// Whether this worker may still believe in its lease: a deadline on the local monotonic clock,
-/// taken before the last renewal was sent.
+/// Whether this worker may still believe in its lease: a local deadline, taken before the last renewal
+/// was sent. It is kept on two clocks, because the monotonic one stands still while a machine is
+/// suspended, and the wall clock may be set.
 #[derive(Debug)]
 pub(crate) struct Life {
     origin: Instant,
+    wall_origin: SystemTime,
     until_us: AtomicU64,
+    wall_until_us: AtomicU64,
 }
 
 impl Life {
     fn new(origin: Instant, lease: Duration) -> Life {
-        let life = Life { origin, until_us: AtomicU64::new(0) };
-        life.extend(Instant::now(), lease);
+        let wall_origin = SystemTime::now();
+        let life = Life { origin, wall_origin, until_us: AtomicU64::new(0), wall_until_us: AtomicU64::new(0) };
+        life.extend(Moment::now(), lease);
         life
     }
 
-    fn extend(&self, sent: Instant, lease: Duration) {
-        let until = sent.duration_since(self.origin) + lease;
+    fn extend(&self, sent: Moment, lease: Duration) {
+        let until = sent.instant.saturating_duration_since(self.origin) + lease;
+        let wall = sent.wall.duration_since(self.wall_origin).unwrap_or_default() + lease;
         self.until_us.store(until.as_micros() as u64, Ordering::SeqCst);
+        self.wall_until_us.store(wall.as_micros() as u64, Ordering::SeqCst);
     }
 
     pub(crate) fn is_over(&self) -> bool {
+        let wall = self.wall_origin.elapsed().unwrap_or_default();
         self.origin.elapsed().as_micros() as u64 >= self.until_us.load(Ordering::SeqCst)
+            || wall.as_micros() as u64 >= self.wall_until_us.load(Ordering::SeqCst)
+    }
+}
+
+/// A moment on both clocks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moment {
+    instant: Instant,
+    wall: SystemTime,
+}
+
+impl Moment {
+    fn now() -> Moment {
+        Moment { instant: Instant::now(), wall: SystemTime::now() }
     }
 }
 
@@ -311,7 +332,7 @@ impl<Db: Database> Engine<Db> {
         let lanes = ids.iter().zip(&routes).map(|(id, route)| Lane {
             id: *id,
             policy: route.declared.policy,
-            timeout: route.timeout,
+            timeout: route.declared.timeout,
             concurrency: route.concurrency,
         });
         let setup = Setup {
@@ -446,7 +467,7 @@ impl<Db: Database> Engine<Db> {
                         .as_ref()
                         .and_then(|e| e.max_attempts)
                         .unwrap_or(route.declared.policy.retry.max_attempts),
-                    timeout: route.timeout,
+                    timeout: route.declared.timeout,
                     hold,
                     lease,
                     item: *item,

@@ -450,7 +450,10 @@ pub(super) async fn retry(store: &PgStore, delivery: DeliveryId, retry: &Retry) 
     let Some((row, state)) = pull(store, &mut work, delivery).await? else {
         let found = find(store, &mut work, delivery).await?;
         let error = match found.map(|(row, _)| row.state) {
-            None => return Err(no_delivery(delivery)),
+            None => {
+                work.rollback().await?;
+                return Err(no_delivery(delivery));
+            }
             Some(State::InDoubt) => Error::Refused(format!(
                 "delivery {delivery} is in doubt: it may have happened, so it is not tried again; say how it ended with `postbox resolve {delivery}`"
             )),
@@ -509,7 +512,10 @@ pub(super) async fn resolve(
     let locked = doubt::lock(store, &mut work, delivery).await?;
     let refused = match &locked {
         None => match find(store, &mut work, delivery).await? {
-            None => return Err(no_delivery(delivery)),
+            None => {
+                work.rollback().await?;
+                return Err(no_delivery(delivery));
+            }
             Some((row, _)) => Some(Error::Conflict(format!(
                 "delivery {delivery} is {} and not in doubt (any more); look again with `postbox show {delivery}`",
                 row.state
@@ -517,9 +523,11 @@ pub(super) async fn resolve(
         },
         Some(doubt) => match resolution.rev {
             Some(seen) if seen != doubt.rev => Some(moved_on(delivery, seen, doubt.rev)),
-            _ if doubt.row.try_get::<Option<String>, _>("word")?.is_some() => Some(Error::Conflict(format!(
-                "delivery {delivery} was resolved already; a worker is about to carry it out"
-            ))),
+            _ if resolution.answer == Answer::Happened && doubt.row.try_get::<Option<String>, _>("word")?.is_some() => {
+                Some(Error::Conflict(format!(
+                    "delivery {delivery} was resolved already; a worker of its application carries it out"
+                )))
+            }
             _ => None,
         },
     };

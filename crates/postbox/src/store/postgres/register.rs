@@ -74,7 +74,8 @@ async fn subscribe(
                  epoch = case when $11 then $12 else epoch end,
                  start = case when $11 then 'unrouted' else start end,
                  backfilled = case when $11 then false else backfilled end,
-                 backfill_waits = case when $11 then null else backfill_waits end
+                 backfill_waits = case when $11 then null else backfill_waits end,
+                 timeout_ms = $13
              where id = $1",
             store.schema
         );
@@ -92,6 +93,7 @@ async fn subscribe(
             .bind(declared.pattern.to_regex())
             .bind(changed)
             .bind(next_epoch)
+            .bind(millis(declared.timeout))
             .execute(work.on())
             .await?;
         return Ok((id, changed));
@@ -104,8 +106,8 @@ async fn subscribe(
     };
     let sql = format!(
         "insert into {}.subscription (application, name, pattern, matcher, kind, max_attempts, retry_base_ms, retry_cap_ms,
-             reconciles, continues, start, start_at, epoch, backfilled)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint / 1000000.0), $13, $11 = 'now')
+             reconciles, continues, start, start_at, epoch, backfilled, timeout_ms)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint / 1000000.0), $13, $11 = 'now', $14)
          returning id",
         store.schema
     );
@@ -124,6 +126,7 @@ async fn subscribe(
         .bind(start)
         .bind(start_us)
         .bind(next_epoch)
+        .bind(millis(declared.timeout))
         .fetch_one(work.on())
         .await?;
     Ok((row.try_get("id")?, true))

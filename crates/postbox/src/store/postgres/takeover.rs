@@ -11,7 +11,8 @@ use crate::error::Error;
 use crate::lifecycle::{Event, Kind, Standing, State, transition};
 use crate::store::{LeaseRef, Move, OutcomeRecord, TakenOver, policy_of};
 
-/// How long a lost worker's call may still be on its way, beyond the lease that has run out.
+/// How long a lost worker's call may still be on its way, beyond its lease and the handler's timeout:
+/// the worker may only be paused.
 const GRACE: Duration = Duration::from_secs(60);
 
 pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<TakenOver>, Error> {
@@ -31,7 +32,7 @@ pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<Taken
     let mut taken = TakenOver { worker, name, pending: 0, in_doubt: 0, dead: 0 };
     let tokens = lock_leases(store, &mut work, worker).await?;
     for row in leftover(store, &mut work, &tokens).await? {
-        let moved = lost(&row, &taken.name, lease + GRACE, draw)?;
+        let moved = lost(&row, &taken.name, lease, draw)?;
         match moved.standing.state {
             State::InDoubt => taken.in_doubt += 1,
             State::Dead => taken.dead += 1,
@@ -83,7 +84,7 @@ async fn forget(store: &PgStore, work: &mut Work, tokens: &[Uuid]) -> Result<(),
 }
 
 /// Where a dead worker's delivery goes.
-fn lost(row: &PgRow, worker: &str, quiet: Duration, draw: f64) -> Result<Move, Error> {
+fn lost(row: &PgRow, worker: &str, lease: Duration, draw: f64) -> Result<Move, Error> {
     let kind: Kind = row.try_get::<String, _>("kind")?.parse().map_err(Error::Refused)?;
     let policy =
         policy_of(kind, row.try_get("max_attempts")?, row.try_get("retry_base_ms")?, row.try_get("retry_cap_ms")?);
@@ -91,6 +92,7 @@ fn lost(row: &PgRow, worker: &str, quiet: Duration, draw: f64) -> Result<Move, E
     let attempts = row.try_get::<i32, _>("attempt")?.max(0) as u32 + u32::from(begun);
     let now = Standing { state: State::Running, attempts, begun, lost: row.try_get::<i32, _>("lost")?.max(0) as u32 };
     let next = transition(now, Event::WorkerLost, &policy, draw).map_err(|e| Error::Refused(e.to_string()))?;
+    let timeout = Duration::from_millis(row.try_get::<i64, _>("timeout_ms")?.max(0) as u64);
     let words = format!("worker {worker} was lost during the attempt");
     let outcome = begun.then(|| OutcomeRecord {
         number: attempts,
@@ -108,7 +110,7 @@ fn lost(row: &PgRow, worker: &str, quiet: Duration, draw: f64) -> Result<Move, E
         rev: row.try_get::<i32, _>("rev")? + 1,
         standing: next.standing,
         delay: next.delay,
-        quiet,
+        quiet: lease + timeout + GRACE,
         note: words,
         outcome,
     })

@@ -8,6 +8,7 @@ with picked as materialized (
         select pg_catalog.min(s.epoch) as epoch from {schema}.subscription s
         where s.removed_at is null and not s.backfilled and s.start <> 'now'
             and s.epoch > u.epoch and u.topic ~ s.matcher
+            and (s.start <> 'time' or {schema}.minted_at(u.message) >= s.start_at)
     ) taker
     where taker.epoch is not null
     order by u.message

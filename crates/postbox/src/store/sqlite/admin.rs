@@ -195,8 +195,10 @@ pub(super) async fn resolve(
         },
         Some(doubt) => match resolution.rev {
             Some(seen) if seen != doubt.rev => Some(moved_on(delivery, seen, doubt.rev)),
-            _ => doubt.word.is_some().then(|| {
-                Error::Conflict(format!("delivery {delivery} was resolved already; a worker is about to carry it out"))
+            _ => (resolution.answer == Answer::Happened && doubt.word.is_some()).then(|| {
+                Error::Conflict(format!(
+                    "delivery {delivery} was resolved already; a worker of its application carries it out"
+                ))
             }),
         },
     };

@@ -91,6 +91,7 @@ fn declared(name: &str, pattern: &str) -> Declared {
         renamed_from: Vec::new(),
         pattern: pattern.parse().expect("a pattern"),
         policy: policy(Kind::Plain),
+        timeout: std::time::Duration::from_secs(60),
         reconciles: false,
         continues: false,
         start: Start::Unrouted,

@@ -18,6 +18,7 @@ create table {schema}.subscription (
     max_attempts   int  not null,
     retry_base_ms  bigint not null,
     retry_cap_ms   bigint not null,
+    timeout_ms     bigint not null,
     reconciles     boolean not null,
     continues      boolean not null,
     start          text not null check (start in ('unrouted', 'now', 'beginning', 'time')),

@@ -114,7 +114,7 @@ async fn an_operators_word_is_carried_out_by_a_worker_where_follow_ups_hang_on_i
     let entry = shop.store.resolve(item.delivery, &resolution).await.expect("resolves");
     assert_eq!((entry.seq, entry.state_after.as_deref(), entry.rev_after), (1, Some("in_doubt"), Some(item.rev + 2)));
     assert_eq!(shop.state(item.delivery).await, State::InDoubt);
-    let second = crate::admin::Resolution { rev: None, answer: Answer::Abandoned, ..resolution };
+    let second = crate::admin::Resolution { rev: None, ..resolution };
     assert!(matches!(shop.store.resolve(item.delivery, &second).await, Err(crate::Error::Conflict(_))));
     let due = ask().await;
     let word = due[0].word.clone().expect("a word");
