@@ -1,111 +1,12 @@
-//! One table of bad input through every door: Rust on PostgreSQL, Rust on SQLite, and SQL. The
-//! command's `--jsonl` goes through the same table in its own tests. The verdicts are the same.
-
-use std::time::Duration;
+//! One table of bad input (in the testkit) through every door: here Rust on PostgreSQL, Rust on SQLite,
+//! and SQL; the command's `--jsonl` in its own tests. The verdicts are the same.
 
 use postbox::{Draft, Envelope, Error, JsonError, Postgres, PublishError, Sqlite, TopicError};
 use postbox_testkit::Testable;
+use postbox_testkit::bad_input::{Input, Verdict, table};
 use sqlx::Row;
 
-/// What is said of an input, in one word.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
-    Taken,
-    Topic,
-    Json,
-    TooLarge,
-    TooLong,
-    Empty,
-    Range,
-}
 use Verdict::*;
-
-struct Input {
-    what: &'static str,
-    topic: String,
-    payload: String,
-    key: Option<String>,
-    dedup: Option<String>,
-    external_id: Option<String>,
-    header: Option<(String, String)>,
-    after: Option<Duration>,
-    max_attempts: Option<i32>,
-    verdict: Verdict,
-}
-
-fn input(what: &'static str, verdict: Verdict) -> Input {
-    Input {
-        what,
-        topic: "t".into(),
-        payload: "{}".into(),
-        key: None,
-        dedup: None,
-        external_id: None,
-        header: None,
-        after: None,
-        max_attempts: None,
-        verdict,
-    }
-}
-
-fn topic(what: &'static str, topic: impl Into<String>, verdict: Verdict) -> Input {
-    Input { topic: topic.into(), ..input(what, verdict) }
-}
-
-fn payload(what: &'static str, payload: impl Into<String>, verdict: Verdict) -> Input {
-    Input { payload: payload.into(), ..input(what, verdict) }
-}
-
-fn nested(levels: usize) -> String {
-    format!("{}1{}", "[".repeat(levels), "]".repeat(levels))
-}
-
-fn table() -> Vec<Input> {
-    vec![
-        input("as it should be", Taken),
-        topic("an empty topic", "", Topic),
-        topic("an empty segment", "orders..placed", Topic),
-        topic("a dot at the end", "orders.", Topic),
-        topic("a space", "orders placed", Topic),
-        topic("a wildcard", "orders.*", Topic),
-        topic("a letter that is not ASCII", "ordérs", Topic),
-        topic("a line break", "orders\nplaced", Topic),
-        topic("255 bytes of topic", "x".repeat(255), Taken),
-        topic("256 bytes of topic", "x".repeat(256), Topic),
-        payload("no JSON", "{", Json),
-        payload("two values", "1 2", Json),
-        payload("nothing", "", Json),
-        payload("\\u0000", r#"{"a":"\u0000"}"#, Json),
-        payload("\\u0000 in a name", r#"{"\u0000":1}"#, Json),
-        payload("an escaped backslash before u0000", r#""\\u0000""#, Taken),
-        payload("a lone high surrogate", r#""\ud800x""#, Json),
-        payload("a lone low surrogate", r#""\udc00""#, Json),
-        payload("a surrogate pair", r#""\ud83d\ude00""#, Taken),
-        payload("128 levels", nested(128), Taken),
-        payload("129 levels", nested(129), Json),
-        payload("many brackets, shallow", format!("[{}[]]", "[],".repeat(300)), Taken),
-        payload("an integer above 2^53", "9007199254740993", Taken),
-        payload("an integer above 2^64", "123456789012345678901234567890", Taken),
-        payload("a number beyond numeric", "1e200000", Json),
-        payload("a fraction beyond numeric", "1e-20000", Json),
-        payload("a payload at the limit", format!("\"{}\"", "x".repeat((1 << 20) - 2)), Taken),
-        payload("a payload above the limit", format!("\"{}\"", "x".repeat((1 << 20) - 1)), TooLarge),
-        payload("script", r#""<script>alert(1)</script>""#, Taken),
-        Input { key: Some("k".repeat(255)), ..input("255 bytes of key", Taken) },
-        Input { key: Some("k".repeat(256)), ..input("256 bytes of key", TooLong) },
-        Input { key: Some(String::new()), ..input("an empty key is no key", Taken) },
-        Input { dedup: Some("d".repeat(256)), ..input("256 bytes of dedup key", TooLong) },
-        Input { dedup: Some(String::new()), ..input("an empty dedup key", Empty) },
-        Input { external_id: Some("e".repeat(256)), ..input("256 bytes of external id", TooLong) },
-        Input { header: Some(("h".into(), "v".into())), ..input("a header", Taken) },
-        Input { header: Some((String::new(), "v".into())), ..input("a header without a name", Empty) },
-        Input { header: Some(("h".repeat(256), "v".into())), ..input("256 bytes of header name", TooLong) },
-        Input { header: Some(("h".into(), "v".repeat(40_000))), ..input("40000 bytes of headers", TooLarge) },
-        Input { after: Some(Duration::from_secs(400 * 366 * 86_400)), ..input("400 years", Range) },
-        Input { max_attempts: Some(0), ..input("no attempts", Range) },
-        Input { max_attempts: Some(1001), ..input("1001 attempts", Range) },
-    ]
-}
 
 fn draft(input: &Input) -> Result<Draft, PublishError> {
     let mut draft = Envelope::raw(input.topic.as_str(), input.payload.as_str())?;
@@ -283,7 +184,7 @@ async fn a_strict_snapshot_that_is_older_than_the_routing_is_refused() {
     let worker =
         fresh.postbox.worker(postbox::Router::new().on("t", postbox::handler(|_: Envelope| async {}).named("late")));
     let worker = worker.start().await.expect("start");
-    let error = fresh.postbox.publish(&mut tx, Envelope::new("t", &1)).await.expect_err("the routing has moved on");
+    let error = fresh.postbox.publish(&mut tx, Envelope::json("t", &1)).await.expect_err("the routing has moved on");
     match error {
         PublishError::Database(e) => {
             assert_eq!(e.as_database_error().and_then(|e| e.code()).as_deref(), Some("40001"));

@@ -42,7 +42,7 @@ async fn publish<Db: Testable>(fresh: &Fresh<Db>, drafts: impl IntoIterator<Item
 }
 
 fn draft(topic: &str) -> Draft {
-    Envelope::new(topic, &json!({})).expect("a draft")
+    Envelope::json(topic, &json!({})).expect("a draft")
 }
 
 /// Waits until nothing is pending or running any more; every delivery with its history, by subscription.
@@ -358,11 +358,11 @@ async fn an_operators_word_releases_what_follows<Db: Testable>() {
         .named("charge")
         .then(|order: Value, receipt: &Receipt| {
             let seen = receipt.content().cloned();
-            FollowUps::none().and(Envelope::new("paid", &json!({ "order": order["id"], "seen": seen })))
+            FollowUps::none().and(Envelope::json("paid", &json!({ "order": order["id"], "seen": seen })))
         });
     let router = Router::new().on("t", charge).on("paid", handler(|_: Envelope| async {}).named("ship"));
     let published =
-        publish(&fresh, [Envelope::new("t", &json!({ "id": 42 })).expect("a draft").correlation_id("c-1")]).await;
+        publish(&fresh, [Envelope::json("t", &json!({ "id": 42 })).expect("a draft").correlation_id("c-1")]).await;
     let worker = start(&fresh, router).await;
     let all = drained(&fresh, 1).await;
     let word = Resolution {
@@ -477,7 +477,7 @@ async fn extractors_read_the_delivery<Db: Testable>() {
     let router = Router::new().nest("deep", routes).with_state(app.clone());
     assert_eq!(router.subscriptions().map(|(n, p)| format!("{n} {p}")).collect::<Vec<_>>(), ["everything deep.*.x"]);
     let long_ago: jiff::Timestamp = "2020-02-02T02:02:02Z".parse().expect("a time");
-    let message = Envelope::new("deep.y.x", &json!({ "n": 7 })).expect("a draft");
+    let message = Envelope::json("deep.y.x", &json!({ "n": 7 })).expect("a draft");
     publish(&fresh, [message.key("k").source("erp").external_id("e-1").occurred_at(long_ago)]).await;
     let worker = start(&fresh, router).await;
     drained(&fresh, 1).await;

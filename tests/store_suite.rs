@@ -122,7 +122,7 @@ impl<Db: Testable> Hand<Db> {
 }
 
 async fn publish<Db: Testable>(fresh: &Fresh<Db>, topic: &str, count: usize) -> Vec<Uuid> {
-    let drafts = (0..count).map(|n| Envelope::new(topic, &json!({ "n": n })));
+    let drafts = (0..count).map(|n| Envelope::json(topic, &json!({ "n": n })));
     let published = fresh.postbox.publish_now(drafts).await.expect("publish");
     published.iter().map(|p| p.id).collect()
 }
@@ -317,7 +317,7 @@ fn answered(delivery: i64, rev: i32, answer: Answer) -> Answered {
         actor: "reconcile".into(),
         reason: None,
         receipt: Some(json!({ "found": true })),
-        follow_ups: vec![Envelope::new("after", &1).expect("a draft")],
+        follow_ups: vec![Envelope::json("after", &1).expect("a draft")],
         policy: Policy { kind: Kind::Operation, retry: RetryPolicy::default() },
         draw: 0.0,
     }
@@ -385,7 +385,7 @@ async fn a_dedup_key_makes_one_row_from_eight_connections<Db: Testable>() {
         async move {
             // Two of the eight say something else under the same key.
             let body = json!({ "amount": if n % 4 == 3 { 2 } else { 1 }, "same": true });
-            postbox.publish_now([Envelope::new("t", &body).expect("a draft").dedup("event-1")]).await
+            postbox.publish_now([Envelope::json("t", &body).expect("a draft").dedup("event-1")]).await
         }
     };
     let results = futures_util::future::join_all((0..8).map(publish)).await;
@@ -407,7 +407,7 @@ async fn a_dedup_key_makes_one_row_from_eight_connections<Db: Testable>() {
     let other = Envelope::raw("t2", "{\"a\":2,\"b\":1}").expect("json").dedup("k");
     let first = fresh.postbox.publish_now([spelled]).await.expect("publish");
     assert_eq!(fresh.postbox.publish_now([other]).await.expect("publish")[0].id, first[0].id);
-    let short = || Envelope::new("t3", &1).expect("a draft").dedup_within("k", Duration::ZERO);
+    let short = || Envelope::json("t3", &1).expect("a draft").dedup_within("k", Duration::ZERO);
     let ids: HashSet<Uuid> = [
         fresh.postbox.publish_now([short()]).await.expect("publish")[0].id,
         fresh.postbox.publish_now([short()]).await.expect("publish")[0].id,
@@ -425,9 +425,11 @@ async fn nothing_starts_before_it_is_due<Db: Testable>() {
     let delay = Duration::from_millis(300);
     let before = std::time::Instant::now();
     let drafts = [
-        Envelope::new("t", &"later").expect("a draft").after(delay),
-        Envelope::new("t", &"next year").expect("a draft").at(jiff::Timestamp::now() + Duration::from_secs(31_536_000)),
-        Envelope::new("t", &"past").expect("a draft").at(jiff::Timestamp::UNIX_EPOCH),
+        Envelope::json("t", &"later").expect("a draft").after(delay),
+        Envelope::json("t", &"next year")
+            .expect("a draft")
+            .at(jiff::Timestamp::now() + Duration::from_secs(31_536_000)),
+        Envelope::json("t", &"past").expect("a draft").at(jiff::Timestamp::UNIX_EPOCH),
     ];
     fresh.postbox.publish_now(drafts).await.expect("publish");
     let now = hand.claim(10).await;
@@ -667,7 +669,7 @@ async fn a_rollback_leaves_nothing<Db: Testable>() {
     let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
     let mut tx = hand.store().begin().await.expect("begin");
     let connection = postbox::store::HandlerTx::connection(&mut tx);
-    let draft = Envelope::new("t", &1).expect("a draft").dedup("k");
+    let draft = Envelope::json("t", &1).expect("a draft").dedup("k");
     fresh.postbox.publish(connection, draft.clone()).await.expect("publish");
     drop(tx);
     assert_eq!(hand.claim(10).await.items.len(), 0);

@@ -3,7 +3,7 @@ use postbox::{Envelope, Postbox, Sqlite};
 
 async fn publish(postbox: Postbox<Sqlite>, pool: sqlx::PgPool) {
     let mut tx = pool.begin().await.unwrap();
-    postbox.publish(&mut tx, Envelope::new("t", &1)).await.unwrap();
+    postbox.publish(&mut tx, Envelope::json("t", &1)).await.unwrap();
 }
 
 fn main() {}

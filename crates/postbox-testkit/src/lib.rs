@@ -3,6 +3,7 @@
 //! PostgreSQL: the server at `DATABASE_URL` if it is set, else one that this process starts from the
 //! installed binaries on a free port, and that ends with it. Each test has a schema of its own.
 
+pub mod bad_input;
 mod child;
 mod postgres;
 mod remote;

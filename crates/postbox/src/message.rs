@@ -78,7 +78,7 @@ pub(crate) enum Due {
     At(Timestamp),
 }
 
-/// A message that is not published yet: made by [`Envelope::of`] or [`Envelope::new`].
+/// A message that is not published yet: made by [`Envelope::of`] or [`Envelope::json`].
 ///
 /// Nothing is checked before it is published.
 #[derive(Debug, Clone)]
@@ -330,7 +330,7 @@ impl Envelope {
     /// # Errors
     /// The payload does not serialize (a map with keys that are no strings, say).
     pub fn of<M: Message>(message: &M) -> Result<Draft, PublishError> {
-        let mut draft = Envelope::new(M::TOPIC, message)?;
+        let mut draft = Envelope::json(M::TOPIC, message)?;
         draft.key = message.key();
         Ok(draft)
     }
@@ -339,7 +339,7 @@ impl Envelope {
     ///
     /// # Errors
     /// The payload does not serialize.
-    pub fn new<P: Serialize + ?Sized>(topic: impl Into<String>, payload: &P) -> Result<Draft, PublishError> {
+    pub fn json<P: Serialize + ?Sized>(topic: impl Into<String>, payload: &P) -> Result<Draft, PublishError> {
         let payload = serde_json::value::to_raw_value(payload)
             .map_err(|e| PublishError::Json(json::JsonError::Syntax(e.to_string())))?;
         Ok(Draft::raw(topic.into(), payload))
@@ -460,7 +460,7 @@ mod tests {
         assert!(refused(draft().max_attempts(0)).contains("1 to 1000"));
         assert!(refused(draft().after(MAX_WAIT * 2)).contains("10 years"));
         assert!(refused(draft().header("h", "v".repeat(40_000))).contains("32768"));
-        let large = Envelope::new("orders.placed", &"x".repeat(100)).expect("valid");
+        let large = Envelope::json("orders.placed", &"x".repeat(100)).expect("valid");
         assert!(refused(large).contains("64"));
     }
 }

@@ -19,6 +19,8 @@ use crate::text::plain;
 
 /// Messages that are committed together.
 const BATCH: usize = 500;
+/// A batch that weighs more than this is committed early, in bytes.
+const BATCH_BYTES: u64 = 8 << 20;
 /// What a line may weigh beside its payload: ids, key, headers, escapes.
 const BESIDE_PAYLOAD: usize = 1 << 20;
 const DAY: Duration = Duration::from_secs(86_400);
@@ -73,6 +75,7 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, file: &Path, window: Opti
     let mut lines = Lines { reader, number: 0, bytes: 0, limit: payload_limit + BESIDE_PAYLOAD };
     let mut publishing = Publishing { desk, postbox, bar: &bar, summary: Summary::default() };
     let mut batch = Vec::with_capacity(BATCH);
+    let mut sent_up_to = 0;
     let mut unsent = None;
     loop {
         let line = lines.next().map_err(|e| failed(format!("line {} could not be read: {e}", lines.number)));
@@ -90,7 +93,8 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, file: &Path, window: Opti
             Ok(None) => {}
             Err(bad) => publishing.bad(lines.number, &bad.to_string()),
         }
-        if batch.len() == BATCH {
+        if batch.len() == BATCH || lines.bytes - sent_up_to > BATCH_BYTES {
+            sent_up_to = lines.bytes;
             publishing.send(&mut batch, &tried).await?;
         }
     }

@@ -68,7 +68,7 @@ step!(chain_three, None);
 
 fn follow(receipt: Receipt, next: Option<&str>) -> Receipt {
     match next {
-        Some(topic) => receipt.then(Envelope::new(topic, &"go on")),
+        Some(topic) => receipt.then(Envelope::json(topic, &"go on")),
         None => receipt,
     }
 }

@@ -147,7 +147,7 @@ proptest! {
             prop_assert!(now.attempts <= before.attempts + 1, "I11: nor leave a gap");
             if event == Event::Retried && before.attempts >= policy.retry.max_attempts { operator_retries += 1; }
             prop_assert!(now.attempts <= policy.retry.max_attempts + operator_retries, "I11: nor pass the maximum");
-            prop_assert!(!(before.state == State::Succeeded), "I6: success is final");
+            prop_assert!(before.state != State::Succeeded, "I6: success is final");
             if before.state == State::Dead || before.state == State::Cancelled {
                 prop_assert!(matches!(event, Event::Retried | Event::Cancelled), "I6: only an operator moves it");
             }

@@ -82,7 +82,7 @@ async fn open(folder: &std::path::Path) -> SqliteStore {
 }
 
 fn draft(topic: &str, payload: impl serde::Serialize) -> Draft {
-    Envelope::new(topic, &payload).and_then(|d| d.checked(1 << 20)).expect("valid")
+    Envelope::json(topic, &payload).and_then(|d| d.checked(1 << 20)).expect("valid")
 }
 
 fn declared(name: &str, pattern: &str) -> Declared {
