@@ -459,10 +459,7 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// Connects, and checks the schema (SQLite: migrates).
     fn connect(settings: &crate::settings::Settings) -> impl Verb<Self>;
     /// The same store with one connection of its own, so that nobody can keep it from a heartbeat.
-    fn alone(&self) -> impl Verb<Self> {
-        let same = self.clone();
-        async move { Ok(same) }
-    }
+    fn alone(&self) -> impl Verb<Self>;
     /// Closes the connections.
     fn close(&self) -> impl Future<Output = ()> + Send;
     /// Brings the schema to the version of this build.

@@ -91,7 +91,8 @@ impl Ended {
             ran: Duration::ZERO,
             settled: false,
             fenced: false,
-            cut_off: false,
+            // A panic drops the call wherever it was.
+            cut_off: matches!(end, End::Panicked | End::TimedOut),
         }
     }
 

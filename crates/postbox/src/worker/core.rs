@@ -456,13 +456,16 @@ impl Core {
             // What a kill would leave in doubt never passes the concurrency. Attempts that ended in this
             // batch are settled by the flush that starts this one; those in others are not yet.
             if lane.policy.kind == Kind::Operation {
-                let here = exposed.get(&hold.0).map_or(0, |e| e.ended);
-                let all: usize = exposed.values().map(|e| e.open + e.ended).sum();
-                if all - here >= self.setup.concurrency {
+                let besides = |lane: Option<SubscriptionId>| -> usize {
+                    let counted = exposed.iter().filter(|((_, id), _)| lane.is_none_or(|lane| lane == *id));
+                    counted.map(|((token, _), e)| e.open + if *token == hold.0 { 0 } else { e.ended }).sum()
+                };
+                let own = lane.concurrency.unwrap_or(self.setup.concurrency);
+                if besides(None) >= self.setup.concurrency || besides(Some(lane.id)) >= own {
                     waiting.push_back(hold);
                     continue;
                 }
-                exposed.entry(hold.0).or_default().open += 1;
+                exposed.entry((hold.0, lane.id)).or_default().open += 1;
             }
             load.queued -= 1;
             load.running += 1;
@@ -481,18 +484,18 @@ impl Core {
         self.queue = waiting;
     }
 
-    /// Operations on record as begun and without an outcome on record, batch by batch.
-    fn exposed(&self) -> HashMap<Uuid, Exposed> {
-        let mut exposed: HashMap<Uuid, Exposed> = HashMap::new();
+    /// Operations on record as begun and without an outcome on record, by batch and subscription.
+    fn exposed(&self) -> HashMap<(Uuid, SubscriptionId), Exposed> {
+        let mut exposed: HashMap<(Uuid, SubscriptionId), Exposed> = HashMap::new();
         for (token, batch) in &self.batches {
             for (item, slot) in &batch.items {
                 let operation =
                     self.lanes.get(&item.subscription).is_some_and(|(l, _)| l.policy.kind == Kind::Operation);
                 match slot {
                     Slot::Reserved | Slot::Starting | Slot::Running { .. } | Slot::Settling(Some(_)) if operation => {
-                        exposed.entry(*token).or_default().open += 1;
+                        exposed.entry((*token, item.subscription)).or_default().open += 1;
                     }
-                    Slot::Ended(..) if operation => exposed.entry(*token).or_default().ended += 1,
+                    Slot::Ended(..) if operation => exposed.entry((*token, item.subscription)).or_default().ended += 1,
                     _ => {}
                 }
             }
@@ -860,3 +863,6 @@ fn observation(item: &Item, ended: &Ended, worker: Uuid, lane: Option<&Lane>) ->
         }),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,8 +12,11 @@ with due as materialized (
 asked as (
     update {schema}.doubt d
     set asks = d.asks + 1,
-        ask_at = pg_catalog.clock_timestamp()
-            + least($3::bigint * (1::bigint << least(d.asks, 20)), 900000) * interval '1 millisecond'
+        -- Not later than when a "no" can be believed.
+        ask_at = least(
+            pg_catalog.clock_timestamp()
+                + least($3::bigint * (1::bigint << least(d.asks, 20)), 900000) * interval '1 millisecond',
+            case when d.quiet_at > pg_catalog.clock_timestamp() then d.quiet_at end)
     from due where d.delivery = due.delivery
     returning d.*
 )

@@ -140,8 +140,9 @@ impl HandlerTx<Postgres> for Work {
     }
 }
 
-/// Irreversible effects hang on these commits: asynchronous ones are raised to `on`.
-const BEGIN_DURABLE: &str = "BEGIN; SELECT pg_catalog.set_config('synchronous_commit', 'on', true) \
+/// Irreversible effects hang on these commits: asynchronous ones are raised to `on`. Compiling these
+/// short statements would take longer than running them, whatever the planner's estimate says.
+const BEGIN_DURABLE: &str = "BEGIN; SET LOCAL jit = off; SELECT pg_catalog.set_config('synchronous_commit', 'on', true) \
      WHERE pg_catalog.current_setting('synchronous_commit') IN ('off', 'local')";
 
 impl PgStore {
@@ -155,7 +156,7 @@ impl PgStore {
     }
 
     async fn work(&self) -> Result<Work, sqlx::Error> {
-        Work::begin(&self.pool, "BEGIN").await
+        Work::begin(&self.pool, "BEGIN; SET LOCAL jit = off").await
     }
 
     async fn durable(&self) -> Result<Work, sqlx::Error> {
@@ -163,7 +164,7 @@ impl PgStore {
     }
 
     async fn read(&self) -> Result<Work, sqlx::Error> {
-        Work::begin(&self.pool, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await
+        Work::begin(&self.pool, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL jit = off").await
     }
 
     /// Listens on the channel, reconnecting by itself, for as long as the store lives.

@@ -39,8 +39,12 @@ pub(super) async fn doubts(
     let mut work = store.write().await?;
     let due = ask().fetch_all(work.on()).await?;
     sqlx::query(
+        // Not later than when a "no" can be believed.
         "update postbox_delivery
-         set ask_at = (select now from postbox_clock) + min(?2 * (1 << min(asks, 20)), 900000), asks = asks + 1
+         set asks = asks + 1, ask_at = min(
+             c.now + min(?2 * (1 << min(asks, 20)), 900000),
+             iif(quiet_at > c.now, quiet_at, 9223372036854775807))
+         from postbox_clock c
          where id in (select value from json_each(?1))",
     )
     .bind(json_of(&due.iter().map(|d| d.id).collect::<Vec<_>>())?)

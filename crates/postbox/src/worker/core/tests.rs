@@ -1,0 +1,290 @@
+//! The decisions driven through random orders of events, lost answers included, in virtual time.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::*;
+use crate::retry::RetryPolicy;
+
+const OPERATION: SubscriptionId = 1;
+const PLAIN: SubscriptionId = 2;
+
+fn lane(id: SubscriptionId, kind: Kind) -> Lane {
+    let retry = RetryPolicy { max_attempts: 2, base: Duration::ZERO, cap: Duration::ZERO };
+    Lane { id, policy: Policy { kind, retry }, timeout: Duration::from_secs(5), concurrency: None }
+}
+
+fn core(seed: u64, concurrency: usize) -> Core {
+    Core::new(Setup {
+        worker: Uuid::from_u128(1),
+        concurrency,
+        batch: None,
+        poll_interval: Duration::from_secs(1),
+        grace: Duration::from_secs(60),
+        subscriptions: vec![lane(OPERATION, Kind::Operation), lane(PLAIN, Kind::Plain)],
+        seed,
+    })
+}
+
+/// A store that loses answers, in memory.
+#[derive(Default)]
+struct Model {
+    ready: VecDeque<Item>,
+    leases: BTreeMap<Uuid, (i64, BTreeMap<i64, Item>)>,
+    parts: BTreeSet<(i64, i32)>,
+    begun: BTreeSet<(i64, u32)>,
+    ended: BTreeMap<(i64, u32), &'static str>,
+    terminal: BTreeMap<i64, State>,
+    operations: BTreeSet<i64>,
+    batches: i64,
+}
+
+impl Model {
+    fn claim(&mut self, request: &ClaimRequest) -> Claimed {
+        let mut items = Vec::new();
+        for (subscription, room) in &request.wanted {
+            let mut left = *room;
+            self.ready.retain(|item| {
+                let take = left > 0 && item.subscription == *subscription;
+                if take {
+                    left -= 1;
+                    items.push(item.clone());
+                }
+                !take
+            });
+        }
+        if !items.is_empty() {
+            self.batches += 1;
+            let held = items.iter().map(|i| (i.delivery, i.clone())).collect();
+            self.leases.insert(request.token, (self.batches, held));
+        }
+        Claimed { batch: self.batches, token: request.token, items, next_due: None }
+    }
+
+    fn settle(&mut self, settle: &Settle) -> Guarded {
+        if self.parts.contains(&(settle.lease.batch, settle.part)) {
+            return Guarded::Done;
+        }
+        let Some((batch, held)) = self.leases.get_mut(&settle.lease.token) else { return Guarded::Fenced };
+        assert_eq!(*batch, settle.lease.batch);
+        self.parts.insert((settle.lease.batch, settle.part));
+        for success in &settle.successes {
+            held.remove(&success.delivery).expect("settled once, while it is held");
+            assert!(self.ended.insert((success.delivery, 1), "succeeded").is_none());
+            self.terminal.insert(success.delivery, State::Succeeded);
+        }
+        for moved in &settle.moves {
+            let item = held.remove(&moved.delivery).expect("settled once, while it is held");
+            let outcome = moved.outcome.as_ref().expect("an attempt ended");
+            assert_eq!(outcome.number, item.attempts + 1, "attempts count one by one");
+            assert!(self.ended.insert((moved.delivery, outcome.number), outcome.kind).is_none());
+            match moved.standing.state {
+                State::Pending => self.ready.push_back(Item {
+                    attempts: moved.standing.attempts,
+                    lost: moved.standing.lost,
+                    rev: moved.rev,
+                    ..item
+                }),
+                state => {
+                    self.terminal.insert(moved.delivery, state);
+                }
+            }
+        }
+        for item in &settle.released {
+            let item = held.remove(&item.delivery).expect("released once, while it is held");
+            assert!(!self.begun.contains(&(item.delivery, item.attempts + 1)), "what has begun is not handed back");
+            self.ready.push_back(item);
+        }
+        for start in &settle.starts {
+            assert!(held.contains_key(&start.0), "what begins is held");
+            assert!(self.begun.insert(*start), "an attempt begins once");
+        }
+        if settle.close {
+            assert!(held.is_empty(), "a lease ends when nothing of it is left: {held:?}");
+            self.leases.remove(&settle.lease.token);
+        }
+        Guarded::Done
+    }
+
+    /// Operations that a kill would leave in doubt now.
+    fn exposed(&self) -> usize {
+        self.begun.iter().filter(|key| self.operations.contains(&key.0) && !self.ended.contains_key(key)).count()
+    }
+}
+
+fn item(delivery: i64, subscription: SubscriptionId, lost: u32) -> Item {
+    Item {
+        delivery,
+        subscription,
+        message: Uuid::from_u128(delivery as u128),
+        priority: 0,
+        attempts: 0,
+        lost,
+        rev: 1,
+        envelope: None,
+    }
+}
+
+fn ended(end: End) -> Box<Ended> {
+    Box::new(Ended {
+        end,
+        error: None,
+        receipt: None,
+        follow_ups: Vec::new(),
+        ran: Duration::from_millis(1),
+        settled: false,
+        fenced: false,
+        cut_off: false,
+    })
+}
+
+/// Runs one worker against the model until it has stopped; the trace of what it did.
+fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<String>) {
+    let mut dice = fastrand::Rng::with_seed(seed);
+    let concurrency = dice.usize(1..6);
+    let mut core = core(seed, concurrency);
+    let mut model = Model::default();
+    for delivery in 1..=deliveries {
+        let subscription = if dice.bool() { OPERATION } else { PLAIN };
+        if subscription == OPERATION {
+            model.operations.insert(delivery);
+        }
+        model.ready.push_back(item(delivery, subscription, u32::from(dice.u8(0..10) == 0)));
+    }
+    let (mut now, mut trace) = (Duration::ZERO, Vec::new());
+    // Answers under way, taken in any order; running attempts by hold.
+    let mut inbox: Vec<Event> = vec![Event::Tick];
+    let mut running: BTreeMap<Hold, (i64, u32, bool)> = BTreeMap::new();
+    let mut called: BTreeSet<(i64, u32)> = BTreeSet::new();
+    let mut stopped = false;
+    for step in 0..200_000 {
+        let over = stop_after.map_or(model.terminal.len() as i64 == deliveries, |after| step >= after);
+        if over && !stopped {
+            stopped = true;
+            inbox.push(Event::Stop);
+        }
+        let taken: Vec<Event> = match inbox.is_empty() {
+            true => vec![Event::Tick],
+            false => vec![inbox.swap_remove(dice.usize(..inbox.len()))],
+        };
+        trace.push(format!("{now:?} {taken:?}"));
+        let commands = core.step(taken, now);
+        for command in commands {
+            match command {
+                Command::Claim(request) => {
+                    let fate = dice.u8(0..10);
+                    let claimed = (fate > 0).then(|| model.claim(&request));
+                    // Lost on the way there (0), or on the way back (1).
+                    inbox.push(Event::Claimed(request.token, claimed.filter(|_| fate > 1)));
+                }
+                Command::Disown(token) => {
+                    if let Some((_, held)) = model.leases.remove(&token) {
+                        model.ready.extend(held.into_values());
+                    }
+                    inbox.push(Event::Disowned(token, dice.bool()));
+                }
+                Command::Settle(settle) => {
+                    let fate = dice.u8(0..10);
+                    let answer = (fate > 0).then(|| model.settle(&settle));
+                    assert!(model.exposed() <= concurrency, "a kill now leaves {} in doubt", model.exposed());
+                    inbox.push(Event::Settled(settle.lease.token, answer.filter(|_| fate > 1)));
+                }
+                Command::Run(hold, _, item, number) => {
+                    let key = (item.delivery, number);
+                    assert!(called.insert(key), "an attempt is made once: {key:?}");
+                    let recorded = item.subscription == OPERATION || item.lost > 0;
+                    assert!(!recorded || model.begun.contains(&key), "on record before the call: {key:?}");
+                    assert!(running.insert(hold, (item.delivery, number, recorded)).is_none());
+                    assert!(running.len() <= concurrency, "{} at once", running.len());
+                    assert!(running.values().filter(|r| r.2).count() <= concurrency);
+                }
+                Command::Cancel(hold, _) => {
+                    if running.remove(&hold).is_some() {
+                        inbox.push(Event::Ended(hold, ended(End::TimedOut)));
+                        inbox.push(Event::Freed(hold));
+                    }
+                }
+                Command::Observe(_) => panic!("nobody fences this worker"),
+                Command::Asleep(_) => inbox.push(Event::Woken),
+            }
+        }
+        if core.is_done() {
+            return (model, trace);
+        }
+        // Something that runs may end; time may pass.
+        if !running.is_empty() && dice.u8(0..3) == 0 {
+            let nth = dice.usize(..running.len());
+            let hold = *running.keys().nth(nth).expect("one of them");
+            running.remove(&hold);
+            let ends = [
+                End::Succeeded,
+                End::Failed { permanent: false, retry_after: None },
+                End::Failed { permanent: true, retry_after: None },
+                End::InDoubt,
+            ];
+            inbox.push(Event::Ended(hold, ended(ends[dice.usize(..ends.len())])));
+            inbox.push(Event::Freed(hold));
+        }
+        if inbox.is_empty() {
+            let next = core.next_tick().filter(|at| *at > now);
+            now = next.unwrap_or(now + Duration::from_millis(1));
+        }
+    }
+    panic!("seed {seed}: no end in sight: {:?}\n{}", core, trace[trace.len() - 20..].join("\n"));
+}
+
+#[test]
+fn everything_ends_whatever_answers_are_lost() {
+    for seed in 0..300 {
+        let (model, _) = run(seed, 60, None);
+        assert_eq!(model.terminal.len(), 60, "seed {seed}");
+        assert!(model.leases.is_empty(), "seed {seed}: a lease was left behind");
+        assert_eq!(model.exposed(), 0, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_stop_leaves_nothing_held() {
+    for seed in 0..300 {
+        let (model, _) = run(seed, 60, Some(seed as usize % 97));
+        let held: usize = model.leases.values().map(|(_, held)| held.len()).sum();
+        // A claim whose answer was lost may still be on its way back: the lease's end hands it back.
+        assert!(model.ready.len() + model.terminal.len() + held == 60, "seed {seed}: nothing is lost");
+        assert_eq!(model.exposed(), 0, "seed {seed}: what had begun was settled");
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_trace() {
+    assert_eq!(run(7, 40, None).1, run(7, 40, None).1);
+}
+
+#[test]
+fn a_fenced_batch_changes_nothing_and_its_late_answers_are_evidence() {
+    let mut core = core(1, 4);
+    let mut model = Model::default();
+    model.ready.extend([item(1, OPERATION, 0), item(2, OPERATION, 0), item(3, PLAIN, 0)]);
+    let mut now = Duration::ZERO;
+    let commands = core.step([Event::Tick], now);
+    let [Command::Claim(request)] = commands.as_slice() else { panic!("{commands:?}") };
+    let claimed = model.claim(request);
+    let commands = core.step([Event::Claimed(request.token, Some(claimed))], now);
+    let settle = commands.iter().find_map(|c| if let Command::Settle(s) = c { Some(s.clone()) } else { None });
+    let settle = settle.expect("the operations' attempts are put on record");
+    assert_eq!(settle.starts, [(1, 1), (2, 1)]);
+    let commands = core.step([Event::Settled(request.token, Some(model.settle(&settle)))], now);
+    let holds: Vec<Hold> =
+        commands.iter().filter_map(|c| if let Command::Run(h, ..) = c { Some(*h) } else { None }).collect();
+    assert_eq!(holds.len(), 2);
+
+    // A heartbeat that was sent later does not find the lease: somebody took over.
+    now += Duration::from_secs(1);
+    let commands = core.step([Event::Pulse(now, Vec::new())], now);
+    assert!(commands.iter().all(|c| !matches!(c, Command::Settle(_))), "{commands:?}");
+    let cancelled = commands.iter().filter(|c| matches!(c, Command::Cancel(_, Cancel::Fenced))).count();
+    assert_eq!(cancelled, 1, "the plain one; operations are let run, for their answers");
+    let commands = core.step([Event::Ended(holds[0], ended(End::Succeeded)), Event::Freed(holds[0])], now);
+    let seen = commands.iter().find_map(|c| if let Command::Observe(seen) = c { Some(seen) } else { None });
+    let seen = seen.expect("a late outcome is kept");
+    assert!(seen[0].evidence.as_ref().is_some_and(|e| e.answer == Answer::Happened));
+    assert!(commands.iter().all(|c| !matches!(c, Command::Settle(_))), "and writes nothing: {commands:?}");
+}
