@@ -15,6 +15,7 @@ on_both_stores!(
     a_chain_of_three_killed_between_its_steps,
     nothing_is_stranded,
     a_signal_stops_gracefully,
+    a_second_signal_stops_at_once,
 );
 
 const WORKER: &str = env!("CARGO_BIN_EXE_postbox-test-worker");
@@ -213,8 +214,7 @@ async fn a_signal_stops_gracefully<Db: Testable>() {
     let variables = [("TEST_REMOTE", remote.address()), ("TEST_CONCURRENCY", "2"), ("TEST_BATCH", "50")];
     let mut worker = WorkerProcess::start(WORKER, &fresh, &variables);
     until(&fresh, "at work", |counts| counts.contains_key(&State::Succeeded)).await;
-    let id = worker.id().expect("it lives");
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id as i32), nix::sys::signal::Signal::SIGTERM).expect("SIGTERM");
+    terminate(&worker);
     assert_eq!(worker.ended().await, Some(0));
     let counts = standing(&fresh).await;
     assert!(!counts.contains_key(&State::InDoubt) && !counts.contains_key(&State::Running), "{counts:?}");
@@ -222,4 +222,35 @@ async fn a_signal_stops_gracefully<Db: Testable>() {
     assert_eq!(counts.get(&State::Succeeded).copied().unwrap_or(0), remote.calls().len(), "what was called is settled");
     let status = fresh.postbox.admin().status().await.expect("status");
     assert!(status.workers.is_empty(), "it retired: {:?}", status.workers);
+}
+
+fn terminate(worker: &WorkerProcess) {
+    let id = worker.id().expect("it lives");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id as i32), nix::sys::signal::Signal::SIGTERM).expect("SIGTERM");
+}
+
+async fn a_second_signal_stops_at_once<Db: Testable>() {
+    let (fresh, remote) = (Db::fresh().await, Remote::silent().await);
+    publish(&fresh.postbox, "op.charge", 3).await;
+    let variables = [("TEST_REMOTE", remote.address()), ("TEST_CONCURRENCY", "1"), ("TEST_BATCH", "3")];
+    let mut worker = WorkerProcess::start(WORKER, &fresh, &variables);
+    until(&fresh, "at work", |counts| counts.contains_key(&State::Running) && !remote.calls().is_empty()).await;
+    terminate(&worker);
+    // The first signal: what has not begun is handed back, what runs is waited for.
+    until(&fresh, "handed back", |counts| counts.get(&State::Pending) == Some(&2)).await;
+    let released = async {
+        loop {
+            let rows = fresh.postbox.admin().list(&"state:pending".parse().expect("a filter"), 10).await.expect("list");
+            if rows.iter().all(|r| r.note.is_none()) {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), released).await.expect("handed back within a minute");
+    assert_eq!(standing(&fresh).await.get(&State::Running), Some(&1));
+    terminate(&worker);
+    assert_eq!(worker.ended().await, Some(0));
+    assert_eq!(standing(&fresh).await, [(State::Pending, 2), (State::InDoubt, 1)].into());
+    assert_eq!(remote.calls().len(), 1);
 }

@@ -690,3 +690,33 @@ async fn stranded_deliveries_are_told<Db: Testable>() {
     let status = fresh.postbox.admin().status().await.expect("status");
     assert_eq!(status.stranded, stranded);
 }
+
+#[tokio::test]
+async fn a_promoted_standby_makes_open_operations_suspect() {
+    type Pg = postbox::Postgres;
+    let fresh = Pg::fresh().await;
+    let subscriptions = || vec![declared("op", "t", Kind::Operation)];
+    let hand = Hand::<Pg>::register(&fresh, subscriptions()).await;
+    let (doubt, _) = doubtful(&fresh, &hand).await;
+    publish(&fresh, "t", 2).await;
+    let claimed = hand.claim(2).await;
+    hand.begin(&claimed, 0, &[&claimed.items[0]]).await;
+    let suspects = || async {
+        let sql = format!("select count(*) from {}.observation where kind = 'suspect'", fresh.schema());
+        Pg::count(&fresh, &sql).await
+    };
+    assert_eq!(suspects().await, 0, "the same server, the same timeline");
+    let sql = format!("update {}.routing set cluster = '7/00000001'", fresh.schema());
+    Pg::execute(&fresh, &sql).await;
+    let _again = Hand::<Pg>::register(&fresh, subscriptions()).await;
+    assert_eq!(suspects().await, 2, "the open attempt and the doubt; not what had not begun");
+    let shown = fresh.postbox.admin().show(doubt).await.expect("show");
+    assert!(
+        shown
+            .records
+            .iter()
+            .any(|r| r.what == "suspect" && r.detail.as_deref().is_some_and(|d| d.contains("7/00000001")))
+    );
+    let _once = Hand::<Pg>::register(&fresh, subscriptions()).await;
+    assert_eq!(suspects().await, 2, "told once");
+}

@@ -11,6 +11,7 @@ use tokio::net::TcpListener;
 struct Log {
     calls: HashMap<String, u32>,
     applied: HashSet<String>,
+    silent: bool,
 }
 
 /// A remote on loopback: `charge KEY` is applied and answered, `find KEY` says whether it was, `note
@@ -41,10 +42,24 @@ impl Remote {
                         return;
                     }
                     let answer = answer(&log, line.trim());
+                    if log.lock().expect("the log").silent {
+                        // Holds the connection open, and says nothing.
+                        std::future::pending::<()>().await;
+                    }
                     write.write_all(answer.as_bytes()).await.ok();
                 });
             }
         });
+        remote
+    }
+
+    /// Starts one that takes every call and never answers.
+    ///
+    /// # Panics
+    /// There is no free port.
+    pub async fn silent() -> Remote {
+        let remote = Remote::start().await;
+        remote.log.lock().expect("the log").silent = true;
         remote
     }
 

@@ -25,6 +25,15 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         true => store.query(store.sql.next_due).fetch_optional(work.on()).await?,
         false => None,
     };
+    if rows.len() >= request.wanted.iter().map(|(_, room)| *room as usize).sum::<usize>() {
+        // A full batch: there may be more than one worker can do.
+        let sql = format!(
+            "select pg_catalog.pg_notify(r.channel, '') from {0}.routing r
+             where exists (select from {0}.worker w where w.asleep and w.id <> $1)",
+            store.schema
+        );
+        store.dynamic(sql).bind(request.worker).execute(work.on()).await?;
+    }
     work.commit().await?;
 
     let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::with_capacity(rows.len()), next_due: None };

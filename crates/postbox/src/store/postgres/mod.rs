@@ -47,7 +47,7 @@ macro_rules! statements {
 }
 statements! {
     audit, beat, claim, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
-    moves, next_due, part_exists, promote, publish, resolution, settle_open, settle_part, starts, unrouted,
+    moves, next_due, part_exists, promote, publish, resolution, settle_open, settle_part, starts, suspects, unrouted,
     list, show_attempts, show_records, subscriptions, stranded,
 }
 
@@ -302,7 +302,12 @@ impl Store for PgStore {
 
     async fn register(&self, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
         self.listen();
-        register::register(self, registration).await
+        let ids = register::register(self, registration).await?;
+        // Engines that only speak PostgreSQL's protocol may not know their timeline.
+        if let Err(error) = register::suspect(self, registration.worker).await {
+            tracing::debug!(%error, "the server does not tell its timeline; a promoted standby goes unnoticed");
+        }
+        Ok(ids)
     }
 
     async fn beat(&self, beat: Beat) -> Result<Option<Pulse>, Error> {

@@ -132,6 +132,29 @@ async fn subscribe(
     Ok((row.try_get("id")?, true))
 }
 
+/// Notices a promoted standby or a restored backup, and flags the operations that had begun before.
+pub(super) async fn suspect(store: &PgStore, worker: Uuid) -> Result<(), Error> {
+    let mut work = store.work().await?;
+    let cluster = "select s.system_identifier || '/'
+            || pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8) as cluster
+         from pg_catalog.pg_control_system() s";
+    let cluster: String = store.query(cluster).fetch_one(work.on()).await?.try_get("cluster")?;
+    let moved = store.query(store.sql.suspects).bind(&cluster).bind(worker).fetch_optional(work.on()).await?;
+    work.commit().await?;
+    if let Some(row) = moved
+        && let Some(before) = row.try_get::<Option<String>, _>("before")?
+    {
+        let suspects: i64 = row.try_get("suspects")?;
+        tracing::warn!(
+            before,
+            now = cluster,
+            suspects,
+            "the server is on another timeline; operations begun before are suspect"
+        );
+    }
+    Ok(())
+}
+
 /// Messages looked at in one page of history.
 const PAGE: i64 = 1000;
 

@@ -4,7 +4,9 @@
 create table {schema}.routing (
     only_one  boolean primary key default true check (only_one),
     epoch     bigint  not null,
-    channel   text    not null
+    channel   text    not null,
+    -- System id and timeline of the server that the last worker registered at.
+    cluster   text
 );
 insert into {schema}.routing (epoch, channel) values (1, '{channel}');
 
