@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Run it again, or kill it half-way (`kill -9`) and start it again: the counts are the same. After
-//! a kill it may wait for a minute: whether a call that nobody saw the end of has reached the server
+//! a kill it may wait for some seconds: whether a call that nobody saw the end of has reached the server
 //! is asked there, and a "no" is believed only when the call cannot arrive any more.
 
 #![allow(clippy::print_stdout, reason = "the result goes to standard output")]
@@ -228,7 +228,7 @@ fn still_open(row: &SubscriptionRow) -> Option<String> {
     if row.in_doubt > 0 {
         words += &format!(
             ", {} in doubt (the server is asked; after a kill, its \"no\" is believed only when the lost call cannot \
-             arrive any more, in about a minute)",
+             arrive any more, in some seconds)",
             row.in_doubt
         );
     }

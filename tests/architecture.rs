@@ -133,3 +133,109 @@ fn the_command_knows_the_library_by_its_doors_only() {
         assert!(!text.contains("postbox::store"), "{} reaches past the library's doors", file.display());
     }
 }
+
+/// Words before a parenthesis that the grammar knows itself, so that no schema can hold another.
+const SYNTAX: &str = "array any bit coalesce exists extract greatest least nullif \
+    and as check conflict filter from in join key lateral materialized not on or select table values where with";
+
+/// Types that are keywords: all others are looked up, in the session's temporary schema first.
+const KEYWORD_TYPES: [&str; 7] =
+    ["bigint", "bit", "double precision", "int", "numeric", "smallint", "timestamp with time zone"];
+
+/// SQL without comments and without what is inside quotes.
+fn bare(sql: &str) -> String {
+    let uncommented: Vec<&str> = sql.lines().map(|line| line.split("--").next().unwrap_or_default()).collect();
+    uncommented.join("\n").split('\'').step_by(2).collect::<Vec<_>>().join("''")
+}
+
+/// The name that ends the text, qualified if it is written so.
+fn last_name(text: &str) -> &str {
+    let text = text.trim_end();
+    let start = text.rfind(|c: char| !(c.is_alphanumeric() || "_.{}$".contains(c))).map_or(0, |at| at + 1);
+    &text[start..]
+}
+
+/// How many arguments follow an opening parenthesis.
+fn arguments(rest: &str) -> usize {
+    let (mut depth, mut commas) = (0_usize, 0);
+    for c in rest.chars() {
+        match c {
+            '(' | '[' => depth += 1,
+            ')' | ']' if depth == 0 => break,
+            ')' | ']' => depth -= 1,
+            ',' if depth == 0 => commas += 1,
+            _ => {}
+        }
+    }
+    commas + 1
+}
+
+/// What in a statement could mean something else in another session.
+fn open_to_others(sql: &str) -> Vec<String> {
+    let sql = bare(sql);
+    let mut wrong = Vec::new();
+    for (at, _) in sql.match_indices('(') {
+        let name = last_name(&sql[..at]);
+        let before = last_name(sql[..at].trim_end().strip_suffix(name).unwrap_or_default());
+        let alone = name.is_empty() || SYNTAX.split(' ').any(|word| word == name) || before == "as";
+        let qualified = name.starts_with("pg_catalog.") || name.starts_with("{schema}.");
+        // With several arguments it is syntax too, and has no qualified form.
+        let rows = name == "unnest" && arguments(&sql[at + 1..]) > 1;
+        if !(alone || qualified || rows) {
+            wrong.push(format!("{name}( names no schema"));
+        }
+    }
+    for (at, cast) in sql.match_indices("::") {
+        let to = &sql[at + cast.len()..];
+        let keyword = KEYWORD_TYPES
+            .iter()
+            .filter_map(|k| to.strip_prefix(k))
+            .any(|rest| !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_'));
+        if !keyword && !to.starts_with("pg_catalog.") {
+            wrong.push(format!("the cast to {} names no schema", to.split_whitespace().next().unwrap_or_default()));
+        }
+    }
+    // Such an operator is found by converting an operand; an exact one in another schema would win.
+    if sql.contains("* interval") {
+        wrong.push(
+            "`x * interval` is no operator of pg_catalog unless x is double precision: write the interval first".into(),
+        );
+    }
+    for operator in ["* ", "/ "] {
+        for (at, _) in sql.match_indices(operator) {
+            let factor = &sql[at + operator.len()..];
+            let typed = factor.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').starts_with("::");
+            if factor.starts_with(|c: char| c.is_ascii_digit()) && !typed {
+                wrong.push(format!("the number after `{operator}` names no type"));
+            }
+        }
+    }
+    wrong
+}
+
+#[test]
+fn statements_name_their_schema() {
+    let root = library().join("store/postgres");
+    let files = [root.clone(), root.join("migrations")]
+        .iter()
+        .flat_map(|folder| std::fs::read_dir(folder).expect("the statements").flatten())
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|e| e == "sql"))
+        .collect::<Vec<_>>();
+    assert!(files.len() > 20, "only {} statements were read: this checks little", files.len());
+    let mut wrong = Vec::new();
+    for file in files {
+        let text = std::fs::read_to_string(&file).expect("a statement");
+        wrong.extend(open_to_others(&text).into_iter().map(|what| format!("{}: {what}", file.display())));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    // It sees what it is for.
+    for odd in
+        ["select now()", "select 1 from unnest(a) u", "n * interval '1 s'", "x::text", "x::integers", "x / 1000.0"]
+    {
+        assert_eq!(open_to_others(odd).len(), 1, "{odd}");
+    }
+    for fine in ["unnest(a, b[1]) -- now()", "extract(epoch from x) * 10::numeric", "f in ('now()')", "x as d(a)"] {
+        assert_eq!(open_to_others(fine), [""; 0], "{fine}");
+    }
+}

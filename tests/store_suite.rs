@@ -28,6 +28,9 @@ on_both_stores!(
     operators_act_on_what_they_saw,
     only_resolve_ends_a_doubt,
     new_subscriptions_take_their_history,
+    two_workers_hand_out_history_at_once,
+    an_operation_is_not_taken_for_something_else,
+    a_reborn_worker_changes_no_subscription,
     a_renamed_subscription_keeps_its_deliveries,
     a_changed_pattern_leaves_old_deliveries_and_takes_new_ones,
     a_taken_over_worker_is_told,
@@ -52,6 +55,7 @@ fn declared(name: &str, pattern: &str, kind: Kind) -> Declared {
         pattern: pattern.parse().expect("a pattern"),
         policy: Policy { kind, retry: RetryPolicy::default() },
         timeout: Duration::from_secs(60),
+        quiet: Duration::from_secs(60),
         reconciles: kind == Kind::Operation,
         continues: false,
         start: Start::Unrouted,
@@ -557,6 +561,76 @@ async fn new_subscriptions_take_their_history<Db: Testable>() {
     publish(&fresh, "u", 2).await;
     let status = fresh.postbox.admin().status().await.expect("status");
     assert_eq!((status.unrouted, status.unrouted_topics), (2, vec!["u".to_owned()]));
+}
+
+async fn two_workers_hand_out_history_at_once<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    for topic in ["orders.x", "payments.x"] {
+        publish(&fresh, topic, 1200).await;
+    }
+    let worker = |name: &'static str, pattern: &'static str| Registration {
+        worker: Uuid::now_v7(),
+        name: name.into(),
+        application: "test".into(),
+        lease: Duration::from_secs(60),
+        subscriptions: vec![declared(name, pattern, Kind::Plain)],
+    };
+    let store = fresh.postbox.store();
+    store.register(&worker("orders", "orders.x")).await.expect("register");
+    store.register(&worker("payments", "payments.x")).await.expect("register");
+    let hand_out = (0..2).map(|_| async {
+        for _ in 0..50 {
+            while store.backfill().await.expect("backfill") {}
+        }
+    });
+    futures_util::future::join_all(hand_out).await;
+    let status = fresh.postbox.admin().status().await.expect("status");
+    assert_eq!(status.unrouted, 0, "nothing is left to nobody");
+    for subscription in status.subscriptions {
+        assert_eq!((subscription.pending, subscription.backfilling), (1200, false), "{}", subscription.name);
+    }
+}
+
+async fn an_operation_is_not_taken_for_something_else<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let _charge = Hand::register(&fresh, vec![declared("charge", "t", Kind::Operation)]).await;
+    let registration = |subscriptions| Registration {
+        worker: Uuid::now_v7(),
+        name: "hand".into(),
+        application: "test".into(),
+        lease: Duration::from_secs(60),
+        subscriptions,
+    };
+    let plain = registration(vec![declared("charge", "t", Kind::Plain)]);
+    let refused = fresh.postbox.store().register(&plain).await.expect_err("refused");
+    assert!(matches!(&refused, Error::Refused(why) if why.contains("`charge` is an operation")), "{refused}");
+    let both = registration(vec![
+        declared("charge", "t", Kind::Operation),
+        Declared { renamed_from: vec!["charge".into()], ..declared("bill", "t", Kind::Operation) },
+    ]);
+    let refused = fresh.postbox.store().register(&both).await.expect_err("refused");
+    assert!(matches!(&refused, Error::Refused(why) if why.contains("`charge`") && why.contains("`bill`")), "{refused}");
+}
+
+async fn a_reborn_worker_changes_no_subscription<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let old = Hand::register(&fresh, vec![declared("old", "t", Kind::Plain)]).await;
+    let renamed = Declared { renamed_from: vec!["old".into()], ..declared("new", "t", Kind::Plain) };
+    let _new = Hand::register(&fresh, vec![renamed]).await;
+    let reborn = Registration {
+        worker: Uuid::now_v7(),
+        name: "hand".into(),
+        application: "test".into(),
+        lease: Duration::from_secs(60),
+        subscriptions: vec![declared("old", "t", Kind::Plain)],
+    };
+    old.store().revive(&reborn, &old.subscriptions).await.expect("revive");
+    let beat = Beat { worker: reborn.worker, lease: Duration::from_secs(60) };
+    assert!(old.store().beat(beat).await.expect("beat").is_some(), "it lives again");
+    let subscriptions = fresh.postbox.admin().subscriptions().await.expect("subscriptions");
+    let names: Vec<&str> = subscriptions.iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(names, ["new"], "the renaming is not undone, and nothing is doubled");
+    assert_eq!(subscriptions[0].workers, 3);
 }
 
 async fn a_renamed_subscription_keeps_its_deliveries<Db: Testable>() {

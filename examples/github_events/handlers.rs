@@ -30,7 +30,8 @@ pub(crate) fn routes<Db: Tables>(names: Names, remote: Remote) -> Router<Db> {
         .backoff(Duration::from_millis(50), Duration::from_secs(1))
         // A kill costs an attempt, and so does a busy machine.
         .max_attempts(20)
-        // After a kill, a "no" is believed when lease, timeout and a minute have passed.
+        // The server refuses what comes after the call's deadline: its "no" is final soon.
+        .quiet_period(Duration::from_secs(1))
         .timeout(Duration::from_secs(2))
         // One at a time: a kill leaves few in doubt.
         .concurrency(1);

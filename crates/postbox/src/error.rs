@@ -65,6 +65,12 @@ pub enum PublishError {
         /// Which wait.
         what: &'static str,
     },
+    /// A time before the year 1.
+    #[error("the {what} lies before the year 1, which not every store can keep")]
+    TooEarly {
+        /// Which time.
+        what: &'static str,
+    },
     /// The dedup key is taken by a message with another body. Nothing was stored.
     #[error(
         "the dedup key `{key}` of topic `{topic}` is taken by message {existing}, which has another body; nothing was published"

@@ -226,8 +226,13 @@ impl Draft {
             check_text("dedup key", &dedup.key)?;
             check_wait("dedup window", dedup.window)?;
         }
-        if let Due::After(delay) = self.due {
-            check_wait("delay", delay)?;
+        match self.due {
+            Due::After(delay) => check_wait("delay", delay)?,
+            Due::At(time) => check_time("due time", time)?,
+            Due::Now => {}
+        }
+        if let Some(time) = self.occurred_at {
+            check_time("time of occurrence", time)?;
         }
         if let Some(attempts @ (0 | 1001..)) = self.max_attempts {
             return Err(PublishError::MaxAttempts { attempts });
@@ -262,6 +267,14 @@ fn check_text(what: &'static str, text: &str) -> Result<(), PublishError> {
 fn check_wait(what: &'static str, wait: Duration) -> Result<(), PublishError> {
     if wait > MAX_WAIT {
         return Err(PublishError::TooFar { what });
+    }
+    Ok(())
+}
+
+/// From the year 1 on: what every store can keep. jiff ends with the year 9999.
+fn check_time(what: &'static str, time: Timestamp) -> Result<(), PublishError> {
+    if time.as_second() < -62_135_596_800 {
+        return Err(PublishError::TooEarly { what });
     }
     Ok(())
 }
@@ -386,38 +399,51 @@ impl Envelope {
         self.headers.get("traceparent").map(String::as_str)
     }
 
-    /// The whole envelope as one JSON object.
-    pub fn to_json(&self) -> serde_json::Value {
+    /// The whole envelope as one JSON object, as text: the payload's digits are kept.
+    pub fn to_json(&self) -> String {
         // Every field serializes: the payload is valid JSON, the maps have string keys.
-        let text = serde_json::to_string(self).unwrap_or_default();
-        json::read(&text).unwrap_or_default()
+        serde_json::to_string(self).unwrap_or_default()
     }
 
-    /// A CloudEvent 1.0 in structured JSON: the payload as `data`, the key as `partitionkey`.
+    /// A CloudEvent 1.0 in structured JSON, as text: the payload as `data`, the key as `partitionkey`.
     ///
     /// Source: CloudEvents 1.0.2, JSON event format, and its partitioning and tracing extensions.
-    pub fn to_cloudevent(&self) -> serde_json::Value {
-        let mut event = serde_json::json!({
-            "specversion": "1.0",
-            "id": self.id,
-            "source": self.source.as_deref().unwrap_or("postbox"),
-            "type": self.topic,
-            "time": self.occurred_at,
-            "datacontenttype": "application/json",
-            "correlationid": self.correlation(),
-            "data": json::read::<serde_json::Value>(self.payload.get()).unwrap_or_default(),
-        });
-        for (name, value) in [
-            ("partitionkey", self.key.as_deref()),
-            ("causationid", self.causation_id.as_deref()),
-            ("traceparent", self.traceparent()),
-        ] {
-            if let Some(value) = value {
-                event[name] = value.into();
-            }
-        }
-        event
+    pub fn to_cloudevent(&self) -> String {
+        let event = CloudEvent {
+            specversion: "1.0",
+            id: self.id,
+            source: self.source.as_deref().unwrap_or("postbox"),
+            kind: &self.topic,
+            time: self.occurred_at,
+            datacontenttype: "application/json",
+            partitionkey: self.key.as_deref(),
+            correlationid: self.correlation(),
+            causationid: self.causation_id.as_deref(),
+            traceparent: self.traceparent(),
+            data: &self.payload,
+        };
+        serde_json::to_string(&event).unwrap_or_default()
     }
+}
+
+/// A CloudEvent 1.0 in its structured JSON form.
+#[derive(Serialize)]
+struct CloudEvent<'a> {
+    specversion: &'static str,
+    id: Uuid,
+    source: &'a str,
+    #[serde(rename = "type")]
+    kind: &'a str,
+    time: Timestamp,
+    datacontenttype: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    partitionkey: Option<&'a str>,
+    correlationid: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    causationid: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    traceparent: Option<&'a str>,
+    data: &'a RawValue,
 }
 
 /// A payload that does not fit the type it was read as.

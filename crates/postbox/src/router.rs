@@ -120,6 +120,9 @@ impl<Db: Database, S: Send + Sync> Bound<Db> for BoundOperation<S> {
     }
 }
 
+/// The longest timeout and quiet period.
+const MAX_TIMEOUT: Duration = Duration::from_secs(7 * 86_400);
+
 /// What a subscription may set beside its handler.
 #[derive(Debug, Clone)]
 struct Options {
@@ -127,6 +130,7 @@ struct Options {
     renamed_from: Vec<String>,
     retry: RetryPolicy,
     timeout: Duration,
+    quiet: Duration,
     concurrency: Option<usize>,
     start: Start,
 }
@@ -138,6 +142,7 @@ impl Default for Options {
             renamed_from: Vec::new(),
             retry: RetryPolicy::default(),
             timeout: Duration::from_secs(60),
+            quiet: Duration::from_secs(60),
             concurrency: None,
             start: Start::default(),
         }
@@ -175,14 +180,22 @@ macro_rules! options {
         /// The longest wait after the first failure (default 1 s), and at all (default 15 min).
         #[must_use]
         pub fn backoff(mut self, base: Duration, cap: Duration) -> Self {
-            self.options.retry.base = base;
-            self.options.retry.cap = cap;
+            self.options.retry.base = base.min(crate::message::MAX_WAIT);
+            self.options.retry.cap = cap.min(crate::message::MAX_WAIT);
             self
         }
 
-        /// How long an attempt may run. Default 60 s.
+        /// How long an attempt may run, at most a week. Default 60 s.
+        ///
+        /// # Panics
+        /// Zero, or longer than a week.
+        #[track_caller]
         #[must_use]
         pub fn timeout(mut self, timeout: Duration) -> Self {
+            assert!(
+                !timeout.is_zero() && timeout <= MAX_TIMEOUT,
+                "the timeout is {timeout:?}; it must be above zero and at most a week"
+            );
             self.options.timeout = timeout;
             self
         }
@@ -265,6 +278,20 @@ where
 
 impl<S: 'static> OperationEntry<S> {
     options!();
+
+    /// How long a call that was sent may still be on its way to the remote, at most a week: until then
+    /// a reconcile hook's [`NotDone`](Reconciled::NotDone) is not believed. Default 60 s. Zero is for
+    /// remotes that refuse what comes late (by a deadline in the call, say).
+    ///
+    /// # Panics
+    /// Longer than a week.
+    #[track_caller]
+    #[must_use]
+    pub fn quiet_period(mut self, quiet: Duration) -> Self {
+        assert!(quiet <= MAX_TIMEOUT, "the quiet period is {quiet:?}; it must be at most a week");
+        self.options.quiet = quiet;
+        self
+    }
 
     /// Asks the remote how a doubt ends.
     #[must_use]
@@ -456,6 +483,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
                 continues,
                 start: options.start,
                 timeout: options.timeout,
+                quiet: options.quiet,
             },
             concurrency: options.concurrency,
             absolute,

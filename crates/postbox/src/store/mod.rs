@@ -122,6 +122,8 @@ pub struct Declared {
     pub policy: Policy,
     /// How long an attempt may run.
     pub timeout: Duration,
+    /// How long a call that was sent may still be on its way to the remote.
+    pub quiet: Duration,
     /// It can ask the remote about a doubt.
     pub reconciles: bool,
     /// Follow-ups hang on its success.
@@ -480,6 +482,9 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
 
     /// Writes the worker's row and its subscriptions. The ids, in the order given.
     fn register(&self, registration: &Registration) -> impl Verb<Vec<SubscriptionId>>;
+    /// Writes the row of a worker that was taken over and goes on under a new id. Its subscriptions
+    /// stay as they are stored: what was renamed, changed or removed meanwhile is not undone.
+    fn revive(&self, registration: &Registration, subscriptions: &[SubscriptionId]) -> impl Verb<()>;
     /// Renews the worker's life; `None` when it was taken over.
     fn beat(&self, beat: Beat) -> impl Verb<Option<Pulse>>;
     /// Ends a worker that holds nothing any more.

@@ -9,11 +9,10 @@ use futures_util::FutureExt;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use super::Life;
 use super::core::{Cancel, Ended, Event, Hold};
+use super::{Life, told};
 use crate::context::Context;
 use crate::crash;
-use crate::error::{Error, is_transient};
 use crate::handler::{self, Call, Failure, Tx};
 use crate::lifecycle::{End, Kind, Standing, State};
 use crate::message::Draft;
@@ -39,6 +38,7 @@ pub(super) struct Attempt<Db: Database> {
     pub(super) number: u32,
     pub(super) life: Arc<Life>,
     pub(super) lease_time: Duration,
+    pub(super) patience: Duration,
     pub(super) events: mpsc::UnboundedSender<Event>,
     pub(super) max_payload_bytes: usize,
 }
@@ -64,7 +64,6 @@ impl Running {
         if self.fate.compare_exchange(OPEN, CANCELLED, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             return;
         }
-        self.abort.abort();
         let ran = self.started.elapsed();
         let (end, words) = match why {
             Cancel::TimedOut => (End::TimedOut, format!("no end after {ran:.1?}: timed out")),
@@ -77,23 +76,15 @@ impl Running {
             ),
         };
         let ended = Ended { ran, fenced: why == Cancel::Fenced, cut_off: true, ..Ended::new(end, Some(words)) };
+        // Told first: that the task is gone comes after.
         self.events.send(Event::Ended(self.hold, Box::new(ended))).ok();
+        self.abort.abort();
     }
 }
 
 impl Ended {
     fn new(end: End, error: Option<String>) -> Ended {
-        Ended {
-            end,
-            error: error.map(clean),
-            receipt: None,
-            follow_ups: Vec::new(),
-            ran: Duration::ZERO,
-            settled: false,
-            fenced: false,
-            // A panic drops the call wherever it was.
-            cut_off: matches!(end, End::Panicked | End::TimedOut),
-        }
+        Ended { error: error.map(clean), ..Ended::of(end) }
     }
 
     fn failed(error: impl std::fmt::Display, permanent: bool) -> Ended {
@@ -157,7 +148,7 @@ impl<Db: Database> Attempt<Db> {
         if self.kind == Kind::Operation {
             crash::point("attempt-committed");
             // A process that slept through its lease must not call: others may have taken over.
-            if self.life.is_over() {
+            if self.life.is_over(self.lease.worker) {
                 return Ended::failed("the lease ran out before the call was made", false);
             }
         }
@@ -183,7 +174,14 @@ impl<Db: Database> Attempt<Db> {
         // An idle transaction must not outlive its lease.
         let tx = match self.store.open(self.lease, self.timeout.min(self.lease_time)).await {
             Ok(tx) => tx,
-            Err(error) => return Ended::failed(format!("no transaction could be opened: {error}"), false),
+            Err(error) => {
+                // Not the handler's fault, and it was not called.
+                tracing::warn!(delivery = self.item.delivery, %error, "no transaction could be opened; put off");
+                return Ended {
+                    not_called: true,
+                    ..Ended::failed(format!("no transaction could be opened: {error}"), false)
+                };
+            }
         };
         let started = Instant::now();
         let (tx, home) = Tx::lend(tx);
@@ -243,23 +241,23 @@ impl<Db: Database> Attempt<Db> {
         let settled = Ended { settled: true, ..Ended::new(End::Succeeded, None) };
         let fenced =
             || Ended { fenced: true, ..Ended::failed("the lease was lost; the transaction was rolled back", false) };
-        let error = match self.store.settle_open(tx, self.lease, &outcome, &follow_ups).await {
-            Ok(Guarded::Done) => return settled,
-            Ok(Guarded::Fenced) => return fenced(),
-            Err(error) => error,
+        let settling = self.store.settle_open(tx, self.lease, &outcome, &follow_ups);
+        let error = match tokio::time::timeout(self.patience, settling).await {
+            Ok(Ok(Guarded::Done)) => return settled,
+            Ok(Ok(Guarded::Fenced)) => return fenced(),
+            Ok(Err(error)) if error.is_transient() => error.to_string(),
+            Ok(Err(error)) => return Ended::failed(error, false),
+            Err(_) => "the commit got no answer".to_owned(),
         };
-        let lost = matches!(&error, Error::Database(e) | Error::Busy(e) if is_transient(e));
-        if !lost {
-            return Ended::failed(error, false);
-        }
         // The COMMIT's answer was lost: ask, once nobody can still be committing it.
         let mut pause = Duration::from_millis(50);
         loop {
-            match self.store.recheck(self.lease, self.item.delivery, self.number).await {
-                Ok(Some(true)) => return settled,
-                Ok(Some(false)) => return Ended::failed(error, false),
-                Ok(None) => return fenced(),
-                Err(again) => tracing::warn!(error = %again, "cannot tell yet whether a commit went through"),
+            let asked = self.store.recheck(self.lease, self.item.delivery, self.number);
+            match told("recheck", self.patience, asked).await {
+                Some(Some(true)) => return settled,
+                Some(Some(false)) => return Ended::failed(error, false),
+                Some(None) => return fenced(),
+                None => {}
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(5));

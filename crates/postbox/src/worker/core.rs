@@ -29,6 +29,10 @@ const FIRST_POLL: Duration = Duration::from_millis(5);
 /// The first and the longest wait before a verb that failed is tried again.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How long a handler that could not be called is put off.
+const NOT_CALLED_PAUSE: Duration = Duration::from_secs(1);
+/// After `StopNow`, how long outcomes may still take to be written.
+const LAST_WAIT: Duration = Duration::from_secs(5);
 
 /// What a worker is made of.
 #[derive(Debug, Clone)]
@@ -38,8 +42,6 @@ pub(crate) struct Setup {
     /// A fixed size of batches, instead of one that follows the load.
     pub(crate) batch: Option<u32>,
     pub(crate) poll_interval: Duration,
-    /// How long a cancelled call may still be on its way to the remote.
-    pub(crate) grace: Duration,
     pub(crate) subscriptions: Vec<Lane>,
     /// Tokens and jitter come from here.
     pub(crate) seed: u64,
@@ -51,6 +53,8 @@ pub(crate) struct Lane {
     pub(crate) id: SubscriptionId,
     pub(crate) policy: Policy,
     pub(crate) timeout: Duration,
+    /// How long a call that was sent may still be on its way to the remote.
+    pub(crate) quiet: Duration,
     pub(crate) concurrency: Option<usize>,
 }
 
@@ -69,8 +73,38 @@ pub(crate) struct Ended {
     pub(crate) settled: bool,
     /// The lease was found to be gone.
     pub(crate) fenced: bool,
-    /// It was cut off: a call may still be on its way to the remote.
+    /// Its task was cancelled, and may not have let go yet.
     pub(crate) cut_off: bool,
+    /// The handler was never called, for a reason that is not its own.
+    pub(crate) not_called: bool,
+}
+
+impl Ended {
+    /// With this end, and nothing else to tell.
+    pub(crate) fn of(end: End) -> Ended {
+        Ended {
+            end,
+            error: None,
+            receipt: None,
+            follow_ups: Vec::new(),
+            ran: Duration::ZERO,
+            settled: false,
+            fenced: false,
+            cut_off: false,
+            not_called: false,
+        }
+    }
+}
+
+/// What became of a flush.
+#[derive(Debug)]
+pub(crate) enum Flushed {
+    /// The store said so.
+    Known(Guarded),
+    /// The answer was lost, or the database is away.
+    Unknown,
+    /// The database will not take what is in it.
+    Refused(String),
 }
 
 /// What happens to a worker.
@@ -80,8 +114,8 @@ pub(crate) enum Event {
     Woken,
     /// A claim returned; `None`: its answer was lost or an error.
     Claimed(Uuid, Option<Claimed>),
-    /// A flush returned; `None`: its answer was lost or an error.
-    Settled(Uuid, Option<Guarded>),
+    /// A flush returned.
+    Settled(Uuid, Flushed),
     /// A handback of an unknown claim returned.
     Disowned(Uuid, bool),
     /// An attempt ended.
@@ -132,6 +166,10 @@ enum Slot {
         deadline: Duration,
         cancelled: bool,
     },
+    /// Could not be called; tried again from this time on.
+    Paused(Duration),
+    /// An operation that was cut off and has not let go: it may still do its work.
+    CutOff(Box<Ended>),
     /// Ended, waits to be settled.
     Ended(Box<Ended>, Duration),
     /// Handed back, waits to be settled.
@@ -152,11 +190,15 @@ struct Batch {
     again_at: Option<Duration>,
     pause: Duration,
     fenced: bool,
+    /// A flush was refused: what is in it is settled one by one, to find the one that is.
+    one_by_one: bool,
 }
 
 #[derive(Debug, Default)]
 struct Load {
     queued: usize,
+    /// Of those, the ones that run one at a time.
+    suspects: usize,
     running: usize,
     /// A moving average of how long an attempt runs.
     ran: Option<Duration>,
@@ -192,6 +234,8 @@ pub(crate) struct Core {
     /// Claims whose answer was lost: they may hold a lease that nobody works on.
     lost_claims: BTreeMap<Uuid, Option<Duration>>,
     phase: Phase,
+    /// What has not let go by then is left to a takeover.
+    give_up_at: Option<Duration>,
     hungry: bool,
     asleep: bool,
     poll_at: Duration,
@@ -212,6 +256,7 @@ impl Core {
             claiming: None,
             lost_claims: BTreeMap::new(),
             phase: Phase::Working,
+            give_up_at: None,
             hungry: true,
             asleep: false,
             poll_at: Duration::ZERO,
@@ -223,22 +268,30 @@ impl Core {
     }
 
     /// Nothing is held any more and nothing is under way: the worker may retire.
-    pub(crate) fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self, now: Duration) -> bool {
         let over = self.batches.is_empty() && self.claiming.is_none();
         match self.phase {
             Phase::Working => false,
             Phase::Stopping => over && self.permits.is_empty(),
-            // A handler that ignores its cancellation is not waited for.
-            Phase::StoppingNow => over,
+            // A handler or a database that does not answer is not waited for.
+            Phase::StoppingNow => over || self.give_up_at.is_some_and(|at| at <= now),
         }
+    }
+
+    /// Deliveries that are left to a takeover.
+    pub(crate) fn left(&self) -> usize {
+        self.batches.values().flat_map(|b| &b.items).filter(|(_, slot)| !matches!(slot, Slot::Settled)).count()
     }
 
     /// When `Tick` is wanted at the latest.
     pub(crate) fn next_tick(&self) -> Option<Duration> {
         let mut next: Option<Duration> = None;
         let mut at_latest = |at: Duration| next = Some(next.map_or(at, |n| n.min(at)));
-        if self.phase == Phase::Working && self.claiming.is_none() && !self.hungry {
+        if !self.hungry && self.wanted().is_some() {
             at_latest(self.poll_at);
+        }
+        if let Some(at) = self.give_up_at {
+            at_latest(at);
         }
         for batch in self.batches.values() {
             if let Some(at) = batch.again_at {
@@ -247,7 +300,10 @@ impl Core {
             for (_, slot) in &batch.items {
                 match slot {
                     Slot::Running { deadline, cancelled: false } => at_latest(*deadline),
-                    Slot::Ended(_, at) if batch.flight.is_none() && !batch.fenced => at_latest(*at + FLUSH_AFTER),
+                    Slot::Paused(until) if self.phase == Phase::Working => at_latest(*until),
+                    Slot::Ended(_, at) if batch.flight.is_none() && !batch.fenced && batch.again_at.is_none() => {
+                        at_latest(*at + FLUSH_AFTER);
+                    }
                     _ => {}
                 }
             }
@@ -285,8 +341,17 @@ impl Core {
                 }
             }
             Event::Ended(hold, ended) => self.ended(hold, *ended, now, commands),
-            Event::Freed(hold) => self.freed(hold),
+            Event::Freed(hold) => self.freed(hold, now, commands),
             Event::Pulse(sent, tokens) => {
+                // A lease that is stored and that nobody here knows: its claim's answer was lost, and
+                // its COMMIT came through after all.
+                for token in &tokens {
+                    let known = self.batches.contains_key(token) || self.claiming == Some(*token);
+                    if !known && !self.lost_claims.contains_key(token) {
+                        self.lost_claims.insert(*token, None);
+                        commands.push(Command::Disown(*token));
+                    }
+                }
                 let gone: Vec<Uuid> = self
                     .batches
                     .values()
@@ -315,6 +380,7 @@ impl Core {
             }
             Event::StopNow => {
                 self.phase = Phase::StoppingNow;
+                self.give_up_at.get_or_insert(now + LAST_WAIT);
                 self.release_queued();
                 for (token, batch) in &mut self.batches {
                     for (index, (_, slot)) in batch.items.iter_mut().enumerate() {
@@ -362,8 +428,8 @@ impl Core {
         let lease = LeaseRef { worker: self.setup.worker, batch: claimed.batch, token };
         let mut items = Vec::with_capacity(claimed.items.len());
         for (index, item) in claimed.items.into_iter().enumerate() {
-            if let Some((_, load)) = self.lanes.get_mut(&item.subscription) {
-                load.queued += 1;
+            if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
+                load.enter(lane, &item);
             }
             self.queue.push_back((token, index));
             items.push((item, Slot::Queued));
@@ -379,6 +445,7 @@ impl Core {
                 again_at: None,
                 pause: FIRST_PAUSE,
                 fenced: false,
+                one_by_one: false,
             },
         );
         if self.phase != Phase::Working {
@@ -393,8 +460,8 @@ impl Core {
                 let (item, slot) = &mut batch.items[index];
                 if matches!(slot, Slot::Queued) {
                     *slot = Slot::Released;
-                    if let Some((_, load)) = self.lanes.get_mut(&item.subscription) {
-                        load.queued -= 1;
+                    if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
+                        load.leave(lane, item);
                     }
                 }
             }
@@ -402,9 +469,13 @@ impl Core {
         let mut freed = Vec::new();
         for (token, batch) in &mut self.batches {
             for (index, (_, slot)) in batch.items.iter_mut().enumerate() {
-                if matches!(slot, Slot::Reserved) {
-                    *slot = Slot::Released;
-                    freed.push((*token, index));
+                match slot {
+                    Slot::Reserved => {
+                        *slot = Slot::Released;
+                        freed.push((*token, index));
+                    }
+                    Slot::Paused(_) => *slot = Slot::Released,
+                    _ => {}
                 }
             }
         }
@@ -424,8 +495,22 @@ impl Core {
         }
     }
 
-    fn freed(&mut self, hold: Hold) {
+    fn freed(&mut self, hold: Hold, now: Duration, commands: &mut Vec<Command>) {
         self.free(hold);
+        let slot = self.batches.get_mut(&hold.0).map(|batch| &mut batch.items[hold.1].1);
+        match slot {
+            // The task is gone without a word: something panicked on its way out.
+            Some(Slot::Running { .. }) => {
+                let error = Some("the handler's task ended without an outcome".to_owned());
+                self.ended(hold, Ended { error, ..Ended::of(End::Panicked) }, now, commands);
+            }
+            Some(slot @ Slot::CutOff(_)) => {
+                if let Slot::CutOff(ended) = std::mem::replace(slot, Slot::Settled) {
+                    *slot = Slot::Ended(ended, now);
+                }
+            }
+            _ => {}
+        }
         self.forget_if_over(hold.0);
     }
 
@@ -448,7 +533,7 @@ impl Core {
             }
             let Some((lane, load)) = self.lanes.get_mut(&item.subscription) else { continue };
             // A message whose worker died may have killed it: such ones run one at a time, on record.
-            let suspicious = item.lost > 0 && lane.policy.kind != Kind::Operation;
+            let suspicious = is_suspect(lane, item);
             if lane.concurrency.is_some_and(|limit| load.running >= limit) || (suspicious && self.suspect.is_some()) {
                 waiting.push_back(hold);
                 continue;
@@ -467,7 +552,7 @@ impl Core {
                 }
                 exposed.entry((hold.0, lane.id)).or_default().open += 1;
             }
-            load.queued -= 1;
+            load.leave(lane, item);
             load.running += 1;
             self.permits.insert(hold, item.subscription);
             if suspicious {
@@ -476,7 +561,7 @@ impl Core {
             if suspicious || lane.policy.kind == Kind::Operation {
                 *slot = Slot::Reserved;
             } else {
-                *slot = Slot::Running { deadline: now + lane.timeout, cancelled: false };
+                *slot = Slot::Running { deadline: now.saturating_add(lane.timeout), cancelled: false };
                 commands.push(Command::Run(hold, batch.lease, Box::new(item.clone()), item.attempts + 1));
             }
         }
@@ -492,7 +577,13 @@ impl Core {
                 let operation =
                     self.lanes.get(&item.subscription).is_some_and(|(l, _)| l.policy.kind == Kind::Operation);
                 match slot {
-                    Slot::Reserved | Slot::Starting | Slot::Running { .. } | Slot::Settling(Some(_)) if operation => {
+                    Slot::Reserved
+                    | Slot::Starting
+                    | Slot::Running { .. }
+                    | Slot::CutOff(_)
+                    | Slot::Settling(Some(_))
+                        if operation =>
+                    {
                         exposed.entry((*token, item.subscription)).or_default().open += 1;
                     }
                     Slot::Ended(..) if operation => exposed.entry((*token, item.subscription)).or_default().ended += 1,
@@ -506,13 +597,27 @@ impl Core {
     /// Cancels what has run too long.
     fn expire(&mut self, now: Duration, commands: &mut Vec<Command>) {
         for (token, batch) in &mut self.batches {
-            for (index, (_, slot)) in batch.items.iter_mut().enumerate() {
-                if let Slot::Running { deadline, cancelled: cancelled @ false } = slot
-                    && *deadline <= now
-                {
-                    *cancelled = true;
-                    commands.push(Command::Cancel((*token, index), Cancel::TimedOut));
+            for (index, (item, slot)) in batch.items.iter_mut().enumerate() {
+                match slot {
+                    Slot::Running { deadline, cancelled: cancelled @ false } if *deadline <= now => {
+                        *cancelled = true;
+                        commands.push(Command::Cancel((*token, index), Cancel::TimedOut));
+                    }
+                    Slot::Paused(until) if *until <= now => {
+                        *slot = Slot::Queued;
+                        self.queue.push_back((*token, index));
+                        if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
+                            load.enter(lane, item);
+                        }
+                    }
+                    _ => {}
                 }
+            }
+        }
+        for (token, at) in &mut self.lost_claims {
+            if at.is_some_and(|at| at <= now) {
+                *at = None;
+                commands.push(Command::Disown(*token));
             }
         }
     }
@@ -527,9 +632,22 @@ impl Core {
             let before = load.ran.unwrap_or(ended.ran);
             load.ran = Some((before * 7 + ended.ran) / 8);
         }
+        // One that blocks its thread must not hold back the others for ever.
+        if self.suspect == Some(hold) {
+            self.suspect = None;
+        }
+        let operation = self.lanes.get(&item.subscription).is_some_and(|(lane, _)| lane.policy.kind == Kind::Operation);
         if ended.settled {
             *slot = Slot::Settled;
             self.forget_if_over(hold.0);
+        } else if ended.cut_off && operation && !batch.fenced && self.permits.contains_key(&hold) {
+            // Nothing is said about it while it may still do its work.
+            *slot = Slot::CutOff(Box::new(ended));
+        } else if ended.not_called && item.lost == 0 && !operation && !batch.fenced {
+            *slot = match self.phase {
+                Phase::Working => Slot::Paused(now + NOT_CALLED_PAUSE),
+                _ => Slot::Released,
+            };
         } else if batch.fenced || ended.fenced {
             *slot = Slot::Settled;
             let seen = observation(item, &ended, batch.lease.worker, self.lanes.get(&item.subscription).map(|l| &l.0));
@@ -559,8 +677,8 @@ impl Core {
             let lane = self.lanes.get_mut(&item.subscription);
             match slot {
                 Slot::Queued => {
-                    if let Some((_, load)) = lane {
-                        load.queued -= 1;
+                    if let Some((lane, load)) = lane {
+                        load.leave(lane, item);
                     }
                     *slot = Slot::Settled;
                 }
@@ -568,7 +686,7 @@ impl Core {
                     *slot = Slot::Settled;
                     freed.push((token, index));
                 }
-                Slot::Ended(ended, _) | Slot::Settling(Some(ended)) => {
+                Slot::Ended(ended, _) | Slot::CutOff(ended) | Slot::Settling(Some(ended)) => {
                     seen.push(observation(item, ended, batch.lease.worker, lane.map(|l| &l.0)));
                     *slot = Slot::Settled;
                 }
@@ -579,7 +697,7 @@ impl Core {
                     *cancelled = true;
                     commands.push(Command::Cancel((token, index), Cancel::Fenced));
                 }
-                Slot::Released | Slot::Settling(None) => *slot = Slot::Settled,
+                Slot::Released | Slot::Paused(_) | Slot::Settling(None) => *slot = Slot::Settled,
                 Slot::Running { .. } | Slot::Settled => {}
             }
         }
@@ -618,25 +736,30 @@ impl Core {
                 }
                 continue;
             }
-            if let Some(settle) = due_flush(batch, &self.lanes, &self.setup, &mut self.rng, now) {
+            if batch.again_at.is_some_and(|at| at > now) {
+                continue;
+            }
+            batch.again_at = None;
+            if let Some(settle) = due_flush(batch, &self.lanes, &mut self.rng, now) {
                 batch.flight = Some(settle.clone());
                 commands.push(Command::Settle(Box::new(settle)));
             }
         }
     }
 
-    fn settled(&mut self, token: Uuid, answer: Option<Guarded>, now: Duration, commands: &mut Vec<Command>) {
+    fn settled(&mut self, token: Uuid, answer: Flushed, now: Duration, commands: &mut Vec<Command>) {
         let Some(batch) = self.batches.get_mut(&token) else { return };
         if batch.flight.is_none() {
             return;
         }
         match answer {
-            None => {
+            Flushed::Unknown => {
                 batch.again_at = Some(now + batch.pause);
                 batch.pause = (batch.pause * 2).min(LONGEST_PAUSE);
             }
-            Some(Guarded::Fenced) => self.fence(token, commands),
-            Some(Guarded::Done) => {
+            Flushed::Refused(error) => batch.refused(&error, &self.lanes, now),
+            Flushed::Known(Guarded::Fenced) => self.fence(token, commands),
+            Flushed::Known(Guarded::Done) => {
                 batch.pause = FIRST_PAUSE;
                 let close = batch.flight.take().is_some_and(|f| f.close);
                 for (index, (item, slot)) in batch.items.iter_mut().enumerate() {
@@ -644,7 +767,7 @@ impl Core {
                         Slot::Settling(_) => *slot = Slot::Settled,
                         Slot::Starting => {
                             let timeout = self.lanes.get(&item.subscription).map_or(Duration::ZERO, |(l, _)| l.timeout);
-                            *slot = Slot::Running { deadline: now + timeout, cancelled: false };
+                            *slot = Slot::Running { deadline: now.saturating_add(timeout), cancelled: false };
                             let number = item.attempts + 1;
                             commands.push(Command::Run((token, index), batch.lease, Box::new(item.clone()), number));
                         }
@@ -670,38 +793,100 @@ impl Core {
         ahead(concurrency, ran)
     }
 
-    fn claim(&mut self, now: Duration, commands: &mut Vec<Command>) {
+    /// How many of which subscriptions could be claimed now; `None` when nothing is wanted.
+    fn wanted(&self) -> Option<Vec<(SubscriptionId, u32)>> {
         if self.phase != Phase::Working || self.claiming.is_some() {
-            return;
-        }
-        if !self.hungry && now < self.poll_at {
-            return;
+            return None;
         }
         let target = self.target();
-        let queued = self.queue.len() as u32;
+        // What waits for a permit of its own subscription does not keep the others waiting.
+        let startable = |(lane, load): &(Lane, Load)| {
+            let full = lane.concurrency.is_some_and(|limit| load.running >= limit);
+            if full { 0 } else { load.queued - load.suspects }
+        };
+        let queued = self.lanes.values().map(startable).sum::<usize>() as u32;
         if queued * 2 > target || (self.setup.batch.is_some() && queued > 0) {
-            return;
+            return None;
         }
-        let room = target - queued;
+        let room = target.saturating_sub(queued);
         let mut wanted: Vec<(SubscriptionId, u32)> = self
             .lanes
             .values()
             .filter_map(|(lane, load)| {
                 let limit = lane.concurrency.unwrap_or(self.setup.concurrency).min(self.setup.concurrency) as u32;
-                let share =
-                    self.setup.batch.unwrap_or_else(|| ahead(limit, load.ran)).saturating_sub(load.queued as u32);
-                let room = room.min(share);
+                let share = self.setup.batch.unwrap_or_else(|| ahead(limit, load.ran));
+                let room = room.min(share.saturating_sub(load.queued as u32));
                 (room > 0).then_some((lane.id, room))
             })
             .collect();
-        if wanted.is_empty() {
+        wanted.sort_unstable();
+        (!wanted.is_empty()).then_some(wanted)
+    }
+
+    fn claim(&mut self, now: Duration, commands: &mut Vec<Command>) {
+        if !self.hungry && now < self.poll_at {
             return;
         }
-        wanted.sort_unstable();
+        let Some(wanted) = self.wanted() else { return };
         let token = uuid::Builder::from_random_bytes(self.rng.u128(..).to_be_bytes()).into_uuid();
         self.claiming = Some(token);
         self.hungry = false;
         commands.push(Command::Claim(ClaimRequest { worker: self.setup.worker, token, wanted }));
+    }
+}
+
+impl Load {
+    fn enter(&mut self, lane: &Lane, item: &Item) {
+        self.queued += 1;
+        self.suspects += usize::from(is_suspect(lane, item));
+    }
+
+    fn leave(&mut self, lane: &Lane, item: &Item) {
+        self.queued -= 1;
+        self.suspects -= usize::from(is_suspect(lane, item));
+    }
+}
+
+/// Its last worker died, and may have died of it.
+fn is_suspect(lane: &Lane, item: &Item) -> bool {
+    item.lost > 0 && lane.policy.kind != Kind::Operation
+}
+
+impl Batch {
+    /// The database refused a flush for what is in it. Nothing of it was written: its slots go back,
+    /// and are settled one by one; the one that is refused alone is settled as what could not be.
+    fn refused(&mut self, error: &str, lanes: &HashMap<SubscriptionId, (Lane, Load)>, now: Duration) {
+        tracing::error!(batch = self.lease.batch, error, "a flush was refused; settling one by one");
+        let alone = self.one_by_one;
+        self.one_by_one = true;
+        self.again_at = None;
+        let flight = self.flight.take();
+        for (item, slot) in &mut self.items {
+            match std::mem::replace(slot, Slot::Settled) {
+                Slot::Settling(Some(mut ended)) => {
+                    if alone {
+                        let operation =
+                            lanes.get(&item.subscription).is_some_and(|(l, _)| l.policy.kind == Kind::Operation);
+                        let end = match operation {
+                            true => End::InDoubt,
+                            false => End::Failed { permanent: true, retry_after: None },
+                        };
+                        let words = format!("its outcome ({}) could not be written: {error}", ended.end.as_str());
+                        *ended = Ended { error: Some(words), ran: ended.ran, ..Ended::of(end) };
+                    }
+                    *slot = Slot::Ended(ended, now);
+                }
+                Slot::Settling(None) => *slot = Slot::Released,
+                Slot::Starting => *slot = Slot::Reserved,
+                other => *slot = other,
+            }
+        }
+        // Not at once: if even that is refused, it is not asked without end.
+        if alone {
+            self.again_at = Some(now + self.pause);
+            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        }
+        drop(flight);
     }
 }
 
@@ -718,7 +903,6 @@ fn ahead(concurrency: u32, ran: Option<Duration>) -> u32 {
 fn due_flush(
     batch: &mut Batch,
     lanes: &HashMap<SubscriptionId, (Lane, Load)>,
-    setup: &Setup,
     rng: &mut fastrand::Rng,
     now: Duration,
 ) -> Option<Settle> {
@@ -739,6 +923,9 @@ fn due_flush(
     if !(complete || ripe || reserved > 0 || released > 0) {
         return None;
     }
+    // The first alone, if a flush with company was refused.
+    let mut room = if batch.one_by_one { 1 } else { usize::MAX };
+    let complete = complete && (!batch.one_by_one || ended + released <= 1);
     let mut settle = Settle {
         lease: batch.lease,
         part: batch.next_part,
@@ -751,10 +938,14 @@ fn due_flush(
     };
     batch.next_part += 1;
     for (item, slot) in &mut batch.items {
+        if room == 0 || !matches!(slot, Slot::Ended(..) | Slot::Released | Slot::Reserved) {
+            continue;
+        }
+        room -= 1;
         match std::mem::replace(slot, Slot::Settling(None)) {
             Slot::Ended(ended, at) => {
                 let lane = lanes.get(&item.subscription).map(|(lane, _)| lane);
-                judge(item, (*ended).clone(), now.saturating_sub(at), lane, setup.grace, rng, &mut settle);
+                judge(item, (*ended).clone(), now.saturating_sub(at), lane, rng, &mut settle);
                 *slot = Slot::Settling(Some(ended));
             }
             Slot::Released => settle.released.push(item.clone()),
@@ -769,15 +960,7 @@ fn due_flush(
 }
 
 /// Turns an attempt's end into what is written: the lifecycle decides.
-fn judge(
-    item: &Item,
-    ended: Ended,
-    ago: Duration,
-    lane: Option<&Lane>,
-    grace: Duration,
-    rng: &mut fastrand::Rng,
-    settle: &mut Settle,
-) {
+fn judge(item: &Item, ended: Ended, ago: Duration, lane: Option<&Lane>, rng: &mut fastrand::Rng, settle: &mut Settle) {
     let policy = policy_for(item, lane);
     let begun = policy.kind == Kind::Operation || item.lost > 0;
     let number = item.attempts + 1;
@@ -810,7 +993,7 @@ fn judge(
         rev: item.rev + 1,
         standing: next.standing,
         delay: next.delay,
-        quiet: if ended.cut_off { grace } else { Duration::ZERO },
+        quiet: lane.map_or(Duration::ZERO, |lane| lane.quiet),
         note: note(&ended.error, next.standing.state, number, &policy),
         outcome: Some(OutcomeRecord {
             number,

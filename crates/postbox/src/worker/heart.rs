@@ -1,7 +1,7 @@
 //! The heartbeat: a thread and a connection of its own, so that no handler can starve it.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
@@ -9,19 +9,19 @@ use uuid::Uuid;
 use super::core::Event;
 use super::{Life, Moment};
 use crate::error::Error;
-use crate::store::{Beat, Registration, Store};
+use crate::store::{Beat, Registration, Store, SubscriptionId};
 
 /// Beats until it is dropped.
 pub(super) struct Heart {
     _stop: watch::Sender<()>,
 }
 
-pub(super) async fn start<S: Store>(
+pub(super) fn start<S: Store>(
     store: &S,
     registration: &Registration,
+    subscriptions: Vec<SubscriptionId>,
     life: Arc<Life>,
     events: mpsc::UnboundedSender<Event>,
-    origin: Instant,
 ) -> Result<Heart, Error> {
     let (stop, stopped) = watch::channel(());
     let (store, registration) = (store.clone(), registration.clone());
@@ -30,7 +30,7 @@ pub(super) async fn start<S: Store>(
         .spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             match runtime {
-                Ok(runtime) => runtime.block_on(beat(store, registration, life, events, origin, stopped)),
+                Ok(runtime) => runtime.block_on(beat(store, registration, subscriptions, life, events, stopped)),
                 Err(error) => tracing::error!(%error, "the heartbeat has no runtime; the lease will run out"),
             }
         })
@@ -41,9 +41,9 @@ pub(super) async fn start<S: Store>(
 async fn beat<S: Store>(
     store: S,
     mut registration: Registration,
+    subscriptions: Vec<SubscriptionId>,
     life: Arc<Life>,
     events: mpsc::UnboundedSender<Event>,
-    origin: Instant,
     mut stopped: watch::Receiver<()>,
 ) {
     let lease = registration.lease;
@@ -66,16 +66,17 @@ async fn beat<S: Store>(
         wait = lease / 3;
         match answer {
             Ok(Ok(Some(pulse))) => {
-                life.extend(sent, lease);
-                events.send(Event::Pulse(sent.instant.saturating_duration_since(origin), pulse.tokens)).ok();
+                life.extend(registration.worker, sent, lease);
+                let at = sent.instant.saturating_duration_since(life.origin);
+                events.send(Event::Pulse(at, pulse.tokens)).ok();
             }
             Ok(Ok(None)) => {
                 tracing::warn!("this worker was taken over; it goes on under a new id");
                 registration.worker = Uuid::now_v7();
                 let sent = Moment::now();
-                match own.register(&registration).await {
-                    Ok(_) => {
-                        life.extend(sent, lease);
+                match own.revive(&registration, &subscriptions).await {
+                    Ok(()) => {
+                        life.extend(registration.worker, sent, lease);
                         events.send(Event::Reborn(registration.worker)).ok();
                     }
                     Err(error) => {

@@ -24,6 +24,10 @@ const ROUND: Duration = Duration::from_secs(1);
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 /// How often what has run out is removed.
 const TIDY: Duration = Duration::from_secs(60);
+/// How long a verb may take before it is tried in the next round.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Every how many rounds routes are learnt anew.
+const LEARN_ROUNDS: u32 = 30;
 /// Topics remembered between two rounds.
 const MAX_TOPICS: usize = 1000;
 
@@ -42,7 +46,10 @@ impl Topics {
     }
 
     fn all(&self) -> Vec<String> {
-        self.0.lock().map(|topics| topics.iter().cloned().collect()).unwrap_or_default()
+        // In one order for all workers, so that two that learn at once cannot deadlock.
+        let mut topics: Vec<String> = self.0.lock().map(|topics| topics.iter().cloned().collect()).unwrap_or_default();
+        topics.sort_unstable();
+        topics
     }
 }
 
@@ -75,9 +82,9 @@ pub(super) fn start<Db: Database>(
 
 async fn keep<Db: Database>(postbox: Postbox<Db>, topics: Arc<Topics>) {
     let store = postbox.store();
-    let (mut tidied, mut learnt) = (Instant::now(), 0);
+    let (mut tidied, mut learnt, mut rounds) = (Instant::now(), 0, 0u32);
     loop {
-        while let Some(Some(taken)) = told("take over", store.take_over(fastrand::f64()).await) {
+        while let Some(Some(taken)) = told("take over", PATIENCE, store.take_over(fastrand::f64())).await {
             tracing::warn!(
                 worker = taken.name,
                 pending = taken.pending,
@@ -86,14 +93,17 @@ async fn keep<Db: Database>(postbox: Postbox<Db>, topics: Arc<Topics>) {
                 "a worker died; its work was taken over"
             );
         }
-        while told("backfill", store.backfill().await) == Some(true) {}
+        while told("backfill", PATIENCE, store.backfill()).await == Some(true) {}
+        // Again now and then: a new routing epoch has outdated what was learnt.
         let seen = topics.all();
-        if seen.len() != learnt && told("learn routes", store.learn_routes(&seen).await).is_some() {
+        rounds += 1;
+        let due = seen.len() != learnt || rounds % LEARN_ROUNDS == 0;
+        if due && !seen.is_empty() && told("learn routes", PATIENCE, store.learn_routes(&seen)).await.is_some() {
             learnt = seen.len();
         }
         if tidied.elapsed() >= TIDY {
             tidied = Instant::now();
-            while told("tidy", store.tidy().await).is_some_and(|removed| removed >= 1000) {}
+            while told("tidy", PATIENCE, store.tidy()).await.is_some_and(|removed| removed >= 1000) {}
         }
         tokio::time::sleep(ROUND.mul_f64(0.8 + 0.4 * fastrand::f64())).await;
     }
@@ -117,11 +127,11 @@ async fn ask<Db: Database>(
     }
     let worker = registration.name;
     loop {
-        for doubt in told("ask", store.doubts(&able, 10, ASK_AGAIN).await).unwrap_or_default() {
+        for doubt in told("ask", PATIENCE, store.doubts(&able, 10, ASK_AGAIN)).await.unwrap_or_default() {
             let Some(route) = routes.get(&doubt.subscription) else { continue };
             if let Some(answered) = settle(route, doubt, &worker, max_payload_bytes).await {
                 crash::point("resolving");
-                told("answer", store.answer(&answered).await);
+                told("answer", PATIENCE, store.answer(&answered)).await;
             }
         }
         tokio::time::sleep(ROUND.mul_f64(0.4 + 0.2 * fastrand::f64())).await;

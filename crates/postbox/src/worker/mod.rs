@@ -7,14 +7,14 @@ mod maintain;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
 use self::attempt::Running;
-use self::core::{Command, Core, Event, Hold, Lane, Setup};
+use self::core::{Command, Core, Event, Flushed, Hold, Lane, Setup};
 use crate::crash;
 use crate::error::Error;
 use crate::postbox::Postbox;
@@ -22,9 +22,8 @@ use crate::router::{Route, Router};
 use crate::settings::Settings;
 use crate::store::{Database, Registration, Store, Stranded, SubscriptionId};
 
-/// How long a call that was cancelled or whose worker died may still be on its way to the remote,
-/// before "did not happen" is believed.
-const GRACE: Duration = Duration::from_secs(60);
+/// The least time that a verb of the store is given; more if the lease is longer.
+const LEAST_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A worker's options; the rest comes from [`Settings`].
 #[derive(Debug)]
@@ -154,7 +153,7 @@ impl<Db: Database> Worker<Db> {
     async fn start(builder: WorkerBuilder<Db>) -> Result<Self, Error> {
         let WorkerBuilder { postbox, router, settings, batch } = builder;
         let routes = router.into_routes();
-        let mut registration = Registration {
+        let registration = Registration {
             worker: Uuid::now_v7(),
             name: worker_name(),
             application: settings.application()?,
@@ -162,6 +161,7 @@ impl<Db: Database> Worker<Db> {
             subscriptions: routes.iter().map(|r| r.declared.clone()).collect(),
         };
         let store = postbox.store().clone();
+        let sent = Moment::now();
         let ids = store.register(&registration).await?;
         let stranded = store.stranded().await?;
         for lost in &stranded {
@@ -172,14 +172,12 @@ impl<Db: Database> Worker<Db> {
                 "deliveries wait for a subscription that no live worker stands behind; if it was renamed, say `.renamed_from(…)`; if it is gone, `postbox subscriptions remove`"
             );
         }
-        // The subscriptions stay the same when it is born again after a takeover.
-        for declared in &mut registration.subscriptions {
-            declared.renamed_from.clear();
-        }
         let id = registration.worker;
         let (stop, stopping) = watch::channel(Stop::No);
         let (done, finished) = oneshot::channel();
-        let engine = Engine::new(postbox.clone(), registration, ids, routes, &settings, batch, stopping)?;
+        let life = Life::new(registration.worker, sent, registration.lease);
+        let routes = ids.into_iter().zip(routes).collect();
+        let engine = Engine::new(postbox.clone(), registration, life, routes, &settings, batch, stopping)?;
         tokio::spawn(async move {
             let result = engine.run().await;
             done.send(result).ok();
@@ -255,36 +253,39 @@ fn worker_name() -> String {
     format!("{host}:{}", std::process::id())
 }
 
-/// Whether this worker may still believe in its lease: a local deadline, taken before the last renewal
-/// was sent. It is kept on two clocks, because the monotonic one stands still while a machine is
-/// suspended, and the wall clock may be set.
+/// Whether an incarnation of this worker may still believe in its lease: a local deadline, taken
+/// before the last renewal was sent. It is kept on two clocks, because the monotonic one stands still
+/// while a machine is suspended, and the wall clock may be set.
 #[derive(Debug)]
 pub(crate) struct Life {
     origin: Instant,
-    wall_origin: SystemTime,
-    until_us: AtomicU64,
-    wall_until_us: AtomicU64,
+    current: Mutex<Incarnation>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Incarnation {
+    worker: Uuid,
+    sent: Moment,
+    lease: Duration,
 }
 
 impl Life {
-    fn new(origin: Instant, lease: Duration) -> Life {
-        let wall_origin = SystemTime::now();
-        let life = Life { origin, wall_origin, until_us: AtomicU64::new(0), wall_until_us: AtomicU64::new(0) };
-        life.extend(Moment::now(), lease);
-        life
+    fn new(worker: Uuid, sent: Moment, lease: Duration) -> Life {
+        Life { origin: sent.instant, current: Mutex::new(Incarnation { worker, sent, lease }) }
     }
 
-    fn extend(&self, sent: Moment, lease: Duration) {
-        let until = sent.instant.saturating_duration_since(self.origin) + lease;
-        let wall = sent.wall.duration_since(self.wall_origin).unwrap_or_default() + lease;
-        self.until_us.store(until.as_micros() as u64, Ordering::SeqCst);
-        self.wall_until_us.store(wall.as_micros() as u64, Ordering::SeqCst);
+    /// The renewal of this incarnation that was sent then has come through.
+    fn extend(&self, worker: Uuid, sent: Moment, lease: Duration) {
+        if let Ok(mut current) = self.current.lock() {
+            *current = Incarnation { worker, sent, lease };
+        }
     }
 
-    pub(crate) fn is_over(&self) -> bool {
-        let wall = self.wall_origin.elapsed().unwrap_or_default();
-        self.origin.elapsed().as_micros() as u64 >= self.until_us.load(Ordering::SeqCst)
-            || wall.as_micros() as u64 >= self.wall_until_us.load(Ordering::SeqCst)
+    /// An incarnation that was taken over never believes in its lease again.
+    pub(crate) fn is_over(&self, worker: Uuid) -> bool {
+        let Ok(current) = self.current.lock().map(|c| *c) else { return true };
+        let wall = current.sent.wall.elapsed().unwrap_or_default();
+        current.worker != worker || current.sent.instant.elapsed() >= current.lease || wall >= current.lease
     }
 }
 
@@ -311,6 +312,8 @@ struct Engine<Db: Database> {
     life: Arc<Life>,
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Event>,
+    /// Observations on their way: evidence that must not be lost with the worker.
+    observing: tokio::task::JoinSet<()>,
     running: HashMap<Hold, Running>,
     stopping: watch::Receiver<Stop>,
     topics: Arc<maintain::Topics>,
@@ -321,18 +324,19 @@ impl<Db: Database> Engine<Db> {
     fn new(
         postbox: Postbox<Db>,
         registration: Registration,
-        ids: Vec<SubscriptionId>,
-        routes: Vec<Route<Db>>,
+        life: Life,
+        routes: Vec<(SubscriptionId, Route<Db>)>,
         settings: &Settings,
         batch: Option<u32>,
         stopping: watch::Receiver<Stop>,
     ) -> Result<Self, Error> {
         let (events, inbox) = mpsc::unbounded_channel();
-        let origin = Instant::now();
-        let lanes = ids.iter().zip(&routes).map(|(id, route)| Lane {
+        let origin = life.origin;
+        let lanes = routes.iter().map(|(id, route)| Lane {
             id: *id,
             policy: route.declared.policy,
             timeout: route.declared.timeout,
+            quiet: route.declared.quiet,
             concurrency: route.concurrency,
         });
         let setup = Setup {
@@ -340,17 +344,17 @@ impl<Db: Database> Engine<Db> {
             concurrency: settings.concurrency()?,
             batch,
             poll_interval: settings.poll_interval()?,
-            grace: GRACE,
             subscriptions: lanes.collect(),
             seed: fastrand::u64(..),
         };
         Ok(Engine {
-            life: Arc::new(Life::new(origin, registration.lease)),
+            life: Arc::new(life),
             core: Core::new(setup),
-            routes: Arc::new(ids.into_iter().zip(routes).collect()),
+            routes: Arc::new(routes.into_iter().collect()),
             origin,
             events,
             inbox,
+            observing: tokio::task::JoinSet::new(),
             running: HashMap::new(),
             stopping,
             topics: Arc::default(),
@@ -362,17 +366,18 @@ impl<Db: Database> Engine<Db> {
 
     async fn run(mut self) -> Result<(), Error> {
         let store = self.postbox.store().clone();
-        let heart =
-            heart::start(&store, &self.registration, self.life.clone(), self.events.clone(), self.origin).await?;
+        let ids: Vec<SubscriptionId> = self.routes.keys().copied().collect();
+        let heart = heart::start(&store, &self.registration, ids, self.life.clone(), self.events.clone())?;
         let keeper =
             maintain::start(self.postbox.clone(), self.registration.clone(), self.routes.clone(), self.topics.clone());
         let mut batch = vec![Event::Tick];
+        let mut handle_lives = true;
         loop {
             let commands = self.core.step(batch.drain(..), self.origin.elapsed());
             for command in commands {
                 self.perform(command);
             }
-            if self.core.is_done() {
+            if self.core.is_done(self.origin.elapsed()) {
                 break;
             }
             let tick = self.core.next_tick().map(|at| tokio::time::Instant::from_std(self.origin + at));
@@ -380,8 +385,9 @@ impl<Db: Database> Engine<Db> {
                 event = self.inbox.recv() => batch.extend(event.and_then(|e| self.note(e))),
                 () = store.woken() => batch.push(Event::Woken),
                 () = sleep_until(tick) => batch.push(Event::Tick),
-                changed = self.stopping.changed() => {
-                    let wish = if changed.is_err() { Stop::Now } else { *self.stopping.borrow_and_update() };
+                changed = self.stopping.changed(), if handle_lives => {
+                    handle_lives = changed.is_ok();
+                    let wish = if handle_lives { *self.stopping.borrow_and_update() } else { Stop::Now };
                     match wish {
                         Stop::No => {}
                         Stop::Gracefully => batch.push(Event::Stop),
@@ -395,7 +401,22 @@ impl<Db: Database> Engine<Db> {
         }
         keeper.abort();
         drop(heart);
-        store.retire(self.registration.worker).await
+        let observed = async { while self.observing.join_next().await.is_some() {} };
+        tokio::time::timeout(LEAST_PATIENCE, observed).await.ok();
+        let retired = tokio::time::timeout(LEAST_PATIENCE, store.retire(self.registration.worker)).await;
+        let left = self.core.left();
+        if left > 0 {
+            return Err(Error::Refused(format!(
+                "{left} deliveries could not be settled before the stop; they are taken over when the lease has run out"
+            )));
+        }
+        retired.unwrap_or_else(|_| Err(Error::Refused("the database did not answer before the stop".into())))
+    }
+
+    /// How long a verb may take: one that gets no answer over a dead connection must not hold the
+    /// worker for ever. Dropped, it closes its connection, and is tried again.
+    fn patience(&self) -> Duration {
+        self.registration.lease.max(LEAST_PATIENCE)
     }
 
     /// What the shell itself takes from an event, before the decisions see it.
@@ -417,30 +438,42 @@ impl<Db: Database> Engine<Db> {
     fn perform(&mut self, command: Command) {
         let store = self.postbox.store().clone();
         let events = self.events.clone();
+        let patience = self.patience();
         match command {
             Command::Claim(request) => {
                 tokio::spawn(async move {
-                    let claimed = told("claim", store.claim(&request).await);
+                    let claimed = told("claim", patience, store.claim(&request)).await;
                     events.send(Event::Claimed(request.token, claimed)).ok();
                 });
             }
             Command::Settle(settle) => {
                 tokio::spawn(async move {
-                    let answer = told("settle", store.settle(&settle).await);
-                    events.send(Event::Settled(settle.lease.token, answer)).ok();
+                    let flushed = match tokio::time::timeout(patience, store.settle(&settle)).await {
+                        Ok(Ok(guarded)) => Flushed::Known(guarded),
+                        Ok(Err(error)) if !error.is_transient() => Flushed::Refused(error.to_string()),
+                        Ok(Err(error)) => {
+                            tracing::warn!(%error, "a flush failed; trying again");
+                            Flushed::Unknown
+                        }
+                        Err(_) => {
+                            tracing::warn!("a flush got no answer; trying again");
+                            Flushed::Unknown
+                        }
+                    };
+                    events.send(Event::Settled(settle.lease.token, flushed)).ok();
                 });
             }
             Command::Disown(token) => {
                 let worker = self.registration.worker;
                 tokio::spawn(async move {
-                    let done = told("disown", store.disown(worker, token).await).is_some();
+                    let done = told("disown", patience, store.disown(worker, token)).await.is_some();
                     events.send(Event::Disowned(token, done)).ok();
                 });
             }
             Command::Observe(observations) => {
-                tokio::spawn(async move {
+                self.observing.spawn(async move {
                     for _ in 0..10 {
-                        if told("observe", store.observe(&observations).await).is_some() {
+                        if told("observe", patience, store.observe(&observations)).await.is_some() {
                             return;
                         }
                         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -451,7 +484,7 @@ impl<Db: Database> Engine<Db> {
             Command::Asleep(asleep) => {
                 let worker = self.registration.worker;
                 tokio::spawn(async move {
-                    told("asleep", store.asleep(worker, asleep).await);
+                    told("asleep", patience, store.asleep(worker, asleep)).await;
                     // Looks once more now that publishers know.
                     events.send(Event::Woken).ok();
                 });
@@ -474,6 +507,7 @@ impl<Db: Database> Engine<Db> {
                     number,
                     life: self.life.clone(),
                     lease_time: self.registration.lease,
+                    patience,
                     events,
                     max_payload_bytes: self.max_payload_bytes,
                 });
@@ -496,10 +530,14 @@ async fn sleep_until(at: Option<tokio::time::Instant>) {
 }
 
 /// A verb's result; an error is logged, and the decisions try again.
-fn told<T>(verb: &'static str, result: Result<T, Error>) -> Option<T> {
-    match result {
-        Ok(value) => Some(value),
-        Err(error) => {
+async fn told<T>(verb: &'static str, patience: Duration, result: impl Future<Output = Result<T, Error>>) -> Option<T> {
+    match tokio::time::timeout(patience, result).await {
+        Ok(Ok(value)) => Some(value),
+        Err(_) => {
+            tracing::warn!(verb, "the database gave no answer; trying again");
+            None
+        }
+        Ok(Err(error)) => {
             tracing::warn!(verb, %error, "the database did not do as asked; trying again");
             None
         }

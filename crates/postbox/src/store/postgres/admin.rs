@@ -20,50 +20,50 @@ const PLACES: [(State, &str); 8] = [
     (
         State::Pending,
         "select r.delivery, 'pending', r.subscription, r.message, r.priority, r.attempt, r.rev,
-            null::timestamptz, null::timestamptz, null::uuid, null::text
+            null::timestamp with time zone, null::timestamp with time zone, null::pg_catalog.uuid, null::pg_catalog.text
          from {schema}.ready r",
     ),
     (
         State::Pending,
-        "select r.delivery, 'pending', r.subscription, r.message, r.priority, r.attempt, r.rev, r.due_at, null::timestamptz, null::uuid, null::text
+        "select r.delivery, 'pending', r.subscription, r.message, r.priority, r.attempt, r.rev, r.due_at, null::timestamp with time zone, null::pg_catalog.uuid, null::pg_catalog.text
          from {schema}.scheduled r",
     ),
     (
         State::Pending,
-        "select r.delivery, 'pending', r.subscription, r.message, r.priority, r.attempt, r.rev, null::timestamptz, r.claimed_at, r.worker,
+        "select r.delivery, 'pending', r.subscription, r.message, r.priority, r.attempt, r.rev, null::timestamp with time zone, r.claimed_at, r.worker,
             'claimed, not begun'
          from {schema}.leased r join {schema}.subscription k on k.id = r.subscription
          where not r.begun and k.kind = 'operation'",
     ),
     (
         State::Running,
-        "select r.delivery, 'running', r.subscription, r.message, r.priority, r.attempt + r.begun::int, r.rev, null::timestamptz,
-            r.claimed_at, r.worker, null::text
+        "select r.delivery, 'running', r.subscription, r.message, r.priority, r.attempt + r.begun::int, r.rev, null::timestamp with time zone,
+            r.claimed_at, r.worker, null::pg_catalog.text
          from {schema}.leased r join {schema}.subscription k on k.id = r.subscription
          where r.begun or k.kind <> 'operation'",
     ),
     (
         State::InDoubt,
-        "select r.delivery, 'in_doubt', r.subscription, r.message, r.priority, r.attempt, r.rev, null::timestamptz, r.since, null::uuid, r.cause
+        "select r.delivery, 'in_doubt', r.subscription, r.message, r.priority, r.attempt, r.rev, null::timestamp with time zone, r.since, null::pg_catalog.uuid, r.cause
          from {schema}.doubt r",
     ),
     (
         State::Dead,
-        "select r.delivery, r.state, r.subscription, r.message, r.priority, r.attempt, r.rev, null::timestamptz, r.at, null::uuid, r.reason
+        "select r.delivery, r.state, r.subscription, r.message, r.priority, r.attempt, r.rev, null::timestamp with time zone, r.at, null::pg_catalog.uuid, r.reason
          from {schema}.dead_letter r",
     ),
     (
         State::Succeeded,
-        "select r.delivery, 'succeeded', r.subscription, r.message, 0::smallint, r.number, r.rev, null::timestamptz, r.at, r.worker, null::text
+        "select r.delivery, 'succeeded', r.subscription, r.message, 0::smallint, r.number, r.rev, null::timestamp with time zone, r.at, r.worker, null::pg_catalog.text
          from (select o.delivery, o.subscription, o.message, o.number, o.rev, o.finished_at as at, o.worker
                 from {schema}.outcome o where o.state_after = 'succeeded'
                 union all
-                select o.delivery, o.subscription, o.message, o.number, o.rev, o.at, null::uuid
+                select o.delivery, o.subscription, o.message, o.number, o.rev, o.at, null::pg_catalog.uuid
                 from {schema}.resolution o where o.state_after = 'succeeded') r",
     ),
     (
         State::Succeeded,
-        "select r.delivery, 'succeeded', r.subscription, r.message, 0::smallint, 1, 2, null::timestamptz, r.finished_at, r.worker, null::text
+        "select r.delivery, 'succeeded', r.subscription, r.message, 0::smallint, 1, 2, null::timestamp with time zone, r.finished_at, r.worker, null::pg_catalog.text
          from (select u.delivery, u.subscription, u.message, p.finished_at, p.worker
                 from (select * from {schema}.outcome_part p where p.highest is not null {parts}) p
                 cross join lateral unnest(p.deliveries, p.messages, p.subscriptions) as u(delivery, message, subscription)) r",
@@ -117,7 +117,8 @@ fn places(store: &PgStore, filter: &Filter) -> String {
 pub(super) async fn list(store: &PgStore, filter: &Filter, limit: u32) -> Result<Vec<DeliveryRow>, Error> {
     let listed = store.sql.list.replace("{places}", &places(store, filter));
     // Names the type of each parameter, whichever of them the filters use.
-    let sql = format!("with given as (select $2::text[], $3::text[], $4::text[])\n{listed}");
+    let sql =
+        format!("with given as (select $2::pg_catalog.text[], $3::pg_catalog.text[], $4::pg_catalog.text[])\n{listed}");
     let mut work = store.read().await?;
     let rows = store
         .dynamic(sql)
@@ -225,11 +226,11 @@ fn record_row(row: &PgRow) -> Result<RecordRow, Error> {
 
 async fn message(store: &PgStore, work: &mut Work, id: Uuid) -> Result<Option<(Envelope, Vec<DeliveryId>)>, Error> {
     let sql = format!(
-        "select m.id as message, m.topic, m.key, m.payload::text as payload, m.headers::text as headers,
-            (extract(epoch from m.occurred_at) * 1000000)::bigint as occurred_us,
+        "select m.id as message, m.topic, m.key, m.payload::pg_catalog.text as payload, m.headers::pg_catalog.text as headers,
+            (extract(epoch from m.occurred_at) * 1000000::numeric)::bigint as occurred_us,
             m.source, m.external_id, m.correlation_id, m.causation_id, m.max_attempts,
-            coalesce(m.deliveries, '{{}}') || array(
-                select l.delivery from {0}.late_delivery l where l.message = m.id order by l.delivery) as deliveries
+            pg_catalog.array_cat(coalesce(m.deliveries, '{{}}'), array(
+                select l.delivery from {0}.late_delivery l where l.message = m.id order by l.delivery)) as deliveries
          from {0}.message m where m.id = $1",
         store.schema
     );
@@ -295,7 +296,7 @@ pub(super) async fn status(store: &PgStore) -> Result<Status, Error> {
     let mut work = store.read().await?;
     let schema = &store.schema;
     let sql = format!(
-        "select id, name, application, (extract(epoch from started_at) * 1000000)::bigint as started_us,
+        "select id, name, application, (extract(epoch from started_at) * 1000000::numeric)::bigint as started_us,
             expires_at > pg_catalog.statement_timestamp() as alive
          from {schema}.worker order by application, name, started_at"
     );
@@ -523,9 +524,11 @@ pub(super) async fn resolve(
         },
         Some(doubt) => match resolution.rev {
             Some(seen) if seen != doubt.rev => Some(moved_on(delivery, seen, doubt.rev)),
-            _ if resolution.answer == Answer::Happened && doubt.row.try_get::<Option<String>, _>("word")?.is_some() => {
+            _ if resolution.answer != Answer::Abandoned
+                && doubt.row.try_get::<Option<String>, _>("word")?.is_some() =>
+            {
                 Some(Error::Conflict(format!(
-                    "delivery {delivery} was resolved already; a worker of its application carries it out"
+                    "delivery {delivery} was resolved already (happened); a worker of its application carries it out"
                 )))
             }
             _ => None,
@@ -544,7 +547,7 @@ pub(super) async fn resolve(
         // Only a worker knows the follow-ups: it is woken to settle this with them, in one commit.
         let word = Word { actor: resolution.actor.clone(), reason: resolution.reason.clone(), receipt };
         let sql = format!(
-            "update {}.doubt set word = $2::json, rev = rev + 1, ask_at = pg_catalog.clock_timestamp() where delivery = $1",
+            "update {}.doubt set word = $2::pg_catalog.json, rev = rev + 1, ask_at = pg_catalog.clock_timestamp() where delivery = $1",
             store.schema
         );
         let word = serde_json::to_string(&word).map_err(|e| Error::Refused(e.to_string()))?;
@@ -623,7 +626,7 @@ pub(super) async fn remove_subscription(
 pub(super) async fn audit(store: &PgStore, limit: u32) -> Result<Vec<AuditEntry>, Error> {
     let mut work = store.read().await?;
     let sql = format!(
-        "select seq, (extract(epoch from at) * 1000000)::bigint as at_us, actor, action, delivery, state_before,
+        "select seq, (extract(epoch from at) * 1000000::numeric)::bigint as at_us, actor, action, delivery, state_before,
             state_after, rev_after, reason
          from {}.audit order by seq desc limit $1",
         store.schema

@@ -4,5 +4,5 @@ with counted as (
     update {schema}.audit_counter set seq = seq + 1 returning seq
 )
 insert into {schema}.audit (seq, actor, action, delivery, subscription, rev_before, rev_after, state_before, state_after, reason, detail)
-select c.seq, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10::json from counted c
-returning seq, (extract(epoch from at) * 1000000)::bigint as at_us
+select c.seq, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10::pg_catalog.json from counted c
+returning seq, (extract(epoch from at) * 1000000::numeric)::bigint as at_us

@@ -15,15 +15,16 @@ asked as (
         -- Not later than when a "no" can be believed.
         ask_at = least(
             pg_catalog.clock_timestamp()
-                + least($3::bigint * (1::bigint << least(d.asks, 20)), 900000) * interval '1 millisecond',
+                + interval '1 millisecond'
+                    * least($3::bigint * (1::bigint << least(d.asks, 20)), 900000)::double precision,
             case when d.quiet_at > pg_catalog.clock_timestamp() then d.quiet_at end)
     from due where d.delivery = due.delivery
     returning d.*
 )
-select d.delivery, d.subscription, d.message, d.rev, d.attempt, d.asks - 1 as asks, d.word::text as word,
+select d.delivery, d.subscription, d.message, d.rev, d.attempt, d.asks - 1 as asks, d.word::pg_catalog.text as word,
     d.quiet_at <= pg_catalog.clock_timestamp() as quiet,
-    m.topic, m.key, m.payload::text as payload, m.headers::text as headers,
-    (extract(epoch from m.occurred_at) * 1000000)::bigint as occurred_us,
+    m.topic, m.key, m.payload::pg_catalog.text as payload, m.headers::pg_catalog.text as headers,
+    (extract(epoch from m.occurred_at) * 1000000::numeric)::bigint as occurred_us,
     m.source, m.external_id, m.correlation_id, m.causation_id, m.max_attempts
 from asked d left join {schema}.message m on m.id = d.message
 order by d.delivery

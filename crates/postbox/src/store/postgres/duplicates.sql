@@ -1,4 +1,5 @@
 -- Who has a dedup key, and with the same body? $1 topics, $2 dedup keys, $3 keys, $4 payloads.
 select i.ord, d.message, d.body_hash = {schema}.body_hash(i.key, i.payload) as same_body
-from unnest($1::text[], $2::text[], $3::text[], $4::text[]) with ordinality as i(topic, dedup_key, key, payload, ord)
+from unnest($1::pg_catalog.text[], $2::pg_catalog.text[], $3::pg_catalog.text[], $4::pg_catalog.text[])
+    with ordinality as i(topic, dedup_key, key, payload, ord)
 join {schema}.dedup d on d.topic = i.topic and d.key = i.dedup_key

@@ -3,10 +3,11 @@
 select d.delivery, d.state, d.rev, d.message, coalesce(m.topic, '(gone)') as topic, m.key, m.external_id,
     s.application, s.name as subscription, s.kind, d.attempt,
     coalesce(m.max_attempts, s.max_attempts) as max_attempts,
-    (extract(epoch from d.due_at) * 1000000)::bigint as due_us,
-    (extract(epoch from d.since) * 1000000)::bigint as since_us,
-    d.note, e.error as last_error, (extract(epoch from e.finished_at) * 1000000)::bigint as last_error_us,
-    coalesce(w.name, d.worker::text) as worker
+    (extract(epoch from d.due_at) * 1000000::numeric)::bigint as due_us,
+    (extract(epoch from d.since) * 1000000::numeric)::bigint as since_us,
+    d.note, e.error as last_error,
+    (extract(epoch from e.finished_at) * 1000000::numeric)::bigint as last_error_us,
+    coalesce(w.name, d.worker::pg_catalog.text) as worker
 from ({places}) d
 join {schema}.subscription s on s.id = d.subscription
 left join {schema}.message m on m.id = d.message

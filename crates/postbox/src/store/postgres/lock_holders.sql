@@ -3,6 +3,6 @@
 select distinct l.virtualtransaction as holder
 from pg_catalog.pg_locks l
 where l.locktype = 'relation' and l.mode = 'RowExclusiveLock' and l.granted
-    and l.relation = '{schema}.message'::pg_catalog.regclass
+    and l.relation = '{schema}.message'::pg_catalog.regclass::pg_catalog.oid
     and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())
     and l.pid is distinct from pg_catalog.pg_backend_pid()

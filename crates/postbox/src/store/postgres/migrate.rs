@@ -61,7 +61,7 @@ async fn applied(store: &PgStore, work: &mut Work) -> Result<Vec<(i32, String, i
         return Ok(Vec::new());
     }
     let sql = format!(
-        "select version, name, (extract(epoch from applied_at) * 1000000)::bigint as at_us
+        "select version, name, (extract(epoch from applied_at) * 1000000::numeric)::bigint as at_us
          from {}.migration order by version",
         store.schema
     );

@@ -140,9 +140,13 @@ impl HandlerTx<Postgres> for Work {
     }
 }
 
+/// Takeovers lock first and read second: each statement must see what was committed before it,
+/// whatever the role's default isolation is.
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off";
+
 /// Irreversible effects hang on these commits: asynchronous ones are raised to `on`. Compiling these
 /// short statements would take longer than running them, whatever the planner's estimate says.
-const BEGIN_DURABLE: &str = "BEGIN; SET LOCAL jit = off; SELECT pg_catalog.set_config('synchronous_commit', 'on', true) \
+const BEGIN_DURABLE: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off; SELECT pg_catalog.set_config('synchronous_commit', 'on', true) \
      WHERE pg_catalog.current_setting('synchronous_commit') IN ('off', 'local')";
 
 impl PgStore {
@@ -156,7 +160,7 @@ impl PgStore {
     }
 
     async fn work(&self) -> Result<Work, sqlx::Error> {
-        Work::begin(&self.pool, "BEGIN; SET LOCAL jit = off").await
+        Work::begin(&self.pool, BEGIN).await
     }
 
     async fn durable(&self) -> Result<Work, sqlx::Error> {
@@ -310,6 +314,12 @@ impl Store for PgStore {
         Ok(ids)
     }
 
+    async fn revive(&self, registration: &Registration, subscriptions: &[SubscriptionId]) -> Result<(), Error> {
+        let mut work = self.work().await?;
+        register::enlist(self, &mut work, registration, subscriptions).await?;
+        Ok(work.commit().await?)
+    }
+
     async fn beat(&self, beat: Beat) -> Result<Option<Pulse>, Error> {
         let mut work = self.work().await?;
         let row =
@@ -327,7 +337,8 @@ impl Store for PgStore {
             return Ok(());
         }
         // Losing this write to a crash costs a poll's latency, no message.
-        let mut work = Work::begin(&self.pool, "BEGIN; SET LOCAL synchronous_commit = off").await?;
+        let mut work =
+            Work::begin(&self.pool, "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = off").await?;
         let sql = format!("update {}.worker set asleep = $2 where id = $1 and asleep <> $2", self.schema);
         self.dynamic(sql).bind(worker).bind(asleep).execute(work.on()).await?;
         Ok(work.commit().await?)
@@ -402,7 +413,7 @@ impl Store for PgStore {
         let mut work = self.work().await?;
         let sql = format!(
             "delete from {0}.dedup d using (
-                select topic, key from {0}.dedup where expires_at <= statement_timestamp()
+                select topic, key from {0}.dedup where expires_at <= pg_catalog.statement_timestamp()
                 order by expires_at limit 1000 for update skip locked) gone
              where d.topic = gone.topic and d.key = gone.key",
             self.schema

@@ -16,17 +16,19 @@ with routing as materialized (
 input as materialized (
     select i.ord, i.topic, i.dedup_key, {schema}.uuid7() as id,
         case
-            when i.due_us is not null and pg_catalog.to_timestamp(i.due_us / 1000000.0) > pg_catalog.clock_timestamp()
-                then pg_catalog.to_timestamp(i.due_us / 1000000.0)
-            when i.delay_ms > 0 then pg_catalog.clock_timestamp() + i.delay_ms * interval '1 millisecond'
+            when i.due_us is not null
+                and pg_catalog.to_timestamp(i.due_us::double precision / 1000000::double precision) > pg_catalog.clock_timestamp()
+                then pg_catalog.to_timestamp(i.due_us::double precision / 1000000::double precision)
+            when i.delay_ms > 0 then pg_catalog.clock_timestamp() + interval '1 millisecond' * i.delay_ms::double precision
         end as due_at
-    from unnest($1::text[], $11::bigint[], $12::bigint[], $13::text[])
+    from unnest($1::pg_catalog.text[], $11::bigint[], $12::bigint[], $13::pg_catalog.text[])
         with ordinality as i(topic, delay_ms, due_us, dedup_key, ord)
 ),
 fresh as (
     insert into {schema}.dedup as d (topic, key, message, body_hash, expires_at)
-    select i.topic, i.dedup_key, i.id, {schema}.body_hash(($2::text[])[i.ord], ($3::text[])[i.ord]),
-        pg_catalog.clock_timestamp() + ($14::bigint[])[i.ord] * interval '1 millisecond'
+    select i.topic, i.dedup_key, i.id,
+        {schema}.body_hash(($2::pg_catalog.text[])[i.ord], ($3::pg_catalog.text[])[i.ord]),
+        pg_catalog.clock_timestamp() + interval '1 millisecond' * ($14::bigint[])[i.ord]::double precision
     from input i where i.dedup_key is not null
     order by i.topic, i.dedup_key
     on conflict (topic, key) do update
@@ -48,16 +50,17 @@ routed as materialized (
     from kept k
 ),
 fan as materialized (
-    select r.*, array(select pg_catalog.nextval('{schema}.delivery_id') from unnest(r.subscriptions)) as deliveries
+    select r.*, array(select pg_catalog.nextval('{schema}.delivery_id') from pg_catalog.unnest(r.subscriptions)) as deliveries
     from routed r
 ),
 stored as (
     insert into {schema}.message (id, epoch, topic, key, payload, headers, occurred_at, due_at, source,
         external_id, correlation_id, causation_id, max_attempts, deliveries)
-    select f.id, (select r.epoch from routing r), f.topic, ($2::text[])[f.ord], ($3::text[])[f.ord]::json,
-        ($4::text[])[f.ord]::json, pg_catalog.to_timestamp(($5::bigint[])[f.ord] / 1000000.0), f.due_at,
-        ($6::text[])[f.ord], ($7::text[])[f.ord], ($8::text[])[f.ord], ($9::text[])[f.ord],
-        ($10::int[])[f.ord], f.deliveries
+    select f.id, (select r.epoch from routing r), f.topic, ($2::pg_catalog.text[])[f.ord],
+        ($3::pg_catalog.text[])[f.ord]::pg_catalog.json, ($4::pg_catalog.text[])[f.ord]::pg_catalog.json,
+        pg_catalog.to_timestamp(($5::bigint[])[f.ord]::double precision / 1000000::double precision), f.due_at,
+        ($6::pg_catalog.text[])[f.ord], ($7::pg_catalog.text[])[f.ord], ($8::pg_catalog.text[])[f.ord],
+        ($9::pg_catalog.text[])[f.ord], ($10::int[])[f.ord], f.deliveries
     from fan f
 ),
 readied as (
@@ -74,7 +77,8 @@ later as (
 ),
 nobody as (
     insert into {schema}.unrouted (message, topic, epoch)
-    select f.id, f.topic, (select r.epoch from routing r) from fan f where f.subscriptions = '{}'
+    select f.id, f.topic, (select r.epoch from routing r) from fan f
+    where pg_catalog.cardinality(f.subscriptions) = 0
 )
 select i.ord, i.id,
     (i.dedup_key is null or i.id in (select f.message from fresh f)) and (

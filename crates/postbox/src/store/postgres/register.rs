@@ -5,9 +5,17 @@ use uuid::Uuid;
 
 use super::{PgStore, Work, millis};
 use crate::error::Error;
+use crate::lifecycle::Kind;
 use crate::store::{Declared, Registration, Start, SubscriptionId};
 
 pub(super) async fn register(store: &PgStore, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
+    let subscriptions = &registration.subscriptions;
+    for heir in subscriptions {
+        let in_use = |other: &&Declared| other.name != heir.name && heir.renamed_from.contains(&other.name);
+        if let Some(other) = subscriptions.iter().find(in_use) {
+            return Err(same_stored(&other.name, &heir.name));
+        }
+    }
     let mut work = store.work().await?;
     // One registration at a time: the routing row is locked first.
     let sql = format!("select epoch, channel from {}.routing for update", store.schema);
@@ -21,6 +29,9 @@ pub(super) async fn register(store: &PgStore, registration: &Registration) -> Re
     let mut rerouted = false;
     for declared in &registration.subscriptions {
         let (id, changed) = subscribe(store, &mut work, &registration.application, declared, epoch + 1).await?;
+        if let Some(other) = ids.iter().position(|known| *known == id) {
+            return Err(same_stored(&registration.subscriptions[other].name, &declared.name));
+        }
         ids.push(id);
         rerouted |= changed;
     }
@@ -28,9 +39,27 @@ pub(super) async fn register(store: &PgStore, registration: &Registration) -> Re
         let sql = format!("update {}.routing set epoch = $1", store.schema);
         store.dynamic(sql).bind(epoch + 1).execute(work.on()).await?;
     }
+    enlist(store, &mut work, registration, &ids).await?;
+    work.commit().await?;
+    Ok(ids)
+}
+
+fn same_stored(one: &str, other: &str) -> Error {
+    Error::Refused(format!(
+        "the subscriptions `{one}` and `{other}` are the same stored one (`renamed_from`); a name that is still in use cannot be renamed"
+    ))
+}
+
+/// Writes the worker's row.
+pub(super) async fn enlist(
+    store: &PgStore,
+    work: &mut Work,
+    registration: &Registration,
+    ids: &[SubscriptionId],
+) -> Result<(), Error> {
     let sql = format!(
         "insert into {}.worker (id, name, application, subscriptions, lease_ms, expires_at)
-         values ($1, $2, $3, $4, $5, pg_catalog.clock_timestamp() + $5::bigint * interval '1 millisecond')",
+         values ($1, $2, $3, $4, $5, pg_catalog.clock_timestamp() + interval '1 millisecond' * $5::bigint::double precision)",
         store.schema
     );
     store
@@ -38,12 +67,11 @@ pub(super) async fn register(store: &PgStore, registration: &Registration) -> Re
         .bind(registration.worker)
         .bind(&registration.name)
         .bind(&registration.application)
-        .bind(&ids)
+        .bind(ids.to_vec())
         .bind(millis(registration.lease))
         .execute(work.on())
         .await?;
-    work.commit().await?;
-    Ok(ids)
+    Ok(())
 }
 
 /// Finds, renames, changes or makes one subscription; whether publishers must fan out anew.
@@ -57,7 +85,7 @@ async fn subscribe(
     let mut names = vec![declared.name.clone()];
     names.extend(declared.renamed_from.iter().cloned());
     let sql = format!(
-        "select s.id, s.pattern from {}.subscription s
+        "select s.id, s.name, s.pattern, s.kind from {}.subscription s
          where s.application = $1 and s.name = any ($2) and s.removed_at is null
          order by pg_catalog.array_position($2, s.name) limit 1",
         store.schema
@@ -66,6 +94,13 @@ async fn subscribe(
     let policy = declared.policy;
     if let Some(row) = found {
         let id: SubscriptionId = row.try_get("id")?;
+        let kind: String = row.try_get("kind")?;
+        if kind == Kind::Operation.as_str() && policy.kind != Kind::Operation {
+            return Err(Error::Refused(format!(
+                "the subscription `{}` is an operation: an attempt of it that may have happened must not be taken for a plain one; give the new handler another name, and remove the old one with `postbox subscriptions remove` when nothing of it is left",
+                row.try_get::<String, _>("name")?
+            )));
+        }
         let changed = row.try_get::<String, _>("pattern")? != declared.pattern.as_str();
         // A changed pattern takes the unrouted messages that only the new one matches.
         let sql = format!(
@@ -75,7 +110,7 @@ async fn subscribe(
                  start = case when $11 then 'unrouted' else start end,
                  backfilled = case when $11 then false else backfilled end,
                  backfill_waits = case when $11 then null else backfill_waits end,
-                 timeout_ms = $13
+                 timeout_ms = $13, quiet_ms = $14
              where id = $1",
             store.schema
         );
@@ -94,6 +129,7 @@ async fn subscribe(
             .bind(changed)
             .bind(next_epoch)
             .bind(millis(declared.timeout))
+            .bind(millis(declared.quiet))
             .execute(work.on())
             .await?;
         return Ok((id, changed));
@@ -106,8 +142,8 @@ async fn subscribe(
     };
     let sql = format!(
         "insert into {}.subscription (application, name, pattern, matcher, kind, max_attempts, retry_base_ms, retry_cap_ms,
-             reconciles, continues, start, start_at, epoch, backfilled, timeout_ms)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint / 1000000.0), $13, $11 = 'now', $14)
+             reconciles, continues, start, start_at, epoch, backfilled, timeout_ms, quiet_ms)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint::double precision / 1000000::double precision), $13, $11 = 'now', $14, $15)
          returning id",
         store.schema
     );
@@ -127,6 +163,7 @@ async fn subscribe(
         .bind(start_us)
         .bind(next_epoch)
         .bind(millis(declared.timeout))
+        .bind(millis(declared.quiet))
         .fetch_one(work.on())
         .await?;
     Ok((row.try_get("id")?, true))
@@ -135,7 +172,7 @@ async fn subscribe(
 /// Notices a promoted standby or a restored backup, and flags the operations that had begun before.
 pub(super) async fn suspect(store: &PgStore, worker: Uuid) -> Result<(), Error> {
     let mut work = store.work().await?;
-    let cluster = "select s.system_identifier || '/'
+    let cluster = "select s.system_identifier::pg_catalog.text || '/'
             || pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8) as cluster
          from pg_catalog.pg_control_system() s";
     let cluster: String = store.query(cluster).fetch_one(work.on()).await?.try_get("cluster")?;
@@ -162,8 +199,10 @@ const PAGE: i64 = 1000;
 pub(super) async fn backfill(store: &PgStore) -> Result<bool, Error> {
     let mut work = store.work().await?;
     let sql = format!(
-        "select s.id, s.start, s.backfill_after, s.backfill_waits from {}.subscription s
-         where not s.backfilled and s.removed_at is null order by s.id limit 1 for update skip locked",
+        "select s.id, s.start, s.backfill_after, s.backfill_waits from {0}.subscription s
+         where not s.backfilled and s.removed_at is null
+             and s.id = (select pg_catalog.min(n.id) from {0}.subscription n where not n.backfilled and n.removed_at is null)
+         for update skip locked",
         store.schema
     );
     let Some(row) = store.dynamic(sql).fetch_optional(work.on()).await? else {
@@ -188,7 +227,14 @@ pub(super) async fn backfill(store: &PgStore) -> Result<bool, Error> {
         .map(|r| r.try_get("holder"))
         .collect::<Result<_, _>>()?;
     let waits: Vec<String> = match row.try_get::<Option<Vec<String>>, _>("backfill_waits")? {
-        Some(waits) => waits.into_iter().filter(|w| holders.contains(w)).collect(),
+        // A transaction that was prepared for a two-phase commit goes on under another name (-1/xid).
+        Some(waits) => {
+            let mut waits: Vec<String> = waits.into_iter().filter(|w| holders.contains(w)).collect();
+            waits.extend(holders.iter().filter(|h| h.starts_with("-1/")).cloned());
+            waits.sort_unstable();
+            waits.dedup();
+            waits
+        }
         None => {
             // The first look after the registration committed; one more look at the unrouted follows.
             remember(store, &mut work, id, &holders).await?;
@@ -217,14 +263,15 @@ pub(super) async fn backfill(store: &PgStore) -> Result<bool, Error> {
             true
         }
         None => {
-            let moved: i64 = store.query(store.sql.unrouted).fetch_one(work.on()).await?.try_get("moved")?;
-            if moved == 0 {
-                let sql = format!(
-                    "update {}.subscription set backfilled = true, backfill_waits = null where id = $1",
-                    store.schema
-                );
-                store.dynamic(sql).bind(id).execute(work.on()).await?;
-            }
+            // Decided by what is there, not by what a statement of ours moved: another may have been first.
+            let sql = format!(
+                "update {0}.subscription s set backfilled = true, backfill_waits = null
+                 where s.id = $1 and not exists (select from {0}.unrouted u
+                     where u.epoch < s.epoch and u.topic ~ s.matcher
+                         and (s.start <> 'time' or {0}.minted_at(u.message) >= s.start_at))",
+                store.schema
+            );
+            store.dynamic(sql).bind(id).execute(work.on()).await?;
             true
         }
     };

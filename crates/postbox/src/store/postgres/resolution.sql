@@ -4,4 +4,4 @@ with gone as (
     delete from {schema}.doubt d where d.delivery = $1
 )
 insert into {schema}.resolution (delivery, rev, number, subscription, message, answer, source, actor, reason, receipt, state_after)
-values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::json, $11)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::pg_catalog.json, $11)

@@ -10,7 +10,7 @@ use super::{BEGIN_DURABLE, PgStore, Work, micros, millis, publish};
 use crate::crash;
 use crate::error::Error;
 use crate::lifecycle::{Standing, State};
-use crate::message::Draft;
+use crate::message::{Draft, MAX_WAIT};
 use crate::store::{DeliveryId, Guarded, Item, LeaseRef, Move, Settle, Stored};
 
 pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, Error> {
@@ -108,8 +108,8 @@ fn row(ord: usize, m: &Move, lease: Option<LeaseRef>) -> Value {
         "state": m.standing.state.as_str(),
         "attempts": m.standing.attempts,
         "lost": m.standing.lost,
-        "wait_ms": millis(m.delay),
-        "quiet_ms": millis(m.quiet),
+        "wait_ms": millis(m.delay.min(MAX_WAIT)),
+        "quiet_ms": millis(m.quiet.min(MAX_WAIT)),
         "note": m.note,
     });
     if let Some(outcome) = &m.outcome {
@@ -142,7 +142,8 @@ pub(super) async fn open(store: &PgStore, lease: LeaseRef, timeout: Duration) ->
     let idle = millis(timeout).clamp(1, i64::from(i32::MAX));
     let begin = format!("{BEGIN_DURABLE}; SET LOCAL idle_in_transaction_session_timeout = {idle}");
     let mut work = Work::begin(&store.pool, &begin).await?;
-    let row = store.query("select pg_catalog.pg_current_xact_id()::text as xid").fetch_one(work.on()).await?;
+    let row =
+        store.query("select pg_catalog.pg_current_xact_id()::pg_catalog.text as xid").fetch_one(work.on()).await?;
     work.xid = Some(row.try_get("xid")?);
     Ok(work)
 }
@@ -156,12 +157,20 @@ pub(super) async fn settle_open(
 ) -> Result<Guarded, Error> {
     let xid = work.xid.clone().unwrap_or_default();
     let record = outcome.outcome.as_ref();
-    // Locked and written last, so that the lease row is shared for a moment only.
-    let followed = follow(store, work.on(), follow_ups).await;
     let ended = Error::Refused(
         "the handler ended its own transaction (COMMIT or ROLLBACK in raw SQL); what it did before that is not undone, and the attempt counts as failed".into(),
     );
-    followed?;
+    if !follow_ups.is_empty() {
+        // Not outside of the handler's transaction, if that is over.
+        let row =
+            store.query("select pg_catalog.pg_current_xact_id()::pg_catalog.text as xid").fetch_one(work.on()).await?;
+        if row.try_get::<String, _>("xid")? != xid {
+            work.rollback().await?;
+            return Err(ended);
+        }
+        follow(store, work.on(), follow_ups).await?;
+    }
+    // Locked and written last, so that the lease row is shared for a moment only.
     let row = store
         .query(store.sql.settle_open)
         .bind(lease.token)

@@ -4,13 +4,13 @@
 -- $8 message, $9 worker, $10 microseconds it ran.
 with held as materialized (
     select l.batch from {schema}.lease l
-    where l.token = $1 and l.batch = $2 and pg_catalog.pg_current_xact_id()::text = $3
+    where l.token = $1 and l.batch = $2 and pg_catalog.pg_current_xact_id()::pg_catalog.text = $3
     for share
 ),
 ended as (
     insert into {schema}.outcome (delivery, number, kind, state_after, rev, subscription, message, batch, worker, started_at, finished_at)
     select $4, $5, 'succeeded', 'succeeded', $6, $7, $8, h.batch, $9,
-        pg_catalog.clock_timestamp() - $10::bigint * interval '1 microsecond', pg_catalog.clock_timestamp()
+        pg_catalog.clock_timestamp() - interval '1 microsecond' * $10::bigint::double precision, pg_catalog.clock_timestamp()
     from held h
 )
-select (select pg_catalog.count(*) from held) as held, pg_catalog.pg_current_xact_id()::text as xid
+select (select pg_catalog.count(*) from held) as held, pg_catalog.pg_current_xact_id()::pg_catalog.text as xid

@@ -7,9 +7,9 @@ with held as materialized (
 part as (
     insert into {schema}.outcome_part (batch, part, worker, lowest, highest, deliveries, messages, subscriptions, durations_us, released)
     select h.batch, $3, $4,
-        (select pg_catalog.min(d) from unnest($5::bigint[]) d),
-        (select pg_catalog.max(d) from unnest($5::bigint[]) d),
-        $5::bigint[], $6::uuid[], $7::int[], $8::bigint[], $9::bigint[]
+        (select pg_catalog.min(d) from pg_catalog.unnest($5::bigint[]) d),
+        (select pg_catalog.max(d) from pg_catalog.unnest($5::bigint[]) d),
+        $5::bigint[], $6::pg_catalog.uuid[], $7::int[], $8::bigint[], $9::bigint[]
     from held h
     on conflict do nothing
     returning 1

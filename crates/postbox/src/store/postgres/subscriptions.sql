@@ -1,6 +1,6 @@
 -- The subscriptions with their counts; what waits is counted up to 100001.
 select s.id, s.application, s.name, s.pattern, s.kind, s.max_attempts, not s.backfilled and s.removed_at is null as backfilling,
-    (extract(epoch from s.removed_at) * 1000000)::bigint as removed_us,
+    (extract(epoch from s.removed_at) * 1000000::numeric)::bigint as removed_us,
     (select pg_catalog.count(*) from {schema}.worker w
         where s.id = any (w.subscriptions) and w.expires_at > pg_catalog.statement_timestamp()) as workers,
     (select pg_catalog.count(*) from (select from {schema}.ready r where r.subscription = s.id limit 100001) r)
@@ -10,7 +10,7 @@ select s.id, s.application, s.name, s.pattern, s.kind, s.max_attempts, not s.bac
     (select pg_catalog.count(*) from {schema}.doubt d where d.subscription = s.id) as in_doubt,
     (select pg_catalog.count(*) from {schema}.dead_letter d where d.subscription = s.id and d.state = 'dead') as dead,
     coalesce(o.succeeded, 0) + coalesce(p.succeeded, 0) + coalesce(x.succeeded, 0) as succeeded_last_hour,
-    (select extract(epoch from pg_catalog.statement_timestamp() - {schema}.minted_at(r.message))::float8
+    (select extract(epoch from pg_catalog.statement_timestamp() - {schema}.minted_at(r.message))::double precision
         from {schema}.ready r where r.subscription = s.id order by r.priority, r.pos limit 1) as oldest_age_s
 from {schema}.subscription s
 left join (
@@ -26,7 +26,7 @@ left join (
 ) o on o.subscription = s.id
 left join (
     select u.subscription, pg_catalog.count(*) as succeeded
-    from {schema}.outcome_part q cross join lateral unnest(q.subscriptions) as u(subscription)
+    from {schema}.outcome_part q cross join lateral pg_catalog.unnest(q.subscriptions) as u(subscription)
     where q.finished_at > pg_catalog.statement_timestamp() - interval '1 hour'
     group by u.subscription
 ) p on p.subscription = s.id

@@ -11,15 +11,11 @@ use crate::error::Error;
 use crate::lifecycle::{Event, Kind, Standing, State, transition};
 use crate::store::{LeaseRef, Move, OutcomeRecord, TakenOver, policy_of};
 
-/// How long a lost worker's call may still be on its way, beyond its lease and the handler's timeout:
-/// the worker may only be paused.
-const GRACE: Duration = Duration::from_secs(60);
-
 pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<TakenOver>, Error> {
     let mut work = store.durable().await?;
     let sql = format!(
         "select id, name, lease_ms from {}.worker where expires_at < pg_catalog.clock_timestamp()
-         order by id limit 1 for update skip locked",
+         order by pg_catalog.random() limit 1 for update skip locked",
         store.schema
     );
     let Some(dead) = store.dynamic(sql).fetch_optional(work.on()).await? else {
@@ -92,7 +88,9 @@ fn lost(row: &PgRow, worker: &str, lease: Duration, draw: f64) -> Result<Move, E
     let attempts = row.try_get::<i32, _>("attempt")?.max(0) as u32 + u32::from(begun);
     let now = Standing { state: State::Running, attempts, begun, lost: row.try_get::<i32, _>("lost")?.max(0) as u32 };
     let next = transition(now, Event::WorkerLost, &policy, draw).map_err(|e| Error::Refused(e.to_string()))?;
-    let timeout = Duration::from_millis(row.try_get::<i64, _>("timeout_ms")?.max(0) as u64);
+    // The worker may only be paused: its lease, its handler's timeout, and what is still on its way.
+    let later = |column| row.try_get::<i64, _>(column).map(|ms| Duration::from_millis(ms.max(0) as u64));
+    let quiet = lease + later("timeout_ms")? + later("quiet_ms")?;
     let words = format!("worker {worker} was lost during the attempt");
     let outcome = begun.then(|| OutcomeRecord {
         number: attempts,
@@ -110,7 +108,7 @@ fn lost(row: &PgRow, worker: &str, lease: Duration, draw: f64) -> Result<Move, E
         rev: row.try_get::<i32, _>("rev")? + 1,
         standing: next.standing,
         delay: next.delay,
-        quiet: lease + timeout + GRACE,
+        quiet,
         note: words,
         outcome,
     })

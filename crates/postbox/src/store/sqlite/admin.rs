@@ -195,7 +195,8 @@ pub(super) async fn resolve(
         },
         Some(doubt) => match resolution.rev {
             Some(seen) if seen != doubt.rev => Some(moved_on(delivery, seen, doubt.rev)),
-            _ => (resolution.answer == Answer::Happened && doubt.word.is_some()).then(|| {
+            // Giving up is the way out of a word that no worker ever carries out.
+            _ => (resolution.answer != Answer::Abandoned && doubt.word.is_some()).then(|| {
                 Error::Conflict(format!(
                     "delivery {delivery} was resolved already; a worker of its application carries it out"
                 ))

@@ -1,6 +1,6 @@
 -- What the leases of the worker ?1 still hold, with what the decision needs; of one lease only if ?2 is not null.
 select d.id, d.message, d.subscription, d.priority, d.attempt, d.lost, d.rev, d.begun, l.batch, l.token, s.kind,
-    coalesce(m.max_attempts, s.max_attempts) as max_attempts, s.retry_base_ms, s.retry_cap_ms,
+    coalesce(m.max_attempts, s.max_attempts) as max_attempts, s.retry_base_ms, s.retry_cap_ms, s.quiet_ms,
     c.now - coalesce(a.started_at, l.claimed_at) as ran_ms
 from postbox_lease l
 cross join postbox_clock c

@@ -45,7 +45,7 @@ use crate::admin::{
     AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
-use crate::message::{Draft, Envelope, minted_at};
+use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};
 use crate::settings::Settings;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Guarded, LeaseRef, Move, Observation, Pulse,
@@ -91,13 +91,14 @@ fn timestamp(millis: i64) -> jiff::Timestamp {
     jiff::Timestamp::from_millisecond(millis).unwrap_or(jiff::Timestamp::UNIX_EPOCH)
 }
 
+/// At most [`MAX_WAIT`]: whatever a duration is added to or taken from stays far from an overflow.
 fn millis(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+    i64::try_from(duration.min(MAX_WAIT).as_millis()).unwrap_or(i64::MAX)
 }
 
-/// For waits: rounded up, so that nothing is due too early, and far from an overflow.
+/// For waits: rounded up, so that nothing is due too early.
 fn millis_up(duration: Duration) -> i64 {
-    i64::try_from(duration.as_micros().div_ceil(1000)).unwrap_or(i64::MAX).min(1 << 50)
+    i64::try_from(duration.min(MAX_WAIT).as_nanos().div_ceil(1_000_000)).unwrap_or(i64::MAX)
 }
 
 fn json_of<T: serde::Serialize + ?Sized>(value: &T) -> Result<String, Error> {
@@ -200,6 +201,10 @@ impl Store for SqliteStore {
 
     async fn register(&self, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
         register::register(self, registration).await
+    }
+
+    async fn revive(&self, registration: &Registration, subscriptions: &[SubscriptionId]) -> Result<(), Error> {
+        register::revive(self, registration, subscriptions).await
     }
 
     async fn beat(&self, beat: Beat) -> Result<Option<Pulse>, Error> {

@@ -1,26 +1,58 @@
 //! Registering a worker with its subscriptions, and its sign of life.
 
+use sqlx::SqliteConnection;
 use uuid::Uuid;
 
-use super::{SqliteStore, json_of, millis};
+use super::alive::Locked;
+use super::{SqliteStore, json_of, millis, millis_up};
 use crate::error::Error;
+use crate::lifecycle::Kind;
 use crate::store::{Declared, Pulse, Registration, Start, SubscriptionId};
 
 pub(super) async fn register(store: &SqliteStore, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
     // Locked before it is on record: a row without a lock would be taken for dead.
     let lock = store.shared.alive.lock(registration.worker)?;
     let mut work = store.write().await?;
+    // All of them as they are stored before anything is renamed: their order does not count.
+    let stored = recognise(work.on(), registration).await?;
     let epoch: i64 = sqlx::query_scalar("select epoch from postbox_routing").fetch_one(work.on()).await?;
     let mut ids = Vec::with_capacity(registration.subscriptions.len());
     let mut rerouted = false;
-    for declared in &registration.subscriptions {
-        let (id, changed) = subscribe(work.on(), &registration.application, declared, epoch + 1).await?;
+    for (declared, stored) in registration.subscriptions.iter().zip(stored) {
+        let (id, changed) = subscribe(work.on(), &registration.application, declared, stored, epoch + 1).await?;
         ids.push(id);
         rerouted |= changed;
     }
     if rerouted {
         sqlx::query("update postbox_routing set epoch = ?1").bind(epoch + 1).execute(work.on()).await?;
     }
+    enlist(work.on(), registration, &ids, &lock).await?;
+    work.commit().await?;
+    store.shared.alive.keep(registration.worker, lock);
+    Ok(ids)
+}
+
+/// Goes on under a new id: the worker's row and lock, and nothing else.
+pub(super) async fn revive(
+    store: &SqliteStore,
+    registration: &Registration,
+    subscriptions: &[SubscriptionId],
+) -> Result<(), Error> {
+    let lock = store.shared.alive.lock(registration.worker)?;
+    let mut work = store.write().await?;
+    enlist(work.on(), registration, subscriptions, &lock).await?;
+    work.commit().await?;
+    store.shared.alive.keep(registration.worker, lock);
+    Ok(())
+}
+
+/// Writes the worker's row.
+async fn enlist(
+    db: &mut SqliteConnection,
+    registration: &Registration,
+    subscriptions: &[SubscriptionId],
+    lock: &Locked,
+) -> Result<(), Error> {
     sqlx::query(
         "insert into postbox_worker (id, name, application, subscriptions, lease_ms, lock_file, started_at)
          select ?1, ?2, ?3, ?4, ?5, ?6, now from postbox_clock",
@@ -28,37 +60,94 @@ pub(super) async fn register(store: &SqliteStore, registration: &Registration) -
     .bind(registration.worker)
     .bind(&registration.name)
     .bind(&registration.application)
-    .bind(json_of(&ids)?)
+    .bind(json_of(subscriptions)?)
     .bind(millis(registration.lease))
     .bind(lock.name())
-    .execute(work.on())
+    .execute(db)
     .await?;
-    work.commit().await?;
-    store.shared.alive.keep(registration.worker, lock);
-    Ok(ids)
+    Ok(())
 }
 
-/// Finds, renames, changes or makes one subscription; whether publishers must fan out anew.
-async fn subscribe(
-    connection: &mut sqlx::SqliteConnection,
-    application: &str,
-    declared: &Declared,
-    next_epoch: i64,
-) -> Result<(SubscriptionId, bool), Error> {
+row! {
+    /// A subscription under which a declared one is stored already.
+    struct Known {
+        id: SubscriptionId,
+        name: String,
+        pattern: String,
+        kind: String,
+    }
+}
+
+/// What each declared subscription is stored as, if it is; refused where that would mix things up.
+async fn recognise(db: &mut SqliteConnection, registration: &Registration) -> Result<Vec<Option<Known>>, Error> {
+    let declared = &registration.subscriptions;
+    let mut stored = Vec::with_capacity(declared.len());
+    for one in declared {
+        let known = known(db, &registration.application, one).await?;
+        if let Some(known) = &known
+            && known.kind == Kind::Operation.as_str()
+            && one.policy.kind != Kind::Operation
+        {
+            return Err(Error::Refused(format!(
+                "the subscription `{}` is an operation: an attempt of it that may have happened must not be taken for a plain one; give the new handler another name, and remove the old one with `postbox subscriptions remove` when nothing of it is left",
+                known.name
+            )));
+        }
+        // One that is renamed may not take a name from another that still goes by it, stored or new.
+        if known.as_ref().is_none_or(|k| k.name != one.name)
+            && let Some(former) = one.renamed_from.iter().find(|former| {
+                known.as_ref().is_some_and(|k| k.name == **former)
+                    || declared.iter().any(|other| other.name == **former)
+            })
+            && let Some(other) = declared.iter().find(|other| other.name == *former && other.name != one.name)
+        {
+            return Err(same(&one.name, &other.name));
+        }
+        stored.push(known);
+    }
+    // Two that were both renamed from a third.
+    for (at, one) in stored.iter().enumerate() {
+        let twin = stored[..at].iter().position(|s| matches!((s, one), (Some(s), Some(one)) if s.id == one.id));
+        if let Some(twin) = twin {
+            return Err(same(&declared[twin].name, &declared[at].name));
+        }
+    }
+    Ok(stored)
+}
+
+fn same(one: &str, other: &str) -> Error {
+    Error::Refused(format!(
+        "the subscriptions `{one}` and `{other}` are the same stored one (`renamed_from`); a name that is still in use cannot be renamed"
+    ))
+}
+
+/// Its own name counts first, then those it had before.
+async fn known(db: &mut SqliteConnection, application: &str, declared: &Declared) -> Result<Option<Known>, Error> {
     let mut names = vec![declared.name.as_str()];
     names.extend(declared.renamed_from.iter().map(String::as_str));
-    let found: Option<(SubscriptionId, String)> = sqlx::query_as(
-        "select s.id, s.pattern
+    let found = sqlx::query_as(
+        "select s.id, s.name, s.pattern, s.kind
          from json_each(?2) n join postbox_subscription s on s.application = ?1 and s.name = n.value
          where s.removed_at is null order by n.key limit 1",
     )
     .bind(application)
     .bind(json_of(&names)?)
-    .fetch_optional(&mut *connection)
+    .fetch_optional(db)
     .await?;
+    Ok(found)
+}
+
+/// Renames, changes or makes one subscription; whether publishers must fan out anew.
+async fn subscribe(
+    connection: &mut SqliteConnection,
+    application: &str,
+    declared: &Declared,
+    stored: Option<Known>,
+    next_epoch: i64,
+) -> Result<(SubscriptionId, bool), Error> {
     let segments = json_of(&declared.pattern.segments().collect::<Vec<_>>())?;
     let retry = declared.policy.retry;
-    if let Some((id, pattern)) = found {
+    if let Some(Known { id, pattern, .. }) = stored {
         let changed = pattern != declared.pattern.as_str();
         // A changed pattern takes the unrouted messages that only the new one matches.
         sqlx::query(
@@ -68,13 +157,14 @@ async fn subscribe(
                  epoch = case when ?11 then ?12 else epoch end,
                  start = case when ?11 then 'unrouted' else start end,
                  backfilled = case when ?11 then false else backfilled end,
-                 backfill_after = case when ?11 then 0 else backfill_after end
+                 backfill_after = case when ?11 then 0 else backfill_after end,
+                 timeout_ms = ?13, quiet_ms = ?14
              where id = ?1",
         )
         .bind(id)
         .bind(&declared.name)
         .bind(declared.policy.kind.as_str())
-        .bind(retry.max_attempts)
+        .bind(i32::try_from(retry.max_attempts).unwrap_or(i32::MAX))
         .bind(millis(retry.base))
         .bind(millis(retry.cap))
         .bind(declared.reconciles)
@@ -83,6 +173,8 @@ async fn subscribe(
         .bind(segments)
         .bind(changed)
         .bind(next_epoch)
+        .bind(millis_up(declared.timeout))
+        .bind(millis_up(declared.quiet))
         .execute(connection)
         .await?;
         return Ok((id, changed));
@@ -95,8 +187,10 @@ async fn subscribe(
     };
     let id = sqlx::query_scalar(
         "insert into postbox_subscription (application, name, pattern, segments, kind, max_attempts, retry_base_ms,
-             retry_cap_ms, reconciles, continues, start, start_at, epoch, backfilled, created_at)
-         select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?11 = 'now', now from postbox_clock
+             retry_cap_ms, reconciles, continues, start, start_at, epoch, backfilled, timeout_ms,
+             quiet_ms, created_at)
+         select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?11 = 'now', ?14, ?15, now
+         from postbox_clock
          returning id",
     )
     .bind(application)
@@ -104,7 +198,7 @@ async fn subscribe(
     .bind(declared.pattern.as_str())
     .bind(segments)
     .bind(declared.policy.kind.as_str())
-    .bind(retry.max_attempts)
+    .bind(i32::try_from(retry.max_attempts).unwrap_or(i32::MAX))
     .bind(millis(retry.base))
     .bind(millis(retry.cap))
     .bind(declared.reconciles)
@@ -112,6 +206,8 @@ async fn subscribe(
     .bind(start)
     .bind(start_at)
     .bind(next_epoch)
+    .bind(millis_up(declared.timeout))
+    .bind(millis_up(declared.quiet))
     .fetch_one(connection)
     .await?;
     Ok((id, true))

@@ -11,9 +11,6 @@ use crate::error::Error;
 use crate::lifecycle::{Event, Kind, Standing, State, transition};
 use crate::store::{DeliveryId, LeaseRef, Move, OutcomeRecord, SubscriptionId, TakenOver, policy_of};
 
-/// How long a lost worker's call may still be on its way, beyond the lease that has run out.
-const GRACE: Duration = Duration::from_secs(60);
-
 row! {
     /// A delivery that a lease still holds.
     struct Leftover {
@@ -31,8 +28,13 @@ row! {
         max_attempts: i32,
         retry_base_ms: i64,
         retry_cap_ms: i64,
+        quiet_ms: i64,
         ran_ms: i64,
     }
+}
+
+fn duration(millis: i64) -> Duration {
+    Duration::from_millis(millis.max(0) as u64)
 }
 
 async fn leftover(db: &mut SqliteConnection, worker: Uuid, token: Option<Uuid>) -> Result<Vec<Leftover>, Error> {
@@ -55,8 +57,7 @@ pub(super) async fn take_over(store: &SqliteStore, draw: f64) -> Result<Option<T
             dead.bury();
             continue;
         };
-        let quiet = Duration::from_millis(lease_ms.max(0) as u64) + GRACE;
-        let taken = settle_leftover(&mut work, worker, name, quiet, draw).await?;
+        let taken = settle_leftover(&mut work, worker, name, duration(lease_ms), draw).await?;
         work.commit().await?;
         dead.bury();
         store.shared.bell.ring();
@@ -69,12 +70,12 @@ async fn settle_leftover(
     work: &mut Work,
     worker: Uuid,
     name: String,
-    quiet: Duration,
+    lease: Duration,
     draw: f64,
 ) -> Result<TakenOver, Error> {
     let mut taken = TakenOver { worker, name, pending: 0, in_doubt: 0, dead: 0 };
     for left in leftover(work.on(), worker, None).await? {
-        let moved = left.lost(&taken.name, quiet, draw)?;
+        let moved = left.lost(&taken.name, lease, draw)?;
         match moved.standing.state {
             State::InDoubt => taken.in_doubt += 1,
             State::Dead => taken.dead += 1,
@@ -92,8 +93,8 @@ async fn settle_leftover(
             .execute(work.on())
             .await?;
         }
-        let lease = LeaseRef { worker, batch: left.batch, token: left.token };
-        settle::apply(work.on(), &[moved], Some(lease)).await?;
+        let held = LeaseRef { worker, batch: left.batch, token: left.token };
+        settle::apply(work.on(), &[moved], Some(held)).await?;
     }
     sqlx::query("delete from postbox_lease where worker = ?1").bind(worker).execute(work.on()).await?;
     sqlx::query("delete from postbox_worker where id = ?1").bind(worker).execute(work.on()).await?;
@@ -102,7 +103,7 @@ async fn settle_leftover(
 
 impl Leftover {
     /// Where a dead worker's delivery goes.
-    fn lost(&self, worker: &str, quiet: Duration, draw: f64) -> Result<Move, Error> {
+    fn lost(&self, worker: &str, lease: Duration, draw: f64) -> Result<Move, Error> {
         let kind: Kind = self.kind.parse().map_err(Error::Refused)?;
         let policy = policy_of(kind, self.max_attempts, self.retry_base_ms, self.retry_cap_ms);
         let now = Standing { state: State::Running, attempts: self.attempt, begun: self.begun, lost: self.lost };
@@ -113,9 +114,11 @@ impl Leftover {
             kind: if kind == Kind::Operation { "in_doubt" } else { "lost" },
             error: Some(words.clone()),
             receipt: None,
-            ran: Duration::from_millis(self.ran_ms.max(0) as u64),
+            ran: duration(self.ran_ms),
             ago: Duration::ZERO,
         });
+        // The process is gone, and its timeout with it; what it had sent may still be on its way.
+        let quiet = lease.saturating_add(duration(self.quiet_ms));
         Ok(self.moved(next.standing, next.delay, quiet, words, outcome))
     }
 

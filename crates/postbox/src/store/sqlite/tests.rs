@@ -19,6 +19,7 @@ mod backfilling;
 mod doubting;
 mod operating;
 mod publishing;
+mod registering;
 mod working;
 
 /// A store on a file of its own.
@@ -91,7 +92,8 @@ fn declared(name: &str, pattern: &str) -> Declared {
         renamed_from: Vec::new(),
         pattern: pattern.parse().expect("a pattern"),
         policy: policy(Kind::Plain),
-        timeout: std::time::Duration::from_secs(60),
+        timeout: Duration::from_secs(60),
+        quiet: Duration::from_secs(20),
         reconciles: false,
         continues: false,
         start: Start::Unrouted,

@@ -7,10 +7,18 @@ use crate::retry::RetryPolicy;
 
 const OPERATION: SubscriptionId = 1;
 const PLAIN: SubscriptionId = 2;
+/// The delivery whose outcome no store takes.
+const POISON: i64 = 5;
 
 fn lane(id: SubscriptionId, kind: Kind) -> Lane {
     let retry = RetryPolicy { max_attempts: 2, base: Duration::ZERO, cap: Duration::ZERO };
-    Lane { id, policy: Policy { kind, retry }, timeout: Duration::from_secs(5), concurrency: None }
+    Lane {
+        id,
+        policy: Policy { kind, retry },
+        timeout: Duration::from_secs(5),
+        quiet: Duration::from_secs(60),
+        concurrency: None,
+    }
 }
 
 fn core(seed: u64, concurrency: usize) -> Core {
@@ -19,7 +27,6 @@ fn core(seed: u64, concurrency: usize) -> Core {
         concurrency,
         batch: None,
         poll_interval: Duration::from_secs(1),
-        grace: Duration::from_secs(60),
         subscriptions: vec![lane(OPERATION, Kind::Operation), lane(PLAIN, Kind::Plain)],
         seed,
     })
@@ -125,16 +132,7 @@ fn item(delivery: i64, subscription: SubscriptionId, lost: u32) -> Item {
 }
 
 fn ended(end: End) -> Box<Ended> {
-    Box::new(Ended {
-        end,
-        error: None,
-        receipt: None,
-        follow_ups: Vec::new(),
-        ran: Duration::from_millis(1),
-        settled: false,
-        fenced: false,
-        cut_off: false,
-    })
+    Box::new(Ended { ran: Duration::from_millis(1), ..Ended::of(end) })
 }
 
 /// Runs one worker against the model until it has stopped; the trace of what it did.
@@ -167,7 +165,9 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
             false => vec![inbox.swap_remove(dice.usize(..inbox.len()))],
         };
         trace.push(format!("{now:?} {taken:?}"));
+        let ticked = matches!(taken.as_slice(), [Event::Tick]);
         let commands = core.step(taken, now);
+        let idle = ticked && commands.is_empty();
         for command in commands {
             match command {
                 Command::Claim(request) => {
@@ -177,16 +177,32 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
                     inbox.push(Event::Claimed(request.token, claimed.filter(|_| fate > 1)));
                 }
                 Command::Disown(token) => {
-                    if let Some((_, held)) = model.leases.remove(&token) {
+                    let done = dice.bool();
+                    if done && let Some((_, held)) = model.leases.remove(&token) {
                         model.ready.extend(held.into_values());
                     }
-                    inbox.push(Event::Disowned(token, dice.bool()));
+                    inbox.push(Event::Disowned(token, done));
                 }
                 Command::Settle(settle) => {
                     let fate = dice.u8(0..10);
-                    let answer = (fate > 0).then(|| model.settle(&settle));
+                    let poison = settle
+                        .moves
+                        .iter()
+                        .any(|m| m.delivery == POISON && m.outcome.as_ref().is_some_and(|o| o.error.is_none()));
+                    let flushed = match fate {
+                        0 => Flushed::Unknown,
+                        // What this delivery's handler returned, no store takes.
+                        _ if poison || settle.successes.iter().any(|s| s.delivery == POISON) => {
+                            Flushed::Refused("interval out of range".into())
+                        }
+                        1 => {
+                            model.settle(&settle);
+                            Flushed::Unknown
+                        }
+                        _ => Flushed::Known(model.settle(&settle)),
+                    };
                     assert!(model.exposed() <= concurrency, "a kill now leaves {} in doubt", model.exposed());
-                    inbox.push(Event::Settled(settle.lease.token, answer.filter(|_| fate > 1)));
+                    inbox.push(Event::Settled(settle.lease.token, flushed));
                 }
                 Command::Run(hold, _, item, number) => {
                     let key = (item.delivery, number);
@@ -207,7 +223,7 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
                 Command::Asleep(_) => inbox.push(Event::Woken),
             }
         }
-        if core.is_done() {
+        if core.is_done(now) {
             return (model, trace);
         }
         // Something that runs may end; time may pass.
@@ -225,8 +241,12 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
             inbox.push(Event::Freed(hold));
         }
         if inbox.is_empty() {
-            let next = core.next_tick().filter(|at| *at > now);
-            now = next.unwrap_or(now + Duration::from_millis(1));
+            // A tick that was due and changed nothing must not be wanted again at once: a hot loop.
+            let next = core.next_tick();
+            if let (Some(at), true) = (next, idle) {
+                assert!(at > now, "seed {seed}: a tick at {at:?} is wanted without end at {now:?}: {core:?}");
+            }
+            now = next.filter(|at| *at > now).unwrap_or(now + Duration::from_millis(1));
         }
     }
     panic!("seed {seed}: no end in sight: {:?}\n{}", core, trace[trace.len() - 20..].join("\n"));
@@ -271,7 +291,7 @@ fn a_fenced_batch_changes_nothing_and_its_late_answers_are_evidence() {
     let settle = commands.iter().find_map(|c| if let Command::Settle(s) = c { Some(s.clone()) } else { None });
     let settle = settle.expect("the operations' attempts are put on record");
     assert_eq!(settle.starts, [(1, 1), (2, 1)]);
-    let commands = core.step([Event::Settled(request.token, Some(model.settle(&settle)))], now);
+    let commands = core.step([Event::Settled(request.token, Flushed::Known(model.settle(&settle)))], now);
     let holds: Vec<Hold> =
         commands.iter().filter_map(|c| if let Command::Run(h, ..) = c { Some(*h) } else { None }).collect();
     assert_eq!(holds.len(), 2);
@@ -287,4 +307,57 @@ fn a_fenced_batch_changes_nothing_and_its_late_answers_are_evidence() {
     let seen = seen.expect("a late outcome is kept");
     assert!(seen[0].evidence.as_ref().is_some_and(|e| e.answer == Answer::Happened));
     assert!(commands.iter().all(|c| !matches!(c, Command::Settle(_))), "and writes nothing: {commands:?}");
+}
+
+#[test]
+fn an_operation_that_ignores_its_cancellation_is_not_settled_while_it_runs() {
+    let mut core = core(1, 4);
+    let mut model = Model::default();
+    model.ready.push_back(item(1, OPERATION, 0));
+    let commands = core.step([Event::Tick], Duration::ZERO);
+    let [Command::Claim(request)] = commands.as_slice() else { panic!("{commands:?}") };
+    let claimed = model.claim(request);
+    let token = request.token;
+    let settle_of = |commands: &[Command]| {
+        commands.iter().find_map(|c| if let Command::Settle(s) = c { Some(s.clone()) } else { None })
+    };
+    let starts = settle_of(&core.step([Event::Claimed(token, Some(claimed))], Duration::ZERO)).expect("the start");
+    core.step([Event::Settled(token, Flushed::Known(model.settle(&starts)))], Duration::ZERO);
+    let late = Duration::from_secs(6);
+    let commands = core.step([Event::Tick], late);
+    assert!(commands.iter().any(|c| matches!(c, Command::Cancel(_, Cancel::TimedOut))), "{commands:?}");
+    let cut = Ended { cut_off: true, ..Ended::of(End::TimedOut) };
+    let commands = core.step([Event::Ended((token, 0), Box::new(cut))], late);
+    assert!(settle_of(&commands).is_none(), "it may still do its work: {commands:?}");
+    let settle = settle_of(&core.step([Event::Freed((token, 0))], late)).expect("now it is over");
+    assert_eq!(settle.moves[0].standing.state, State::InDoubt);
+    assert_eq!(settle.moves[0].quiet, Duration::from_secs(60), "and what it sent may still be on its way");
+}
+
+#[test]
+fn an_unknown_lease_is_handed_back_and_a_failed_handback_is_tried_again() {
+    let mut core = core(1, 4);
+    let lost = Uuid::from_u128(77);
+    let commands = core.step([Event::Pulse(Duration::ZERO, vec![lost])], Duration::ZERO);
+    assert!(commands.iter().any(|c| matches!(c, Command::Disown(t) if *t == lost)), "{commands:?}");
+    core.step([Event::Disowned(lost, false)], Duration::ZERO);
+    let at = core.next_tick().expect("a tick");
+    assert!(at > Duration::ZERO);
+    let again = core.step([Event::Tick], LONGEST_PAUSE);
+    assert!(again.iter().any(|c| matches!(c, Command::Disown(t) if *t == lost)), "{again:?}");
+}
+
+#[test]
+fn a_stop_now_gives_up_in_the_end() {
+    let mut core = core(1, 4);
+    let mut model = Model::default();
+    model.ready.push_back(item(1, PLAIN, 0));
+    let commands = core.step([Event::Tick], Duration::ZERO);
+    let [Command::Claim(request)] = commands.as_slice() else { panic!("{commands:?}") };
+    core.step([Event::Claimed(request.token, Some(model.claim(request)))], Duration::ZERO);
+    core.step([Event::Stop, Event::StopNow], Duration::ZERO);
+    assert!(!core.is_done(Duration::ZERO), "its outcome is not written yet");
+    assert_eq!(core.next_tick(), Some(LAST_WAIT));
+    assert!(core.is_done(LAST_WAIT), "the database does not answer: a takeover will");
+    assert_eq!(core.left(), 1);
 }

@@ -21,6 +21,7 @@ create table {schema}.subscription (
     retry_base_ms  bigint not null,
     retry_cap_ms   bigint not null,
     timeout_ms     bigint not null,
+    quiet_ms       bigint not null,
     reconciles     boolean not null,
     continues      boolean not null,
     start          text not null check (start in ('unrouted', 'now', 'beginning', 'time')),
@@ -31,7 +32,7 @@ create table {schema}.subscription (
     backfill_after uuid,
     -- Transactions that may still commit a message of an older epoch; null: not looked up yet.
     backfill_waits text[],
-    created_at     timestamptz not null default clock_timestamp(),
+    created_at     timestamptz not null default pg_catalog.clock_timestamp(),
     removed_at     timestamptz
 );
 create unique index subscription_name on {schema}.subscription (application, name) where removed_at is null;
@@ -124,7 +125,7 @@ create table {schema}.worker (
     application   text        not null,
     subscriptions int[]       not null,
     lease_ms      bigint      not null,
-    started_at    timestamptz not null default clock_timestamp(),
+    started_at    timestamptz not null default pg_catalog.clock_timestamp(),
     expires_at    timestamptz not null,
     asleep        boolean     not null default false
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
@@ -136,7 +137,7 @@ create table {schema}.lease (
     token         uuid        primary key,
     batch         bigint      not null,
     worker        uuid        not null,
-    claimed_at    timestamptz not null default clock_timestamp(),
+    claimed_at    timestamptz not null default pg_catalog.clock_timestamp(),
     deliveries    bigint[]    not null,
     messages      uuid[]      not null,
     subscriptions int[]       not null,
@@ -153,7 +154,7 @@ create table {schema}.attempt (
     number     int         not null,
     batch      bigint      not null,
     worker     uuid        not null,
-    started_at timestamptz not null default clock_timestamp(),
+    started_at timestamptz not null default pg_catalog.clock_timestamp(),
     primary key (delivery, number)
 );
 
@@ -181,7 +182,7 @@ create table {schema}.outcome_part (
     batch         bigint      not null,
     part          int         not null,
     worker        uuid        not null,
-    finished_at   timestamptz not null default clock_timestamp(),
+    finished_at   timestamptz not null default pg_catalog.clock_timestamp(),
     lowest        bigint,
     highest       bigint,
     deliveries    bigint[]    not null,
@@ -201,7 +202,7 @@ create table {schema}.doubt (
     priority     smallint    not null,
     attempt      int         not null,
     rev          int         not null,
-    since        timestamptz not null default clock_timestamp(),
+    since        timestamptz not null default pg_catalog.clock_timestamp(),
     cause        text        not null,
     receipt      json,
     -- Before this, an answer "did not happen" may come too early to be believed.
@@ -221,7 +222,7 @@ create table {schema}.dead_letter (
     attempt      int         not null,
     rev          int         not null,
     state        text        not null check (state in ('dead', 'cancelled')),
-    at           timestamptz not null default clock_timestamp(),
+    at           timestamptz not null default pg_catalog.clock_timestamp(),
     reason       text        not null
 );
 
@@ -238,7 +239,7 @@ create table {schema}.resolution (
     reason       text,
     receipt      json,
     state_after  text        not null,
-    at           timestamptz not null default clock_timestamp(),
+    at           timestamptz not null default pg_catalog.clock_timestamp(),
     primary key (delivery, rev)
 );
 
@@ -250,7 +251,7 @@ create table {schema}.observation (
     worker   uuid        not null,
     kind     text        not null,
     detail   text,
-    at       timestamptz not null default clock_timestamp()
+    at       timestamptz not null default pg_catalog.clock_timestamp()
 );
 create index observation_delivery on {schema}.observation (delivery);
 
@@ -262,7 +263,7 @@ insert into {schema}.audit_counter (seq) values (0);
 
 create table {schema}.audit (
     seq          bigint      primary key,
-    at           timestamptz not null default clock_timestamp(),
+    at           timestamptz not null default pg_catalog.clock_timestamp(),
     actor        text        not null,
     action       text        not null,
     delivery     bigint,
@@ -276,6 +277,11 @@ create table {schema}.audit (
 );
 create index audit_delivery on {schema}.audit (delivery) where delivery is not null;
 
+-- What runs for a caller must not depend on what is in the caller's search path: functions and types
+-- are named with their schema, and operators have operands that pg_catalog has an operator for, so
+-- that no better match in another schema can take its place. The small functions have no SET, which
+-- would keep them from being inlined.
+
 -- A UUIDv7: 48 bits of milliseconds, the rest random (RFC 9562, 5.7).
 create function {schema}.uuid7() returns uuid
 language sql volatile parallel safe as $$
@@ -283,22 +289,23 @@ language sql volatile parallel safe as $$
         pg_catalog.set_bit(pg_catalog.set_bit(
             pg_catalog.overlay(pg_catalog.uuid_send(pg_catalog.gen_random_uuid()),
                 pg_catalog.substring(pg_catalog.int8send(
-                    (extract(epoch from pg_catalog.clock_timestamp()) * 1000)::bigint), 3),
+                    (extract(epoch from pg_catalog.clock_timestamp()) * 1000::numeric)::bigint), 3),
                 1, 6),
-            52, 1), 53, 1), 'hex')::uuid
+            52, 1), 53, 1), 'hex')::pg_catalog.uuid
 $$;
 
 -- What dedup compares: the key and the payload, however its JSON is spelled.
 create function {schema}.body_hash(key text, payload text) returns bytea
 language sql immutable parallel safe as $$
     select pg_catalog.sha256(pg_catalog.convert_to(
-        coalesce(key, '') || e'\n' || payload::pg_catalog.jsonb::text, 'UTF8'))
+        coalesce(key, '') || e'\n' || payload::pg_catalog.jsonb::pg_catalog.text, 'UTF8'))
 $$;
 
 create function {schema}.minted_at(id uuid) returns timestamptz
 language sql immutable parallel safe as $$
     select pg_catalog.to_timestamp(
-        ('x' || pg_catalog.translate(pg_catalog.left(id::text, 13), '-', ''))::bit(48)::bigint / 1000.0)
+        ('x' || pg_catalog.translate(pg_catalog.left(id::pg_catalog.text, 13), '-', ''))::bit(48)::bigint::double precision
+            / 1000::double precision)
 $$;
 
 -- The one text that publishes; the library runs the same inline.
@@ -307,7 +314,8 @@ create function {schema}.publish_batch(
     sources text[], external_ids text[], correlation_ids text[], causation_ids text[],
     max_attempts int[], delay_ms bigint[], due_us bigint[], dedup_keys text[], dedup_ms bigint[]
 ) returns table (ord bigint, id uuid, stored boolean)
-language sql volatile as $publish_batch$
+language sql volatile
+set search_path = pg_catalog, pg_temp as $publish_batch$
 {publish}
 $publish_batch$;
 
@@ -320,13 +328,14 @@ create function {schema}.publish(
     correlation_id text default null, causation_id text default null,
     occurred_at timestamptz default null
 ) returns uuid
-language plpgsql volatile as $publish$
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $publish$
 #variable_conflict use_variable
 declare
-    text_payload text := publish.payload::text;
-    new_id uuid;
+    text_payload pg_catalog.text := publish.payload::pg_catalog.text;
+    new_id pg_catalog.uuid;
     is_stored boolean;
-    first_id uuid;
+    first_id pg_catalog.uuid;
     same_body boolean;
 begin
     perform {schema}.check_message(topic, payload, key, headers, after, dedup_key, dedup_window,
@@ -338,12 +347,12 @@ begin
         select b.id, b.stored into new_id, is_stored
         from {schema}.publish_batch(
             array[topic], array[nullif(key, '')], array[text_payload],
-            array[headers::text], array[(extract(epoch from occurred_at) * 1000000)::bigint],
+            array[headers::pg_catalog.text], array[(extract(epoch from occurred_at) * 1000000::numeric)::bigint],
             array[nullif(source, '')], array[nullif(external_id, '')],
             array[nullif(correlation_id, '')], array[nullif(causation_id, '')], array[max_attempts],
-            array[(extract(epoch from after) * 1000)::bigint],
-            array[(extract(epoch from at) * 1000000)::bigint],
-            array[dedup_key], array[(extract(epoch from dedup_window) * 1000)::bigint]) b;
+            array[(extract(epoch from after) * 1000::numeric)::bigint],
+            array[(extract(epoch from at) * 1000000::numeric)::bigint],
+            array[dedup_key], array[(extract(epoch from dedup_window) * 1000::numeric)::bigint]) b;
         if is_stored then
             return new_id;
         end if;
@@ -367,11 +376,12 @@ create function {schema}.check_message(
     dedup_window interval, max_attempts int, external_id text, source text,
     correlation_id text, causation_id text
 ) returns void
-language plpgsql stable as $check$
+language plpgsql stable
+set search_path = pg_catalog, pg_temp as $check$
 #variable_conflict use_variable
 declare
-    what text;
-    content text;
+    what pg_catalog.text;
+    content pg_catalog.text;
     brackets int;
     depth int := 0;
 begin
@@ -385,7 +395,7 @@ begin
     if payload is null then
         raise exception using errcode = '22004', message = 'postbox: the payload must not be null; pass ''null'' for a JSON null';
     end if;
-    content := payload::text;
+    content := payload::pg_catalog.text;
     if pg_catalog.octet_length(content) > 1048576 then
         raise exception using errcode = '22023', message = pg_catalog.format('postbox: the payload is %s bytes; the limit is 1048576', pg_catalog.octet_length(content));
     end if;
@@ -432,8 +442,8 @@ begin
         if pg_catalog.jsonb_typeof(headers) <> 'object'
             or exists (select from pg_catalog.jsonb_each(headers) h where pg_catalog.jsonb_typeof(h.value) <> 'string' or h.key = '' or pg_catalog.octet_length(h.key) > 255) then
             raise exception using errcode = '22023', message = 'postbox: headers must be a JSON object of strings, with names of 1 to 255 bytes';
-        elsif pg_catalog.octet_length(headers::text) > 32768 then
-            raise exception using errcode = '22023', message = pg_catalog.format('postbox: the headers are %s bytes together; the limit is 32768', pg_catalog.octet_length(headers::text));
+        elsif pg_catalog.octet_length(headers::pg_catalog.text) > 32768 then
+            raise exception using errcode = '22023', message = pg_catalog.format('postbox: the headers are %s bytes together; the limit is 32768', pg_catalog.octet_length(headers::pg_catalog.text));
         end if;
     end if;
 end
@@ -450,7 +460,7 @@ create view {schema}.attempts as
     where not exists (select from {schema}.outcome o where o.delivery = a.delivery and o.number = a.number)
     union all
     select d.delivery, 1, 'succeeded', 'succeeded', d.subscription, d.message, p.worker,
-        p.finished_at - d.duration_us * interval '1 microsecond', p.finished_at, null, null
+        p.finished_at - interval '1 microsecond' * d.duration_us::double precision, p.finished_at, null, null
     from {schema}.outcome_part p
     cross join lateral unnest(p.deliveries, p.messages, p.subscriptions, p.durations_us)
         as d(delivery, message, subscription, duration_us)
@@ -470,8 +480,10 @@ create view {schema}.leased as
 
 -- Where each delivery stands.
 create view {schema}.delivery as
-    select r.delivery, 'pending'::text as state, r.subscription, r.message, r.priority, r.attempt, r.lost, r.rev,
-        null::timestamptz as due_at, null::timestamptz as since, null::uuid as worker, null::text as note
+    select r.delivery, 'pending'::pg_catalog.text as state, r.subscription, r.message,
+        r.priority, r.attempt, r.lost, r.rev,
+        null::timestamp with time zone as due_at, null::timestamp with time zone as since,
+        null::pg_catalog.uuid as worker, null::pg_catalog.text as note
     from {schema}.ready r
     union all
     select s.delivery, 'pending', s.subscription, s.message, s.priority, s.attempt, s.lost, s.rev, s.due_at, null, null, null

@@ -20,6 +20,9 @@ create table postbox_subscription (
     max_attempts   integer not null,
     retry_base_ms  integer not null,
     retry_cap_ms   integer not null,
+    timeout_ms     integer not null,
+    -- How long a call that was sent may still be on its way to the remote.
+    quiet_ms       integer not null,
     reconciles     integer not null,
     continues      integer not null,
     start          text    not null check (start in ('unrouted', 'now', 'beginning', 'time')),

@@ -115,7 +115,11 @@ async fn an_operators_word_is_carried_out_by_a_worker_where_follow_ups_hang_on_i
     assert_eq!((entry.seq, entry.state_after.as_deref(), entry.rev_after), (1, Some("in_doubt"), Some(item.rev + 2)));
     assert_eq!(shop.state(item.delivery).await, State::InDoubt);
     let second = crate::admin::Resolution { rev: None, ..resolution };
-    assert!(matches!(shop.store.resolve(item.delivery, &second).await, Err(crate::Error::Conflict(_))));
+    let denied = crate::admin::Resolution { answer: Answer::DidNotHappen, ..second.clone() };
+    for other in [second, denied] {
+        let error = shop.store.resolve(item.delivery, &other).await.expect_err("it was resolved");
+        assert!(matches!(&error, crate::Error::Conflict(words) if words.contains("carries it out")), "{error}");
+    }
     let due = ask().await;
     let word = due[0].word.clone().expect("a word");
     assert_eq!((word.actor.as_str(), word.receipt), ("ana", Some(serde_json::json!({ "evidence": "pi_3" }))));
@@ -123,4 +127,25 @@ async fn an_operators_word_is_carried_out_by_a_worker_where_follow_ups_hang_on_i
     assert!(shop.store.answer(&carried_out).await.expect("answers"));
     assert_eq!(shop.state(item.delivery).await, State::Succeeded);
     assert_eq!(shop.count("select count(*) from postbox_message where topic = 'paid'").await, 1);
+}
+
+#[tokio::test]
+async fn a_word_that_nobody_carries_out_can_be_given_up() {
+    let shop = Shop::new().await;
+    let (item, _) = in_doubt(&shop, Declared { continues: true, ..operation() }).await;
+    let says = |answer| crate::admin::Resolution {
+        rev: None,
+        answer,
+        evidence: None,
+        actor: "ana".into(),
+        reason: "the handler is gone".into(),
+    };
+    shop.store.resolve(item.delivery, &says(Answer::Happened)).await.expect("waits for a worker");
+    let entry = shop.store.resolve(item.delivery, &says(Answer::Abandoned)).await.expect("at once");
+    assert_eq!((entry.state_after.as_deref(), entry.rev_after), (Some("dead"), Some(item.rev + 3)));
+    assert_eq!(shop.count("select count(*) from postbox_delivery where state = 'dead' and word is null").await, 1);
+    // A worker that has the word in hand comes too late with it.
+    let late = Answered { rev: item.rev + 2, ..answered(&item, Answer::Happened) };
+    assert!(!shop.store.answer(&late).await.expect("looks"));
+    assert_eq!(shop.count("select count(*) from postbox_message where topic = 'paid'").await, 0);
 }

@@ -141,7 +141,11 @@ async fn effect_and_outcome_commit_together() {
     let mut tx = shop.store.open(stolen, Duration::from_secs(1)).await.expect("opens");
     sqlx::query("insert into effect values (2)").execute(tx.connection()).await.expect("writes");
     let outcome = moved(&claimed.items[1], State::Succeeded, 1, "succeeded");
-    assert_eq!(shop.store.settle_open(tx, stolen, &outcome, &[]).await.expect("looks"), Guarded::Fenced);
+    assert_eq!(
+        shop.store.settle_open(tx, stolen, &outcome, &[draft("mail", 3)]).await.expect("looks"),
+        Guarded::Fenced
+    );
+    assert_eq!(shop.count("select count(*) from postbox_message where topic = 'mail'").await, 2);
     assert_eq!(shop.count("select count(*) from effect").await, 1);
     assert_eq!(shop.store.recheck(stolen, outcome.delivery, 1).await.expect("looks"), None);
 }
@@ -154,6 +158,7 @@ async fn a_handler_that_ends_its_transaction_is_noticed() {
     let outcome = moved(&claimed.items[0], State::Succeeded, 1, "succeeded");
     for ending in ["commit", "rollback", "commit; begin immediate", "rollback; begin"] {
         let mut tx = shop.store.open(lease, Duration::from_secs(1)).await.expect("opens");
+        sqlx::query("insert into effect values (7)").execute(tx.connection()).await.expect("writes");
         sqlx::raw_sql(ending).execute(tx.connection()).await.expect(ending);
         let error = shop.store.settle_open(tx, lease, &outcome, &[draft("mail", 1)]).await.expect_err(ending);
         assert!(
@@ -161,8 +166,11 @@ async fn a_handler_that_ends_its_transaction_is_noticed() {
             "{ending}: {error}"
         );
         assert_eq!(shop.count("select count(*) from postbox_outcome").await, 0);
-        assert_eq!(shop.count("select count(*) from postbox_message where topic = 'mail'").await, 0);
+        assert_eq!(shop.count("select count(*) from postbox_message where topic = 'mail'").await, 0, "{ending}");
+        assert_eq!(shop.state(outcome.delivery).await, State::Running);
     }
+    assert_eq!(shop.count("select count(*) from effect").await, 2, "what it committed itself stays");
+    shop.run("delete from effect").await;
     // A savepoint of its own that it left open is no harm.
     let mut tx = shop.store.open(lease, Duration::from_secs(1)).await.expect("opens");
     sqlx::raw_sql("savepoint mine; insert into effect values (1)").execute(tx.connection()).await.expect("writes");
