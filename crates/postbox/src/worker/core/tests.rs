@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
+use crate::lifecycle::{Answer, Policy, State};
 use crate::retry::RetryPolicy;
+use crate::store::Settle;
 
 const OPERATION: SubscriptionId = 1;
 const PLAIN: SubscriptionId = 2;

@@ -1,0 +1,258 @@
+//! A batch in hand, and its flushes: what has ended is judged and written, what starts is put on record.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::wire::{Ended, Lane};
+use super::{FIRST_PAUSE, LONGEST_PAUSE, Load};
+use crate::lifecycle::{Answer, End, Event as Lived, Kind, Policy, Standing, State, transition};
+use crate::store::{Evidence, Item, LeaseRef, Move, Observation, OutcomeRecord, Settle, SubscriptionId, Success};
+
+/// What has ended waits this long for company before it is settled.
+pub(super) const FLUSH_AFTER: Duration = Duration::from_millis(10);
+/// What has ended is settled at once when it is this many.
+const FLUSH_COUNT: usize = 100;
+
+/// Where a delivery of a batch stands in this worker.
+#[derive(Debug)]
+pub(super) enum Slot {
+    /// Waits for a permit.
+    Queued,
+    /// Has a permit, waits for its attempt to be on record.
+    Reserved,
+    /// Its attempt is being put on record.
+    Starting,
+    Running {
+        deadline: Duration,
+        cancelled: bool,
+    },
+    /// Could not be called; tried again from this time on.
+    Paused(Duration),
+    /// An operation that was cut off and has not let go: it may still do its work.
+    CutOff(Box<Ended>),
+    /// Ended, waits to be settled.
+    Ended(Box<Ended>, Duration),
+    /// Handed back, waits to be settled.
+    Released,
+    /// In the flush that is under way; how it ended is kept, in case the flush is fenced.
+    Settling(Option<Box<Ended>>),
+    Settled,
+}
+
+/// A leased batch.
+#[derive(Debug)]
+pub(super) struct Batch {
+    pub(super) lease: LeaseRef,
+    pub(super) items: Vec<(Item, Slot)>,
+    pub(super) claimed_at: Duration,
+    pub(super) next_part: i32,
+    /// The flush under way, kept for trying again: its answer may get lost.
+    pub(super) flight: Option<Settle>,
+    pub(super) again_at: Option<Duration>,
+    pub(super) pause: Duration,
+    pub(super) fenced: bool,
+    /// A flush was refused: what is in it is settled one by one, to find the one that is.
+    pub(super) one_by_one: bool,
+}
+
+impl Batch {
+    pub(super) fn new(lease: LeaseRef, items: Vec<(Item, Slot)>, claimed_at: Duration) -> Batch {
+        Batch {
+            lease,
+            items,
+            claimed_at,
+            next_part: 0,
+            flight: None,
+            again_at: None,
+            pause: FIRST_PAUSE,
+            fenced: false,
+            one_by_one: false,
+        }
+    }
+
+    /// The database refused a flush for what is in it. Nothing of it was written: its slots go back,
+    /// and are settled one by one; the one that is refused alone is settled as what could not be.
+    pub(super) fn refused(&mut self, error: &str, lanes: &HashMap<SubscriptionId, (Lane, Load)>, now: Duration) {
+        tracing::error!(batch = self.lease.batch, error, "a flush was refused; settling one by one");
+        let alone = self.one_by_one;
+        self.one_by_one = true;
+        self.again_at = None;
+        let flight = self.flight.take();
+        for (item, slot) in &mut self.items {
+            match std::mem::replace(slot, Slot::Settled) {
+                Slot::Settling(Some(mut ended)) => {
+                    if alone {
+                        let operation =
+                            lanes.get(&item.subscription).is_some_and(|(l, _)| l.policy.kind == Kind::Operation);
+                        let end = match operation {
+                            true => End::InDoubt,
+                            false => End::Failed { permanent: true, retry_after: None },
+                        };
+                        let words = format!("its outcome ({}) could not be written: {error}", ended.end.as_str());
+                        *ended = Ended { error: Some(words), ran: ended.ran, ..Ended::of(end) };
+                    }
+                    *slot = Slot::Ended(ended, now);
+                }
+                Slot::Settling(None) => *slot = Slot::Released,
+                Slot::Starting => *slot = Slot::Reserved,
+                other => *slot = other,
+            }
+        }
+        // Not at once: if even that is refused, it is not asked without end.
+        if alone {
+            self.again_at = Some(now + self.pause);
+            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        }
+        drop(flight);
+    }
+}
+
+/// The flush that a batch is due for, its slots moved along.
+pub(super) fn due_flush(
+    batch: &mut Batch,
+    lanes: &HashMap<SubscriptionId, (Lane, Load)>,
+    rng: &mut fastrand::Rng,
+    now: Duration,
+) -> Option<Settle> {
+    let count = |wanted: fn(&Slot) -> bool| batch.items.iter().filter(|(_, slot)| wanted(slot)).count();
+    let ended = count(|s| matches!(s, Slot::Ended(..)));
+    let reserved = count(|s| matches!(s, Slot::Reserved));
+    let released = count(|s| matches!(s, Slot::Released));
+    let settled = count(|s| matches!(s, Slot::Settled));
+    let complete = ended + released + settled == batch.items.len();
+    let oldest =
+        batch.items.iter().filter_map(|(_, s)| if let Slot::Ended(_, at) = s { Some(*at) } else { None }).min();
+    // An operation's outcome does not wait: others may wait for it.
+    let urgent = batch.items.iter().any(|(item, slot)| {
+        matches!(slot, Slot::Ended(..))
+            && lanes.get(&item.subscription).is_some_and(|(lane, _)| lane.policy.kind == Kind::Operation)
+    });
+    let ripe = urgent || ended >= FLUSH_COUNT || oldest.is_some_and(|at| at + FLUSH_AFTER <= now);
+    if !(complete || ripe || reserved > 0 || released > 0) {
+        return None;
+    }
+    // The first alone, if a flush with company was refused.
+    let mut room = if batch.one_by_one { 1 } else { usize::MAX };
+    let complete = complete && (!batch.one_by_one || ended + released <= 1);
+    let mut settle = Settle {
+        lease: batch.lease,
+        part: batch.next_part,
+        successes: Vec::new(),
+        moves: Vec::new(),
+        released: Vec::new(),
+        follow_ups: Vec::new(),
+        starts: Vec::new(),
+        close: complete,
+    };
+    batch.next_part += 1;
+    for (item, slot) in &mut batch.items {
+        if room == 0 || !matches!(slot, Slot::Ended(..) | Slot::Released | Slot::Reserved) {
+            continue;
+        }
+        room -= 1;
+        match std::mem::replace(slot, Slot::Settling(None)) {
+            Slot::Ended(ended, at) => {
+                let lane = lanes.get(&item.subscription).map(|(lane, _)| lane);
+                judge(item, (*ended).clone(), now.saturating_sub(at), lane, rng, &mut settle);
+                *slot = Slot::Settling(Some(ended));
+            }
+            Slot::Released => settle.released.push(item.clone()),
+            Slot::Reserved => {
+                settle.starts.push((item.delivery, item.attempts + 1));
+                *slot = Slot::Starting;
+            }
+            other => *slot = other,
+        }
+    }
+    Some(settle)
+}
+
+/// Turns an attempt's end into what is written: the lifecycle decides.
+fn judge(item: &Item, ended: Ended, ago: Duration, lane: Option<&Lane>, rng: &mut fastrand::Rng, settle: &mut Settle) {
+    let policy = policy_for(item, lane);
+    let begun = policy.kind == Kind::Operation || item.lost > 0;
+    let number = item.attempts + 1;
+    if ended.end == End::Succeeded && number == 1 && !begun && ended.follow_ups.is_empty() && policy.kind == Kind::Plain
+    {
+        settle.successes.push(Success {
+            delivery: item.delivery,
+            message: item.message,
+            subscription: item.subscription,
+            ran: ended.ran,
+        });
+        return;
+    }
+    let standing = Standing {
+        state: State::Running,
+        attempts: if begun { number } else { item.attempts },
+        begun,
+        lost: item.lost,
+    };
+    // Running and ended always has a next state.
+    let Ok(next) = transition(standing, Lived::Ended(ended.end), &policy, rng.f64()) else { return };
+    if next.standing.state == State::Succeeded {
+        settle.follow_ups.extend(ended.follow_ups);
+    }
+    settle.moves.push(Move {
+        delivery: item.delivery,
+        message: item.message,
+        subscription: item.subscription,
+        priority: item.priority,
+        rev: item.rev + 1,
+        standing: next.standing,
+        delay: next.delay,
+        quiet: lane.map_or(Duration::ZERO, |lane| lane.quiet),
+        note: note(&ended.error, next.standing.state, number, &policy),
+        outcome: Some(OutcomeRecord {
+            number,
+            kind: ended.end.as_str(),
+            error: ended.error,
+            receipt: ended.receipt,
+            ran: ended.ran,
+            ago,
+        }),
+    });
+}
+
+fn policy_for(item: &Item, lane: Option<&Lane>) -> Policy {
+    let mut policy = lane.map_or(Policy { kind: Kind::Plain, retry: Default::default() }, |lane| lane.policy);
+    if let Some(own) = item.envelope.as_ref().and_then(|e| e.max_attempts) {
+        policy.retry.max_attempts = own;
+    }
+    policy
+}
+
+fn note(error: &Option<String>, state: State, number: u32, policy: &Policy) -> String {
+    let words = error.as_deref().unwrap_or("no reason was given");
+    match state {
+        State::Dead if number >= policy.retry.max_attempts => {
+            format!("attempt {number} of {}: {words}", policy.retry.max_attempts)
+        }
+        _ => words.to_owned(),
+    }
+}
+
+/// What a fenced attempt's end is kept as, and whether it proves anything.
+pub(super) fn observation(item: &Item, ended: &Ended, worker: Uuid, lane: Option<&Lane>) -> Observation {
+    let policy = policy_for(item, lane);
+    let answer = match ended.end {
+        End::Succeeded => Some(Answer::Happened),
+        End::Failed { .. } => Some(Answer::DidNotHappen),
+        End::InDoubt | End::Panicked | End::TimedOut => None,
+    };
+    Observation {
+        delivery: item.delivery,
+        number: item.attempts + 1,
+        worker,
+        kind: ended.end.as_str(),
+        detail: ended.error.clone(),
+        evidence: answer.filter(|_| policy.kind == Kind::Operation).map(|answer| Evidence {
+            answer,
+            receipt: ended.receipt.clone(),
+            follow_ups: ended.follow_ups.clone(),
+            policy,
+        }),
+    }
+}
