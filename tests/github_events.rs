@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -45,7 +45,7 @@ impl House {
             None => command.env_remove("DATABASE_URL").arg("--sqlite").arg(self.folder.path().join("github.db")),
         };
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the example starts");
-        let stdout = child.stdout.take().expect("its output");
+        let mut stdout = child.stdout.take().expect("its output");
         let (said, heard) = channel();
         let lines = BufReader::new(child.stderr.take().expect("its words"));
         std::thread::spawn(move || {
@@ -54,7 +54,13 @@ impl House {
                 said.send(line).ok();
             }
         });
-        Running { child, stdout, heard }
+        let (send, printed) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut text = String::new();
+            stdout.read_to_string(&mut text).ok();
+            send.send(text).ok();
+        });
+        Running { child, printed, heard }
     }
 
     /// Runs it to its end; the table.
@@ -87,7 +93,8 @@ impl Drop for House {
 /// The example as a process of its own; dropped, it is killed.
 struct Running {
     child: Child,
-    stdout: ChildStdout,
+    /// What it printed, once it has ended.
+    printed: Receiver<String>,
     heard: Receiver<String>,
 }
 
@@ -100,16 +107,8 @@ impl Drop for Running {
 
 impl Running {
     fn table(mut self) -> String {
-        let give_up = Instant::now() + AT_MOST;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().expect("it can be asked") {
-                break status;
-            }
-            assert!(Instant::now() < give_up, "the example does not end");
-            std::thread::sleep(Duration::from_millis(20));
-        };
-        let mut table = String::new();
-        self.stdout.read_to_string(&mut table).expect("its output");
+        let table = self.printed.recv_timeout(AT_MOST).expect("the example ends");
+        let status = self.child.wait().expect("its end");
         assert!(status.success(), "the example ended with {status}:\n{table}");
         table
     }
@@ -119,7 +118,7 @@ impl Running {
         while !half_way(&self) {
             assert!(Instant::now() < give_up, "it never came that far");
             assert!(self.child.try_wait().expect("it can be asked").is_none(), "it ended before it could be killed");
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::yield_now();
         }
         self.child.kill().expect("it can be killed");
         assert_eq!(self.child.wait().expect("it ends").signal(), Some(9));

@@ -42,8 +42,12 @@ impl Server {
     /// PostgreSQL's binaries are not installed, or the server does not come up.
     pub fn start() -> Server {
         let bin = binaries();
-        let folder = tempfile::Builder::new().prefix("postbox-pg-").tempdir().expect("a temporary folder");
         let account = is_root().then(unprivileged);
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("postbox-pg-");
+        // Root's own temporary folder may be closed to the account that the server runs as.
+        let folder = if account.is_some() { builder.tempdir_in("/tmp") } else { builder.tempdir() };
+        let folder = folder.expect("a temporary folder");
         if let Some((uid, gid)) = account {
             chown(folder.path(), Some(uid), Some(gid)).expect("the folder can be given away");
         }
