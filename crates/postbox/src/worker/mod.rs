@@ -22,6 +22,9 @@ use crate::router::{Route, Router};
 use crate::settings::Settings;
 use crate::store::{Database, Registration, Store, Stranded, SubscriptionId};
 
+/// How long a start may hand out what was published before it.
+const FIRST_HISTORY: Duration = Duration::from_secs(1);
+
 /// The least time that a verb of the store is given; more if the lease is longer.
 const LEAST_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -163,6 +166,10 @@ impl<Db: Database> Worker<Db> {
         let store = postbox.store().clone();
         let sent = Moment::now();
         let ids = store.register(&registration).await?;
+        // What was published before anybody was subscribed is there when this returns, unless it is much:
+        // the rest goes on in the background.
+        let begun = Instant::now();
+        while begun.elapsed() < FIRST_HISTORY && matches!(store.backfill().await, Ok(true)) {}
         let stranded = store.stranded().await?;
         for lost in &stranded {
             tracing::warn!(
