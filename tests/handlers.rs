@@ -629,10 +629,11 @@ macro_rules! transactional {
                 write(&mut tx, &table, "panics").await.expect("written");
                 panic!("a planned panic");
             }
-            async fn ends_it(State((table, _)): State<S>, mut tx: Tx<$db>) -> Result<(), Failure> {
+            async fn ends_it(State((table, _)): State<S>, mut tx: Tx<$db>) -> Result<Done, Failure> {
                 sqlx::raw_sql("commit").execute(&mut tx).await?;
                 write(&mut tx, &table, "ends_it").await.ok();
-                Ok(())
+                // Nothing follows from what is not one with its transaction.
+                Ok(Done::new().then(draft("never")))
             }
             async fn rolls_back(State((table, _)): State<S>, mut tx: Tx<$db>) -> Result<(), Failure> {
                 sqlx::raw_sql("rollback").execute(&mut tx).await?;

@@ -13,6 +13,7 @@ use postbox::store::{
 use postbox::{Envelope, Error, Postbox, PublishError, RetryPolicy};
 use postbox_testkit::{Fresh, Testable, on_both_stores};
 use serde_json::json;
+use sqlx::Connection;
 use uuid::Uuid;
 
 on_both_stores!(
@@ -793,4 +794,21 @@ async fn a_promoted_standby_makes_open_operations_suspect() {
     );
     let _once = Hand::<Pg>::register(&fresh, subscriptions()).await;
     assert_eq!(suspects().await, 2, "told once");
+}
+
+#[tokio::test]
+async fn a_stricter_default_isolation_does_not_reach_the_engine() {
+    let strict = "options=-c%20default_transaction_isolation%3Dserializable";
+    let fresh = postbox::Postgres::fresh_with(|settings| {
+        let url = settings.database_url().unwrap_or_default().to_owned();
+        let joined = if url.contains('?') { '&' } else { '?' };
+        settings.url(format!("{url}{joined}{strict}"))
+    })
+    .await;
+    let level = |connection| sqlx::query_scalar::<_, String>("show transaction_isolation").fetch_one(connection);
+    let mut plain = sqlx::PgConnection::connect(&fresh.url()).await.expect("connect");
+    assert_eq!(level(&mut plain).await.expect("show"), "serializable", "the default is in force");
+    let mut tx = fresh.postbox.store().begin().await.expect("begin");
+    let own = level(postbox::store::HandlerTx::connection(&mut tx)).await.expect("show");
+    assert_eq!(own, "read committed", "a takeover that locks first must see what was settled meanwhile");
 }
