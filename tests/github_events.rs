@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::Connection;
 
-/// A restart may have to wait for a minute before it believes that a lost call did not arrive.
+/// A restart has to wait before it believes that a lost call did not arrive.
 const AT_MOST: Duration = Duration::from_secs(150);
 
 /// Where the example finds its database.

@@ -323,7 +323,6 @@ fn answered(delivery: i64, rev: i32, answer: Answer) -> Answered {
         reason: None,
         receipt: Some(json!({ "found": true })),
         follow_ups: vec![Envelope::json("after", &1).expect("a draft")],
-        policy: Policy { kind: Kind::Operation, retry: RetryPolicy::default() },
         draw: 0.0,
     }
 }
@@ -362,14 +361,13 @@ async fn late_outcomes_are_evidence<Db: Testable>() {
     let fresh = Db::fresh().await;
     let hand = Hand::register(&fresh, vec![declared("op", "t", Kind::Operation)]).await;
     let (delivery, _) = doubtful(&fresh, &hand).await;
-    let policy = Policy { kind: Kind::Operation, retry: RetryPolicy::default() };
     let seen = |number, answer| Observation {
         delivery,
         number,
         worker: hand.worker,
         kind: "succeeded",
         detail: None,
-        evidence: Some(Evidence { answer, receipt: Some(json!({ "id": "ch_1" })), follow_ups: Vec::new(), policy }),
+        evidence: Some(Evidence { answer, receipt: Some(json!({ "id": "ch_1" })), follow_ups: Vec::new() }),
     };
     hand.store().observe(&[seen(7, Answer::Happened)]).await.expect("observe");
     assert_eq!(count(&fresh, State::InDoubt).await, 1, "of another attempt it proves nothing");

@@ -342,8 +342,6 @@ pub struct Evidence {
     pub receipt: Option<serde_json::Value>,
     /// Messages that commit with a success.
     pub follow_ups: Vec<Draft>,
-    /// The subscription's policy.
-    pub policy: Policy,
 }
 
 /// What was taken over from a worker that died.
@@ -434,8 +432,6 @@ pub struct Answered {
     pub receipt: Option<serde_json::Value>,
     /// Messages that commit with a success.
     pub follow_ups: Vec<Draft>,
-    /// The subscription's policy.
-    pub policy: Policy,
     /// The jitter.
     pub draw: f64,
 }

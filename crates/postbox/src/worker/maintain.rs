@@ -158,7 +158,6 @@ async fn settle<Db: Database>(
             reason: Some(format!("{} (its message is gone: nothing could follow)", word.reason)),
             receipt: word.receipt,
             follow_ups: Vec::new(),
-            policy,
             draw: 0.0,
         });
     };
@@ -213,7 +212,6 @@ async fn settle<Db: Database>(
         reason,
         receipt: content,
         follow_ups,
-        policy,
         draw: fastrand::f64(),
     })
 }

@@ -563,7 +563,6 @@ pub(super) async fn resolve(
             reason: Some(resolution.reason.clone()),
             receipt,
             follow_ups: Vec::new(),
-            policy: policy_of(Kind::Operation, 1, 0, 0),
             draw: 0.0,
         };
         doubt::end(store, &mut work, doubt, &answered).await?

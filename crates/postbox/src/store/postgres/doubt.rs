@@ -147,7 +147,6 @@ pub(super) async fn observe(store: &PgStore, observations: &[Observation]) -> Re
                 reason: Some("its outcome came after its lease had run out".into()),
                 receipt: evidence.receipt.clone(),
                 follow_ups: evidence.follow_ups.clone(),
-                policy: evidence.policy,
                 draw: 1.0,
             };
             end(store, &mut work, &doubt, &answered).await?;

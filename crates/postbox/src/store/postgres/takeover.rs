@@ -1,5 +1,6 @@
 //! What a worker leaves behind: taken over when it died, handed back when it ends.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use sqlx::Row;
@@ -27,6 +28,8 @@ pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<Taken
     let name: String = dead.try_get("name")?;
     let mut taken = TakenOver { worker, name, pending: 0, in_doubt: 0, dead: 0 };
     let tokens = lock_leases(store, &mut work, worker).await?;
+    let mut batches: BTreeMap<Uuid, (LeaseRef, Vec<Move>)> = BTreeMap::new();
+    let (mut unseen, mut numbers) = (Vec::new(), Vec::new());
     for row in leftover(store, &mut work, &tokens).await? {
         let moved = lost(&row, &taken.name, lease, draw)?;
         match moved.standing.state {
@@ -35,22 +38,28 @@ pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<Taken
             _ => taken.pending += 1,
         }
         if moved.outcome.is_none() && row.try_get::<String, _>("kind")? != Kind::Operation.as_str() {
-            let sql = format!(
-                "insert into {}.observation (delivery, number, worker, kind, detail) values ($1, $2, $3, 'lost', $4)",
-                store.schema
-            );
-            store
-                .dynamic(sql)
-                .bind(moved.delivery)
-                .bind(moved.standing.attempts as i32 + 1)
-                .bind(worker)
-                .bind(format!("worker {} died holding it; whether it had started is not known", taken.name))
-                .execute(work.on())
-                .await?;
+            unseen.push(moved.delivery);
+            numbers.push(moved.standing.attempts as i32 + 1);
         }
-        let batch = LeaseRef { worker, batch: row.try_get("batch")?, token: row.try_get("token")? };
-        settle::apply(store, work.on(), &[moved], Some(batch)).await?;
+        let held = LeaseRef { worker, batch: row.try_get("batch")?, token: row.try_get("token")? };
+        batches.entry(held.token).or_insert_with(|| (held, Vec::new())).1.push(moved);
     }
+    for (held, moves) in batches.values() {
+        settle::apply(store, work.on(), moves, Some(*held)).await?;
+    }
+    let sql = format!(
+        "insert into {}.observation (delivery, number, worker, kind, detail)
+         select u.delivery, u.number, $3, 'lost', $4 from unnest($1::bigint[], $2::int[]) as u(delivery, number)",
+        store.schema
+    );
+    store
+        .dynamic(sql)
+        .bind(unseen)
+        .bind(numbers)
+        .bind(worker)
+        .bind(format!("worker {} died holding it; whether it had started is not known", taken.name))
+        .execute(work.on())
+        .await?;
     forget(store, &mut work, &tokens).await?;
     let sql = format!("delete from {}.worker where id = $1", store.schema);
     store.dynamic(sql).bind(worker).execute(work.on()).await?;

@@ -191,7 +191,6 @@ pub(super) async fn observe(store: &SqliteStore, observations: &[Observation]) -
             reason: Some("its outcome came after its lease had run out".into()),
             receipt: evidence.receipt.clone(),
             follow_ups: evidence.follow_ups.clone(),
-            policy: evidence.policy,
             draw: 1.0,
         };
         end(&mut work, &doubt, &answered).await?;

@@ -79,7 +79,7 @@ impl Batch {
         let alone = self.one_by_one;
         self.one_by_one = true;
         self.again_at = None;
-        let flight = self.flight.take();
+        self.flight = None;
         for (item, slot) in &mut self.items {
             match std::mem::replace(slot, Slot::Settled) {
                 Slot::Settling(Some(mut ended)) => {
@@ -105,7 +105,6 @@ impl Batch {
             self.again_at = Some(now + self.pause);
             self.pause = (self.pause * 2).min(LONGEST_PAUSE);
         }
-        drop(flight);
     }
 }
 
@@ -252,7 +251,6 @@ pub(super) fn observation(item: &Item, ended: &Ended, worker: Uuid, lane: Option
             answer,
             receipt: ended.receipt.clone(),
             follow_ups: ended.follow_ups.clone(),
-            policy,
         }),
     }
 }

@@ -22,7 +22,6 @@ fn answered(item: &Item, answer: Answer) -> Answered {
         reason: None,
         receipt: Some(serde_json::json!({ "id": 7 })),
         follow_ups: vec![draft("paid", 1)],
-        policy: policy(Kind::Operation),
         draw: 1.0,
     }
 }
@@ -81,12 +80,7 @@ async fn a_late_outcome_is_evidence_for_its_own_attempt_only() {
         worker: lease.worker,
         kind: "succeeded",
         detail: Some("late".into()),
-        evidence: Some(Evidence {
-            answer: Answer::Happened,
-            receipt: None,
-            follow_ups: vec![draft("paid", 1)],
-            policy: policy(Kind::Operation),
-        }),
+        evidence: Some(Evidence { answer: Answer::Happened, receipt: None, follow_ups: vec![draft("paid", 1)] }),
     };
     shop.store.observe(&[seen(2)]).await.expect("observes");
     assert_eq!(shop.state(item.delivery).await, State::InDoubt);

@@ -205,7 +205,6 @@ async fn no_wait_is_too_long_for_the_tables() {
         reason: None,
         receipt: None,
         follow_ups: Vec::new(),
-        policy: policy(Kind::Operation),
         draw: 1.0,
     };
     assert!(shop.store.answer(&answered).await.expect("answers"), "with the longest backoff there is");
