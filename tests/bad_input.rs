@@ -9,7 +9,12 @@ use sqlx::Row;
 use Verdict::*;
 
 fn draft(input: &Input) -> Result<Draft, PublishError> {
-    let mut draft = Envelope::raw(input.topic.as_str(), input.payload.as_str())?;
+    let mut draft = match &input.bytes {
+        Some((content_type, bytes)) => {
+            Envelope::bytes(input.topic.as_str(), content_type.as_str(), bytes.as_slice())
+        }
+        None => Envelope::raw(input.topic.as_str(), input.payload.as_str())?,
+    };
     if let Some(key) = &input.key {
         draft = draft.key(key);
     }
@@ -39,6 +44,7 @@ fn verdict_of(error: &PublishError) -> Verdict {
         PublishError::TooLong { .. } => TooLong,
         PublishError::EmptyDedupKey | PublishError::EmptyHeaderName => Empty,
         PublishError::TooFar { .. } | PublishError::MaxAttempts { .. } => Range,
+        PublishError::ContentType { .. } => ContentType,
         other => panic!("an error without a verdict: {other}"),
     }
 }
@@ -51,7 +57,12 @@ async fn through_rust<Db: Testable>() {
             Ok(draft) => match fresh.postbox.publish_now([draft]).await {
                 Ok(published) => {
                     let (stored, _) = fresh.postbox.admin().message(published[0].id).await.expect("it is there");
-                    assert_eq!(stored.payload.get(), input.payload, "{}: kept digit for digit", input.what);
+                    let (content_type, bytes) = match &input.bytes {
+                        Some((content_type, bytes)) => (content_type.as_str(), bytes.as_slice()),
+                        None => ("application/json", input.payload.as_bytes()),
+                    };
+                    assert!(stored.payload_bytes() == bytes, "{}: kept as it is, to the last digit", input.what);
+                    assert_eq!(stored.content_type(), content_type, "{}", input.what);
                     assert_eq!(stored.key, input.key.clone().filter(|k| !k.is_empty()), "{}", input.what);
                     Taken
                 }
@@ -82,20 +93,22 @@ async fn through_sql() {
     let fresh = Postgres::fresh().await;
     let sql = format!(
         "select {}.publish($1, $2::text::jsonb, key => $3, dedup_key => $4, external_id => $5, headers => $6::text::jsonb,
-            after => $7::bigint * interval '1 second', max_attempts => $8) as id",
+            after => $7::bigint * interval '1 second', max_attempts => $8, body => $9, content_type => $10) as id",
         fresh.schema()
     );
     for input in table() {
         let headers = input.header.as_ref().map(|(name, value)| serde_json::json!({ name: value }).to_string());
         let result = sqlx::query(sqlx::AssertSqlSafe(sql.as_str()))
             .bind(&input.topic)
-            .bind(&input.payload)
+            .bind(input.bytes.is_none().then_some(&input.payload))
             .bind(&input.key)
             .bind(&input.dedup)
             .bind(&input.external_id)
             .bind(headers)
             .bind(input.after.map(|d| d.as_secs() as i64))
             .bind(input.max_attempts)
+            .bind(input.bytes.as_ref().map(|(_, bytes)| bytes))
+            .bind(input.bytes.as_ref().map(|(content_type, _)| content_type))
             .fetch_one(&fresh.pool)
             .await;
         let verdict = match &result {
@@ -110,6 +123,7 @@ async fn through_sql() {
                     // Invalid text, an untranslatable character, a number out of range: the cast to jsonb.
                     "22P02" | "22P05" | "22003" => Json,
                     "22023" if words.contains("topic") => Topic,
+                    "22023" if words.contains("no media type") => ContentType,
                     "22023" if words.contains("nested deeper") => Json,
                     "22023" if words.contains("limit is 1048576") || words.contains("limit is 32768") => TooLarge,
                     "22023"
@@ -126,13 +140,17 @@ async fn through_sql() {
         };
         assert_eq!(verdict, input.verdict, "{}: {result:?}", input.what);
     }
-    // Only through SQL: a null payload, and both times at once.
+    // Only through SQL: a null payload, and two things at once.
     for (call, code) in [
         ("publish('t', null)", "22004"),
         ("publish(null, '{}')", "22023"),
         ("publish('t', '{}', after => '1 s', at => now())", "22023"),
         ("publish('t', '{}', after => '-1 s')", "22023"),
         ("publish('t', '{}', headers => '[]')", "22023"),
+        ("publish('t')", "22004"),
+        ("publish('t', '{}', body => '1', content_type => 'a/b')", "22023"),
+        ("publish('t', body => '1')", "22023"),
+        ("publish('t', '{}', content_type => 'a/b')", "22023"),
         ("publish('t', '{}', headers => '{\"a\": 1}')", "22023"),
     ] {
         let sql = format!("select {}.{call}", fresh.schema());

@@ -392,7 +392,7 @@ async fn an_operators_word_releases_what_follows<Db: Testable>() {
     let resolution = all["charge"].records.iter().find(|r| r.record == "resolution").expect("a resolution");
     assert_eq!((resolution.actor.as_str(), resolution.detail.as_deref()), ("ana", Some("seen in the console")));
     let shipped = all["ship"].envelope.as_ref().expect("the message");
-    assert_eq!(shipped.payload.get(), r#"{"order":42,"seen":{"evidence":"ch_7"}}"#);
+    assert_eq!(shipped.payload_json(), Some(r#"{"order":42,"seen":{"evidence":"ch_7"}}"#));
     assert_eq!(shipped.correlation_id.as_deref(), Some("c-1"));
     assert_eq!(shipped.causation_id, Some(published[0].id.to_string()));
     worker.stop(None).await.expect("stop");
@@ -595,7 +595,7 @@ async fn a_bare_connection_publishes_in_one_statement<Db: Testable>() {
     let fresh = Db::fresh().await;
     let mut connection = fresh.pool.acquire().await.expect("a connection");
     let published = fresh.postbox.publish(&mut connection, &Typed { id: 5, items: Vec::new() }).await.expect("publish");
-    assert_eq!((published.key.as_deref(), published.payload.get()), (Some("5"), r#"{"id":5,"items":[]}"#));
+    assert_eq!((published.key.as_deref(), published.payload_json()), (Some("5"), Some(r#"{"id":5,"items":[]}"#)));
     let (stored, _) = fresh.postbox.admin().message(published.id).await.expect("it is there at once");
     assert_eq!(stored.topic, "t");
 }

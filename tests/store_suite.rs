@@ -447,7 +447,7 @@ async fn nothing_starts_before_it_is_due<Db: Testable>() {
         tokio::task::yield_now().await;
     };
     assert!(before.elapsed() >= delay, "not before its time");
-    let payload = later.items[0].envelope.as_ref().map(|e| e.payload.get().to_owned());
+    let payload = later.items[0].envelope.as_ref().and_then(|e| e.payload_json().map(str::to_owned));
     assert_eq!((later.items.len(), payload.as_deref()), (1, Some("\"later\"")));
 }
 

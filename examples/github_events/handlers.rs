@@ -63,7 +63,9 @@ async fn project<Db: Tables>(envelope: Envelope, State(names): State<Names>, mut
 /// Writes down every event, word for word. The table has no unique key: one written twice would show.
 async fn audit<Db: Tables>(envelope: Envelope, State(names): State<Names>, mut tx: Tx<Db>) -> Result<(), Failure> {
     let event = name(&envelope.topic, envelope.external_id.as_deref().unwrap_or_default());
-    Ok(Db::note(&mut tx, &names, &event, envelope.payload.get()).await?)
+    // Its events are JSON, all of them.
+    let text = envelope.payload_json().unwrap_or_default();
+    Ok(Db::note(&mut tx, &names, &event, text).await?)
 }
 
 /// The way to the announcement server.

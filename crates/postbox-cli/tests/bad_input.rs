@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
+use base64::Engine;
 use postbox_testkit::bad_input::{Input, Verdict, table, verdict_of_words};
 
 /// The line for an input, as far as a line can say it.
@@ -11,7 +12,15 @@ fn line(input: &Input) -> Option<String> {
         return None;
     }
     let text = |text: &str| serde_json::to_string(text).expect("a string");
-    let mut fields = vec![format!("\"topic\":{}", text(&input.topic)), format!("\"payload\":{}", input.payload)];
+    let mut fields = vec![format!("\"topic\":{}", text(&input.topic))];
+    match &input.bytes {
+        Some((content_type, bytes)) => fields.push(format!(
+            "\"content_type\":{},\"data_base64\":{}",
+            text(content_type),
+            text(&base64::engine::general_purpose::STANDARD.encode(bytes))
+        )),
+        None => fields.push(format!("\"payload\":{}", input.payload)),
+    }
     if let Some(key) = &input.key {
         fields.push(format!("\"key\":{}", text(key)));
     }

@@ -19,6 +19,8 @@ pub enum Verdict {
     Empty,
     /// A number out of range.
     Range,
+    /// No media type.
+    ContentType,
 }
 use Verdict::*;
 
@@ -31,6 +33,8 @@ pub struct Input {
     pub topic: String,
     /// Its payload, as text.
     pub payload: String,
+    /// Bytes instead of it, with their content type.
+    pub bytes: Option<(String, Vec<u8>)>,
     /// Its key.
     pub key: Option<String>,
     /// Its dedup key.
@@ -52,6 +56,7 @@ fn input(what: &'static str, verdict: Verdict) -> Input {
         what,
         topic: "t".into(),
         payload: "{}".into(),
+        bytes: None,
         key: None,
         dedup: None,
         external_id: None,
@@ -68,6 +73,10 @@ fn topic(what: &'static str, topic: impl Into<String>, verdict: Verdict) -> Inpu
 
 fn payload(what: &'static str, payload: impl Into<String>, verdict: Verdict) -> Input {
     Input { payload: payload.into(), ..input(what, verdict) }
+}
+
+fn bytes(what: &'static str, content_type: impl Into<String>, bytes: impl Into<Vec<u8>>, verdict: Verdict) -> Input {
+    Input { bytes: Some((content_type.into(), bytes.into())), ..input(what, verdict) }
 }
 
 fn nested(levels: usize) -> String {
@@ -106,6 +115,24 @@ pub fn table() -> Vec<Input> {
         payload("a payload at the limit", format!("\"{}\"", "x".repeat((1 << 20) - 2)), Taken),
         payload("a payload above the limit", format!("\"{}\"", "x".repeat((1 << 20) - 1)), TooLarge),
         payload("script", r#""<script>alert(1)</script>""#, Taken),
+        bytes("bytes", "image/png", b"\x89PNG\r\n\x1a\n\0\xff\\\"{}".as_slice(), Taken),
+        bytes("no bytes at all", "image/png", [], Taken),
+        bytes("bytes that are no JSON", "application/json", b"{".as_slice(), Taken),
+        bytes("parameters", "text/plain; charset=utf-8;x=\"a \\\" [b]^~\"", b"x".as_slice(), Taken),
+        bytes("255 bytes of content type", format!("a/{}", "b".repeat(253)), b"x".as_slice(), Taken),
+        bytes("256 bytes of content type", format!("a/{}", "b".repeat(254)), b"x".as_slice(), TooLong),
+        bytes("no content type", "", b"x".as_slice(), ContentType),
+        bytes("no subtype", "image", b"x".as_slice(), ContentType),
+        bytes("a space in a content type", "image /png", b"x".as_slice(), ContentType),
+        bytes("a line break in a content type", "image/png\r\nx: y", b"x".as_slice(), ContentType),
+        bytes("a line break at the end of a content type", "image/png\n", b"x".as_slice(), ContentType),
+        bytes("a line break in quotes", "a/b; q=\"\n\"", b"x".as_slice(), ContentType),
+        bytes("a parameter without a value", "text/plain; charset", b"x".as_slice(), ContentType),
+        bytes("an open quote", "text/plain; charset=\"utf-8", b"x".as_slice(), ContentType),
+        bytes("an escape at the end of quotes", "text/plain; charset=\"\\\"", b"x".as_slice(), ContentType),
+        bytes("a content type that is not ASCII", "im\u{e9}ge/png", b"x".as_slice(), ContentType),
+        bytes("bytes at the limit", "a/b", vec![0; 1 << 20], Taken),
+        bytes("bytes above the limit", "a/b", vec![0; (1 << 20) + 1], TooLarge),
         Input { key: Some("k".repeat(255)), ..input("255 bytes of key", Taken) },
         Input { key: Some("k".repeat(256)), ..input("256 bytes of key", TooLong) },
         Input { key: Some(String::new()), ..input("an empty key is no key", Taken) },
@@ -127,6 +154,8 @@ pub fn verdict_of_words(words: &str) -> Option<Verdict> {
     let says = |part: &str| words.contains(part);
     if says("topic") && !says("is no message") {
         Some(Topic)
+    } else if says("no media type") {
+        Some(ContentType)
     } else if says("cannot be stored") || says("is no message") {
         Some(Json)
     } else if says("limit is 1048576") || says("limit is 32768") {

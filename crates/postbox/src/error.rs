@@ -35,6 +35,14 @@ pub enum PublishError {
         /// Its size.
         bytes: usize,
     },
+    /// The content type of bytes is no media type.
+    #[error(
+        "the content type is no media type (byte {at}): write it like `image/png` or `text/plain; charset=utf-8`, 1 to {MAX_NAME_BYTES} bytes of visible ASCII"
+    )]
+    ContentType {
+        /// Byte offset of what does not fit.
+        at: usize,
+    },
     /// A text has a NUL character.
     #[error("the {what} has a NUL character, which PostgreSQL cannot store")]
     Nul {
@@ -87,6 +95,22 @@ pub enum PublishError {
     /// is known when the caller's transaction has committed or not.
     #[error("the database did not take the message: {}", Plain(.0))]
     Database(#[source] sqlx::Error),
+    /// A driver other than sqlx says the same of the caller's own connection.
+    #[error("the database did not take the message: {words}")]
+    Driver {
+        /// What it says, without the values that it may quote.
+        words: String,
+        /// The SQLSTATE, if the database said it.
+        code: Option<String>,
+        /// The driver's own error. It can quote values: it is no `source`, so that logs do not have it.
+        error: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// What was read back is no answer to a statement of [`sql`](crate::sql).
+    #[error("the rows do not answer the statement: {why}; run it as it is, and read all its rows as (ord, id, yes)")]
+    Rows {
+        /// What is wrong.
+        why: String,
+    },
     /// Another connection holds the SQLite file's write lock, or has written since the caller's
     /// transaction read. Nothing was stored.
     #[error(
@@ -160,6 +184,8 @@ impl Error {
         match self {
             Error::Busy(_) | Error::Publish(PublishError::Busy(_)) => true,
             Error::Database(e) | Error::Publish(PublishError::Database(e)) => is_transient(e),
+            // Without a code it is the connection.
+            Error::Publish(PublishError::Driver { code, .. }) => code.as_deref().is_none_or(is_transient_code),
             _ => false,
         }
     }
@@ -173,14 +199,15 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
         | sqlx::Error::WorkerCrashed
         | sqlx::Error::Protocol(_)
         | sqlx::Error::Tls(_) => true,
-        sqlx::Error::Database(e) => e.code().is_some_and(|code| {
-            let class = code.get(..2).unwrap_or("");
-            // Connection, resources, operator intervention, rollback; lock not available; SQLite busy.
-            matches!(class, "08" | "53" | "57" | "40")
-                || matches!(&*code, "55P03" | "25006" | "5" | "6" | "517" | "261")
-        }),
+        sqlx::Error::Database(e) => e.code().is_some_and(|code| is_transient_code(&code)),
         _ => false,
     }
+}
+
+fn is_transient_code(code: &str) -> bool {
+    let class = code.get(..2).unwrap_or("");
+    // Connection, resources, operator intervention, rollback; lock not available; SQLite busy.
+    matches!(class, "08" | "53" | "57" | "40") || matches!(code, "55P03" | "25006" | "5" | "6" | "517" | "261")
 }
 
 /// A driver error without the values it may quote: PostgreSQL's `detail` can hold whole rows.

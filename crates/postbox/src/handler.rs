@@ -9,6 +9,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 
+use crate::content::{Bytes, Content};
 use crate::message::Envelope;
 use crate::operation::{Done, FollowUps, Operation, OperationFailure, Receipt, Reconciled};
 use crate::store::{AsConnection, Database, HandlerTx, Store};
@@ -154,7 +155,7 @@ impl Rejection {
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot be an argument of this handler",
     label = "no extractor",
-    note = "arguments may be Payload<T>, Envelope, Metadata, State<S>, Attempt and Operation",
+    note = "arguments may be Payload<T>, Bytes, Envelope, Metadata, State<S>, Attempt and Operation",
     note = "`Tx<Db>` comes last, and only in handlers that are not operations: an irreversible effect cannot be rolled back with a transaction"
 )]
 pub trait FromDelivery<S>: Sized {
@@ -171,7 +172,20 @@ pub struct Payload<T>(pub T);
 
 impl<S, T: DeserializeOwned + 'static> FromDelivery<S> for Payload<T> {
     fn from_delivery(call: &Call, _: &S) -> Result<Self, Rejection> {
+        if let Content::Bytes(bytes) = &call.envelope.payload {
+            return Err(Rejection(format!("the payload is bytes of {}; take `Bytes`", bytes.content_type())));
+        }
         call.envelope.decode().map(Payload).map_err(Rejection::new)
+    }
+}
+
+impl<S> FromDelivery<S> for Bytes {
+    fn from_delivery(call: &Call, _: &S) -> Result<Self, Rejection> {
+        let envelope = &call.envelope;
+        Ok(match &envelope.payload {
+            Content::Bytes(bytes) => bytes.clone(),
+            Content::Json(_) => Bytes::new(envelope.content_type(), envelope.payload_bytes()),
+        })
     }
 }
 
@@ -379,7 +393,7 @@ pub(crate) type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no handler",
     label = "not a handler",
-    note = "a handler is an async function whose arguments are Payload<T>, Envelope, Metadata, State<S>, Attempt (at most eight), then Tx<Db> if it is transactional, and that returns () or Result<(), postbox::Failure>",
+    note = "a handler is an async function whose arguments are Payload<T>, Bytes, Envelope, Metadata, State<S>, Attempt (at most eight), then Tx<Db> if it is transactional, and that returns () or Result<(), postbox::Failure>",
     note = "irreversible work goes through `operation(f)`"
 )]
 pub trait Handler<Db: Database, S, M>: Send + Sync + 'static {
@@ -401,7 +415,7 @@ pub trait Handler<Db: Database, S, M>: Send + Sync + 'static {
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no operation",
     label = "not an operation",
-    note = "an operation is an async function whose arguments are Operation, Payload<T>, Envelope, Metadata, State<S>, Attempt (at most eight) and that returns Result<Receipt, OperationFailure>",
+    note = "an operation is an async function whose arguments are Operation, Payload<T>, Bytes, Envelope, Metadata, State<S>, Attempt (at most eight) and that returns Result<Receipt, OperationFailure>",
     note = "an operation cannot take `Tx`: an irreversible effect cannot be rolled back with a transaction; publish with `Receipt::then` instead"
 )]
 pub trait OperationHandler<S, M>: Send + Sync + 'static {
@@ -414,7 +428,7 @@ pub trait OperationHandler<S, M>: Send + Sync + 'static {
 /// `Result<Reconciled, E>`; an error counts as unknown.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no reconcile hook",
-    note = "a reconcile hook is an async function whose arguments are Operation, Payload<T>, Envelope, Metadata, State<S>, Attempt (at most eight) and that returns Result<Reconciled, postbox::Failure>"
+    note = "a reconcile hook is an async function whose arguments are Operation, Payload<T>, Bytes, Envelope, Metadata, State<S>, Attempt (at most eight) and that returns Result<Reconciled, postbox::Failure>"
 )]
 pub trait ReconcileHook<S, M>: Send + Sync + 'static {
     /// Reads the arguments and starts the function.

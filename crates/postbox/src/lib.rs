@@ -40,6 +40,7 @@
 //!
 //! An operator's view of the same things is [`Postbox::admin`], and the `postbox` command on top of it.
 
+mod content;
 mod context;
 #[cfg(not(feature = "crash-points"))]
 mod crash;
@@ -59,10 +60,14 @@ pub mod admin;
 #[doc(hidden)]
 pub mod crash;
 pub mod lifecycle;
+pub mod sql;
 #[doc(hidden)]
 pub mod store;
+#[cfg(feature = "tokio-postgres")]
+pub mod tokio_postgres;
 pub mod worker;
 
+pub use content::{Bytes, Content, JSON_CONTENT_TYPE};
 pub use error::{Error, PublishError};
 pub use handler::{
     Attempt, Call, Failure, FromDelivery, FromRef, Handler, IntoVerdict, Metadata, NotDone, OperationHandler, Payload,

@@ -1,7 +1,6 @@
 //! The message: what is published, stored and handed to handlers.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -10,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
+use crate::content::{self, Bytes, Content};
 use crate::error::PublishError;
 use crate::json;
 use crate::pattern::{MAX_NAME_BYTES, check_topic};
@@ -78,14 +78,15 @@ pub(crate) enum Due {
     At(Timestamp),
 }
 
-/// A message that is not published yet: made by [`Envelope::of`] or [`Envelope::json`].
+/// A message that is not published yet: made by [`Envelope::of`], [`Envelope::json`] or
+/// [`Envelope::bytes`].
 ///
 /// Nothing is checked before it is published.
 #[derive(Debug, Clone)]
 #[must_use = "a draft does nothing until it is published"]
 pub struct Draft {
     pub(crate) topic: String,
-    pub(crate) payload: Box<RawValue>,
+    pub(crate) payload: Content,
     pub(crate) key: Option<String>,
     pub(crate) headers: BTreeMap<String, String>,
     pub(crate) due: Due,
@@ -105,7 +106,7 @@ pub(crate) struct Dedup {
 }
 
 impl Draft {
-    fn raw(topic: String, payload: Box<RawValue>) -> Draft {
+    fn new(topic: String, payload: Content) -> Draft {
         Draft {
             topic,
             payload,
@@ -202,11 +203,16 @@ impl Draft {
     /// Checks every limit; the same draft, its empty texts taken as none.
     pub(crate) fn checked(mut self, max_payload_bytes: usize) -> Result<Draft, PublishError> {
         check_topic(&self.topic)?;
-        let bytes = self.payload.get().len();
+        let bytes = self.payload.bytes().len();
         if bytes > max_payload_bytes {
             return Err(PublishError::PayloadTooLarge { bytes, limit: max_payload_bytes });
         }
-        json::check(self.payload.get())?;
+        match &self.payload {
+            Content::Json(text) => {
+                json::check(text.get())?;
+            }
+            Content::Bytes(bytes) => check_content_type(bytes.content_type())?,
+        }
         for (what, text) in [
             ("key", &mut self.key),
             ("source", &mut self.source),
@@ -264,6 +270,13 @@ fn check_text(what: &'static str, text: &str) -> Result<(), PublishError> {
     Ok(())
 }
 
+fn check_content_type(text: &str) -> Result<(), PublishError> {
+    if text.len() > MAX_NAME_BYTES {
+        return Err(PublishError::TooLong { what: "content type", bytes: text.len() });
+    }
+    content::check_content_type(text).map_err(|at| PublishError::ContentType { at })
+}
+
 fn check_wait(what: &'static str, wait: Duration) -> Result<(), PublishError> {
     if wait > MAX_WAIT {
         return Err(PublishError::TooFar { what });
@@ -316,8 +329,9 @@ pub struct Envelope {
     pub topic: String,
     /// What ordering and partitioning go by.
     pub key: Option<String>,
-    /// The JSON text, digit for digit as it was published.
-    pub payload: Arc<RawValue>,
+    /// The JSON text, digit for digit as it was published; or bytes with a content type.
+    #[serde(flatten)]
+    pub payload: Content,
     /// Names and values, as given.
     pub headers: BTreeMap<String, String>,
     /// When it happened: as given, else when it was recorded.
@@ -355,7 +369,7 @@ impl Envelope {
     pub fn json<P: Serialize + ?Sized>(topic: impl Into<String>, payload: &P) -> Result<Draft, PublishError> {
         let payload = serde_json::value::to_raw_value(payload)
             .map_err(|e| PublishError::Json(json::JsonError::Syntax(e.to_string())))?;
-        Ok(Draft::raw(topic.into(), payload))
+        Ok(Draft::new(topic.into(), Content::Json(payload.into())))
     }
 
     /// A draft whose payload is JSON text already; it is stored digit for digit.
@@ -367,25 +381,58 @@ impl Envelope {
         json::check(&text)?;
         let payload =
             RawValue::from_string(text).map_err(|e| PublishError::Json(json::JsonError::Syntax(e.to_string())))?;
-        Ok(Draft::raw(topic.into(), payload))
+        Ok(Draft::new(topic.into(), Content::Json(payload.into())))
+    }
+
+    /// A draft whose payload is bytes of a content type: a media type like `image/png` or
+    /// `text/plain; charset=utf-8`, 1 to 255 bytes of ASCII.
+    pub fn bytes(
+        topic: impl Into<String>,
+        content_type: impl Into<std::sync::Arc<str>>,
+        bytes: impl Into<std::sync::Arc<[u8]>>,
+    ) -> Draft {
+        Draft::new(topic.into(), Content::Bytes(Bytes::new(content_type, bytes)))
+    }
+
+    /// The payload as it is stored: the bytes, or those of the JSON text.
+    pub fn payload_bytes(&self) -> &[u8] {
+        self.payload.bytes()
+    }
+
+    /// The payload's JSON text; none if it is bytes.
+    pub fn payload_json(&self) -> Option<&str> {
+        self.payload.json()
+    }
+
+    /// The payload's media type; `application/json` for JSON.
+    pub fn content_type(&self) -> &str {
+        self.payload.content_type()
     }
 
     /// Reads the payload as `T`.
     ///
     /// # Errors
-    /// The JSON path at which it does not fit, and why.
+    /// The JSON path at which it does not fit, and why; or the payload is bytes.
     pub fn decode<T: DeserializeOwned + 'static>(&self) -> Result<T, DecodeError> {
+        let text = match &self.payload {
+            Content::Json(text) => text.get(),
+            Content::Bytes(bytes) => {
+                let reason =
+                    format!("it is bytes of {}; take `Bytes`, or read `Envelope::payload_bytes`", bytes.content_type());
+                return Err(DecodeError { path: ".".into(), reason });
+            }
+        };
         if std::any::TypeId::of::<T>() == std::any::TypeId::of::<serde_json::Value>()
-            && let Ok(json::Findings { lossy_number: Some(at) }) = json::check(self.payload.get())
+            && let Ok(json::Findings { lossy_number: Some(at) }) = json::check(text)
         {
             return Err(DecodeError {
                 path: ".".into(),
                 reason: format!(
-                    "the number at byte {at} would be changed by serde_json::Value; decode into a type of its own, or read `Envelope::payload`"
+                    "the number at byte {at} would be changed by serde_json::Value; decode into a type of its own, or read `Envelope::payload_json`"
                 ),
             });
         }
-        json::read(self.payload.get())
+        json::read(text)
             .map_err(|e| DecodeError { path: e.path().to_string(), reason: e.into_inner().to_string() })
     }
 
@@ -399,13 +446,15 @@ impl Envelope {
         self.headers.get("traceparent").map(String::as_str)
     }
 
-    /// The whole envelope as one JSON object, as text: the payload's digits are kept.
+    /// The whole envelope as one JSON object, as text: the payload's digits are kept. Bytes are
+    /// `data_base64`, with `datacontenttype`.
     pub fn to_json(&self) -> String {
         // Every field serializes: the payload is valid JSON, the maps have string keys.
         serde_json::to_string(self).unwrap_or_default()
     }
 
-    /// A CloudEvent 1.0 in structured JSON, as text: the payload as `data`, the key as `partitionkey`.
+    /// A CloudEvent 1.0 in structured JSON, as text: the payload as `data` (bytes as
+    /// `data_base64`), the key as `partitionkey`.
     ///
     /// Source: CloudEvents 1.0.2, JSON event format, and its partitioning and tracing extensions.
     pub fn to_cloudevent(&self) -> String {
@@ -415,12 +464,16 @@ impl Envelope {
             source: self.source.as_deref().unwrap_or("postbox"),
             kind: &self.topic,
             time: self.occurred_at,
-            datacontenttype: "application/json",
+            datacontenttype: self.content_type(),
             partitionkey: self.key.as_deref(),
             correlationid: self.correlation(),
             causationid: self.causation_id.as_deref(),
             traceparent: self.traceparent(),
-            data: &self.payload,
+            data: match &self.payload {
+                Content::Json(text) => Some(text),
+                Content::Bytes(_) => None,
+            },
+            data_base64: self.payload.typed().map(|bytes| content::base64(bytes)),
         };
         serde_json::to_string(&event).unwrap_or_default()
     }
@@ -435,7 +488,7 @@ struct CloudEvent<'a> {
     #[serde(rename = "type")]
     kind: &'a str,
     time: Timestamp,
-    datacontenttype: &'static str,
+    datacontenttype: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     partitionkey: Option<&'a str>,
     correlationid: String,
@@ -443,7 +496,10 @@ struct CloudEvent<'a> {
     causationid: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     traceparent: Option<&'a str>,
-    data: &'a RawValue,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_base64: Option<String>,
 }
 
 /// A payload that does not fit the type it was read as.
@@ -474,7 +530,7 @@ mod tests {
     fn empty_texts_are_none_and_digits_are_kept() {
         let checked = draft().key("").correlation_id("").checked(MAX_PAYLOAD_BYTES).expect("valid");
         assert_eq!((checked.key, checked.correlation_id), (None, None));
-        assert_eq!(checked.payload.get(), r#"{"n": 12345678901234567890123}"#);
+        assert_eq!(checked.payload.json(), Some(r#"{"n": 12345678901234567890123}"#));
     }
 
     #[test]
@@ -486,6 +542,9 @@ mod tests {
         assert!(refused(draft().max_attempts(0)).contains("1 to 1000"));
         assert!(refused(draft().after(MAX_WAIT * 2)).contains("10 years"));
         assert!(refused(draft().header("h", "v".repeat(40_000))).contains("32768"));
+        assert!(refused(Envelope::bytes("t", "image", *b"x")).contains("media type (byte 5)"));
+        assert!(refused(Envelope::bytes("t", "a/".to_owned() + &"b".repeat(254), *b"x")).contains("255"));
+        assert!(refused(Envelope::bytes("t", "a/b", [0; 65])).contains("64"));
         let large = Envelope::json("orders.placed", &"x".repeat(100)).expect("valid");
         assert!(refused(large).contains("64"));
     }

@@ -245,7 +245,7 @@ impl<Db: Database> Postbox<Db> {
 }
 
 /// Runs that one statement can take: at most 1000, and no dedup key twice.
-fn chunks(drafts: &[Draft]) -> impl Iterator<Item = &[Draft]> {
+pub(crate) fn chunks(drafts: &[Draft]) -> impl Iterator<Item = &[Draft]> {
     let mut rest = drafts;
     std::iter::from_fn(move || {
         if rest.is_empty() {
@@ -262,7 +262,7 @@ fn chunks(drafts: &[Draft]) -> impl Iterator<Item = &[Draft]> {
     })
 }
 
-fn published(draft: Draft, stored: Stored) -> Result<Published, PublishError> {
+pub(crate) fn published(draft: Draft, stored: Stored) -> Result<Published, PublishError> {
     let (id, duplicate) = match stored {
         Stored::New(id) => (id, false),
         Stored::Duplicate { existing, same_body: true } => (existing, true),
@@ -278,7 +278,7 @@ fn published(draft: Draft, stored: Stored) -> Result<Published, PublishError> {
         id,
         topic: draft.topic,
         key: draft.key,
-        payload: draft.payload.into(),
+        payload: draft.payload,
         headers: draft.headers,
         occurred_at: draft.occurred_at.unwrap_or_else(|| minted_at(id)),
         received_at: minted_at(id),

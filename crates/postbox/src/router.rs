@@ -325,7 +325,7 @@ impl<S: 'static> OperationEntry<S> {
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot stand behind a subscription of this router",
     label = "no handler for this router",
-    note = "a handler is an async function whose arguments are Payload<T>, Envelope, Metadata, State<S>, Attempt (at most eight), then `Tx<Db>`, last, if it is transactional, and that returns () or Result<(), postbox::Failure>",
+    note = "a handler is an async function whose arguments are Payload<T>, Bytes, Envelope, Metadata, State<S>, Attempt (at most eight), then `Tx<Db>`, last, if it is transactional, and that returns () or Result<(), postbox::Failure>",
     note = "the `Db` of `Tx<Db>` and of the router are the same, and `State<S>` is the router's state or a part of it",
     note = "irreversible work goes through `operation(f)`"
 )]

@@ -226,7 +226,7 @@ fn record_row(row: &PgRow) -> Result<RecordRow, Error> {
 
 async fn message(store: &PgStore, work: &mut Work, id: Uuid) -> Result<Option<(Envelope, Vec<DeliveryId>)>, Error> {
     let sql = format!(
-        "select m.id as message, m.topic, m.key, m.payload::pg_catalog.text as payload, m.headers::pg_catalog.text as headers,
+        "select m.id as message, m.topic, m.key, m.payload::pg_catalog.text as payload, m.body, m.content_type, m.headers::pg_catalog.text as headers,
             (extract(epoch from m.occurred_at) * 1000000::numeric)::bigint as occurred_us,
             m.source, m.external_id, m.correlation_id, m.causation_id, m.max_attempts,
             pg_catalog.array_cat(coalesce(m.deliveries, '{{}}'), array(

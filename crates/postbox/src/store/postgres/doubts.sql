@@ -23,7 +23,7 @@ asked as (
 )
 select d.delivery, d.subscription, d.message, d.rev, d.attempt, d.asks - 1 as asks, d.word::pg_catalog.text as word,
     d.quiet_at <= pg_catalog.clock_timestamp() as quiet,
-    m.topic, m.key, m.payload::pg_catalog.text as payload, m.headers::pg_catalog.text as headers,
+    m.topic, m.key, m.payload::pg_catalog.text as payload, m.body, m.content_type, m.headers::pg_catalog.text as headers,
     (extract(epoch from m.occurred_at) * 1000000::numeric)::bigint as occurred_us,
     m.source, m.external_id, m.correlation_id, m.causation_id, m.max_attempts
 from asked d left join {schema}.message m on m.id = d.message

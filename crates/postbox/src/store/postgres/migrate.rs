@@ -11,8 +11,8 @@ use crate::settings::plain_name;
 const MIGRATIONS: [(&str, &str); 1] = [("engine", include_str!("migrations/0001_engine.sql"))];
 
 fn render(text: &str, schema: &str, channel: &str) -> String {
-    let publish = include_str!("publish.sql");
-    text.replace("{publish}", publish).replace("{schema}", schema).replace("{channel}", channel)
+    let (publish, duplicates) = (include_str!("publish.sql"), include_str!("duplicates.sql"));
+    text.replace("{publish}", publish).replace("{duplicates}", duplicates).replace("{schema}", schema).replace("{channel}", channel)
 }
 
 fn head(schema: &str) -> String {
@@ -138,7 +138,7 @@ mod tests {
     fn prints_what_it_applies_and_refuses_odd_names() {
         let text = migrations_sql("shop_box").expect("a plain name");
         assert!(text.contains("create table shop_box.message"));
-        assert!(["{schema}", "{publish}", "{channel}"].iter().all(|blank| !text.contains(blank)));
+        assert!(["{schema}", "{publish}", "{duplicates}", "{channel}"].iter().all(|blank| !text.contains(blank)));
         assert!(text.contains("insert into shop_box.migration (version, name) values (1, 'engine')"));
         for odd in ["x\"; drop", "", "Shop", &"x".repeat(49)] {
             assert!(migrations_sql(odd).is_err(), "{odd}");

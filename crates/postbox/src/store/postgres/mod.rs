@@ -22,6 +22,7 @@ use uuid::Uuid;
 use crate::admin::{
     AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
 };
+use crate::content::Content;
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, minted_at};
 use crate::settings::Settings;
@@ -211,7 +212,6 @@ impl PgStore {
 fn envelope(row: &PgRow) -> Result<Option<Envelope>, sqlx::Error> {
     let Some(topic) = row.try_get::<Option<String>, _>("topic")? else { return Ok(None) };
     let id: Uuid = row.try_get("message")?;
-    let payload: String = row.try_get("payload")?;
     let headers: Option<String> = row.try_get("headers")?;
     let occurred_us: Option<i64> = row.try_get("occurred_us")?;
     let decode = |e: serde_json::Error| sqlx::Error::Decode(Box::new(e));
@@ -219,7 +219,7 @@ fn envelope(row: &PgRow) -> Result<Option<Envelope>, sqlx::Error> {
         id,
         topic,
         key: row.try_get("key")?,
-        payload: serde_json::value::RawValue::from_string(payload).map_err(decode)?.into(),
+        payload: Content::stored(row.try_get("payload")?, row.try_get("body")?, row.try_get("content_type")?).map_err(decode)?,
         headers: headers.map(|h| serde_json::from_str(&h)).transpose().map_err(decode)?.unwrap_or_default(),
         occurred_at: occurred_us.map_or_else(|| minted_at(id), timestamp),
         received_at: minted_at(id),

@@ -13,7 +13,7 @@ use crate::store::Stored;
 struct Columns<'a> {
     topics: Vec<&'a str>,
     keys: Vec<Option<&'a str>>,
-    payloads: Vec<&'a str>,
+    payloads: Vec<Option<&'a str>>,
     headers: Vec<Option<String>>,
     occurred_us: Vec<Option<i64>>,
     sources: Vec<Option<&'a str>>,
@@ -25,6 +25,8 @@ struct Columns<'a> {
     due_us: Vec<Option<i64>>,
     dedup_keys: Vec<Option<&'a str>>,
     dedup_ms: Vec<Option<i64>>,
+    bodies: Vec<Option<&'a [u8]>>,
+    content_types: Vec<Option<&'a str>>,
 }
 
 impl<'a> Columns<'a> {
@@ -42,7 +44,7 @@ impl<'a> Columns<'a> {
             };
             columns.topics.push(&draft.topic);
             columns.keys.push(draft.key.as_deref());
-            columns.payloads.push(draft.payload.get());
+            columns.payloads.push(draft.payload.json());
             columns.headers.push(headers);
             columns.occurred_us.push(draft.occurred_at.map(|t| t.as_microsecond()));
             columns.sources.push(draft.source.as_deref());
@@ -54,6 +56,8 @@ impl<'a> Columns<'a> {
             columns.due_us.push(due_us);
             columns.dedup_keys.push(draft.dedup.as_ref().map(|d| d.key.as_str()));
             columns.dedup_ms.push(draft.dedup.as_ref().map(|d| micros(d.window) / 1000));
+            columns.bodies.push(draft.payload.typed().map(|b| &**b));
+            columns.content_types.push(draft.payload.typed().map(|b| b.content_type()));
         }
         Ok(columns)
     }
@@ -88,6 +92,8 @@ pub(super) async fn publish(
             .bind(columns.due_us)
             .bind(columns.dedup_keys)
             .bind(columns.dedup_ms)
+            .bind(columns.bodies)
+            .bind(columns.content_types)
             .fetch_all(&mut *connection)
             .await?;
         for row in rows {
@@ -122,7 +128,9 @@ async fn duplicates(
         .bind(taken.iter().map(|i| of(i).topic.clone()).collect::<Vec<_>>())
         .bind(taken.iter().map(|i| of(i).dedup.as_ref().map(|d| d.key.clone())).collect::<Vec<_>>())
         .bind(taken.iter().map(|i| of(i).key.clone()).collect::<Vec<_>>())
-        .bind(taken.iter().map(|i| of(i).payload.get().to_owned()).collect::<Vec<_>>())
+        .bind(taken.iter().map(|i| of(i).payload.json()).collect::<Vec<_>>())
+        .bind(taken.iter().map(|i| of(i).payload.typed().map(|b| &**b)).collect::<Vec<_>>())
+        .bind(taken.iter().map(|i| of(i).payload.typed().map(|b| b.content_type())).collect::<Vec<_>>())
         .fetch_all(connection)
         .await?;
     let mut found = Vec::with_capacity(rows.len());

@@ -27,7 +27,8 @@ input as materialized (
 fresh as (
     insert into {schema}.dedup as d (topic, key, message, body_hash, expires_at)
     select i.topic, i.dedup_key, i.id,
-        {schema}.body_hash(($2::pg_catalog.text[])[i.ord], ($3::pg_catalog.text[])[i.ord]),
+        {schema}.body_hash(($2::pg_catalog.text[])[i.ord], ($3::pg_catalog.text[])[i.ord],
+            ($15::pg_catalog.bytea[])[i.ord], ($16::pg_catalog.text[])[i.ord]),
         pg_catalog.clock_timestamp() + interval '1 millisecond' * ($14::bigint[])[i.ord]::double precision
     from input i where i.dedup_key is not null
     order by i.topic, i.dedup_key
@@ -55,12 +56,13 @@ fan as materialized (
 ),
 stored as (
     insert into {schema}.message (id, epoch, topic, key, payload, headers, occurred_at, due_at, source,
-        external_id, correlation_id, causation_id, max_attempts, deliveries)
+        external_id, correlation_id, causation_id, max_attempts, deliveries, body, content_type)
     select f.id, (select r.epoch from routing r), f.topic, ($2::pg_catalog.text[])[f.ord],
         ($3::pg_catalog.text[])[f.ord]::pg_catalog.json, ($4::pg_catalog.text[])[f.ord]::pg_catalog.json,
         pg_catalog.to_timestamp(($5::bigint[])[f.ord]::double precision / 1000000::double precision), f.due_at,
         ($6::pg_catalog.text[])[f.ord], ($7::pg_catalog.text[])[f.ord], ($8::pg_catalog.text[])[f.ord],
-        ($9::pg_catalog.text[])[f.ord], ($10::int[])[f.ord], f.deliveries
+        ($9::pg_catalog.text[])[f.ord], ($10::int[])[f.ord], f.deliveries,
+        ($15::pg_catalog.bytea[])[f.ord], ($16::pg_catalog.text[])[f.ord]
     from fan f
 ),
 readied as (

@@ -4,9 +4,32 @@ use std::collections::BTreeMap;
 
 use sha2::{Digest, Sha256};
 
+use crate::content::{Bytes, Content};
+
+/// A hash of a key and a checked payload.
+pub(super) fn hash(key: Option<&str>, payload: &Content) -> [u8; 32] {
+    match payload {
+        Content::Json(text) => hash_json(key, text.get()),
+        Content::Bytes(bytes) => hash_bytes(key, bytes),
+    }
+}
+
+/// A hash of a key and bytes. They are told apart from JSON, and the key and the content type from each
+/// other, by zero bytes, which a text cannot have.
+fn hash_bytes(key: Option<&str>, bytes: &Bytes) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    for text in [key.unwrap_or_default(), bytes.content_type()] {
+        hasher.update([0]);
+        hasher.update(text);
+    }
+    hasher.update([0]);
+    hasher.update(bytes);
+    hasher.finalize().into()
+}
+
 /// A hash of a key and a checked JSON text. Spaces, the order of an object's names and the escapes
 /// of its strings do not count; numbers count digit by digit.
-pub(super) fn hash(key: Option<&str>, payload: &str) -> [u8; 32] {
+fn hash_json(key: Option<&str>, payload: &str) -> [u8; 32] {
     let mut canonical = String::with_capacity(payload.len());
     value(payload, 0, &mut canonical);
     let mut hasher = Sha256::new();
@@ -117,7 +140,8 @@ fn string(text: &str, at: usize, out: &mut String) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::hash;
+    use super::{hash_bytes, hash_json as hash};
+    use crate::content::Bytes;
 
     #[test]
     fn spelling_does_not_count_and_digits_do() {
@@ -130,6 +154,20 @@ mod tests {
         assert!(!same(r#"["a","b"]"#, r#"["a,b"]"#) && !same(r#"{"a":"}"}"#, r#"{"a":"]"}"#));
         assert!(!same(r#""\\""#, r#""\"""#) && !same("[[]]", "[]"));
         assert_ne!(hash(Some("k"), "1"), hash(None, "1"));
+    }
+
+    #[test]
+    fn each_part_of_bytes_counts() {
+        let of = |key, content_type: &str, bytes: &[u8]| hash_bytes(key, &Bytes::new(content_type, bytes));
+        let one = of(Some("k"), "a/b", b"1");
+        for other in [
+            of(None, "a/b", b"1"),
+            of(Some("k"), "a/c", b"1"),
+            of(Some("k"), "a/b", b"2"),
+            hash(Some("k"), "1"),
+        ] {
+            assert_ne!(one, other);
+        }
     }
 
     #[test]

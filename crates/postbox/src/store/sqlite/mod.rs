@@ -44,6 +44,7 @@ use uuid::Uuid;
 use crate::admin::{
     AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
 };
+use crate::content::Content;
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};
 use crate::settings::Settings;
@@ -109,7 +110,7 @@ fn json_of<T: serde::Serialize + ?Sized>(value: &T) -> Result<String, Error> {
 async fn messages(db: &mut SqliteConnection, ids: &[Uuid]) -> Result<HashMap<Uuid, Envelope>, Error> {
     let ids: Vec<String> = ids.iter().map(|id| id.simple().to_string()).collect();
     let rows = sqlx::query(
-        "select id, topic, key, payload, headers, occurred_us, source, external_id, correlation_id, causation_id,
+        "select id, topic, key, payload, body, content_type, headers, occurred_us, source, external_id, correlation_id, causation_id,
              max_attempts
          from postbox_message where id in (select unhex(value) from json_each(?1))",
     )
@@ -121,7 +122,6 @@ async fn messages(db: &mut SqliteConnection, ids: &[Uuid]) -> Result<HashMap<Uui
 
 fn envelope(row: &SqliteRow) -> Result<Envelope, sqlx::Error> {
     let id: Uuid = row.try_get("id")?;
-    let payload: String = row.try_get("payload")?;
     let headers: Option<String> = row.try_get("headers")?;
     let occurred_us: Option<i64> = row.try_get("occurred_us")?;
     let decode = |e: serde_json::Error| sqlx::Error::Decode(Box::new(e));
@@ -129,7 +129,7 @@ fn envelope(row: &SqliteRow) -> Result<Envelope, sqlx::Error> {
         id,
         topic: row.try_get("topic")?,
         key: row.try_get("key")?,
-        payload: serde_json::value::RawValue::from_string(payload).map_err(decode)?.into(),
+        payload: Content::stored(row.try_get("payload")?, row.try_get("body")?, row.try_get("content_type")?).map_err(decode)?,
         headers: headers.map(|h| serde_json::from_str(&h)).transpose().map_err(decode)?.unwrap_or_default(),
         occurred_at: occurred_us.and_then(|us| jiff::Timestamp::from_microsecond(us).ok()).unwrap_or(minted_at(id)),
         received_at: minted_at(id),

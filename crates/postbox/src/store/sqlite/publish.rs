@@ -29,7 +29,10 @@ struct Input<'a> {
     dedup_key: Option<&'a str>,
     dedup_ms: Option<i64>,
     body_hash: Option<String>,
+    content_type: Option<&'a str>,
     payload: Option<&'a str>,
+    /// In hexadecimal digits.
+    body: Option<String>,
 }
 
 impl<'a> Input<'a> {
@@ -63,8 +66,10 @@ impl<'a> Input<'a> {
             due_ms,
             dedup_key: dedup.map(|d| d.key.as_str()),
             dedup_ms: dedup.map(|d| millis_up(d.window)),
-            body_hash: dedup.map(|_| hex(&body::hash(draft.key.as_deref(), draft.payload.get()))),
-            payload: Some(draft.payload.get()),
+            body_hash: dedup.map(|_| hex(&body::hash(draft.key.as_deref(), &draft.payload))),
+            content_type: draft.payload.typed().map(|bytes| bytes.content_type()),
+            payload: draft.payload.json(),
+            body: draft.payload.typed().map(|bytes| hex(bytes)),
         })
     }
 }
@@ -103,7 +108,7 @@ pub(super) async fn publish(connection: &mut SqliteConnection, drafts: &[Draft])
             if input.dedup_key.is_none() {
                 stored[i] = Some(Stored::New(id));
             } else {
-                input.payload = None;
+                (input.payload, input.body) = (None, None);
                 unsure.push((i, id, input));
             }
         }

@@ -53,7 +53,8 @@ create table {schema}.message (
     epoch          bigint not null,
     topic          text   not null,
     key            text,
-    payload        json   not null,
+    -- Either JSON, or a body of bytes with its content type.
+    payload        json,
     headers        json,
     occurred_at    timestamptz,
     due_at         timestamptz,
@@ -63,7 +64,10 @@ create table {schema}.message (
     causation_id   text,
     max_attempts   int,
     -- The deliveries that its fan-out made; later ones are in late_delivery.
-    deliveries     bigint[]
+    deliveries     bigint[],
+    body           bytea,
+    content_type   text,
+    check ((payload is null) = (body is not null) and (body is null) = (content_type is null))
 );
 create index message_causation on {schema}.message (causation_id) where causation_id is not null;
 create index message_external on {schema}.message (external_id) where external_id is not null;
@@ -294,11 +298,17 @@ language sql volatile parallel safe as $$
             52, 1), 53, 1), 'hex')::pg_catalog.uuid
 $$;
 
--- What dedup compares: the key and the payload, however its JSON is spelled.
-create function {schema}.body_hash(key text, payload text) returns bytea
+-- What dedup compares: the key and the payload, however its JSON is spelled. Bytes are told apart from
+-- JSON, the key and the content type from each other, by zero bytes, which a text cannot have.
+create function {schema}.body_hash(key text, payload text, body bytea, content_type text) returns bytea
 language sql immutable parallel safe as $$
-    select pg_catalog.sha256(pg_catalog.convert_to(
-        coalesce(key, '') || e'\n' || payload::pg_catalog.jsonb::pg_catalog.text, 'UTF8'))
+    select pg_catalog.sha256(case
+        when body is null then pg_catalog.convert_to(
+            coalesce(key, '') || e'\n' || payload::pg_catalog.jsonb::pg_catalog.text, 'UTF8')
+        else pg_catalog.decode('00', 'hex') || pg_catalog.convert_to(coalesce(key, ''), 'UTF8')
+            || pg_catalog.decode('00', 'hex') || pg_catalog.convert_to(content_type, 'UTF8')
+            || pg_catalog.decode('00', 'hex') || body
+        end)
 $$;
 
 create function {schema}.minted_at(id uuid) returns timestamptz
@@ -312,21 +322,31 @@ $$;
 create function {schema}.publish_batch(
     topics text[], keys text[], payloads text[], headers text[], occurred_us bigint[],
     sources text[], external_ids text[], correlation_ids text[], causation_ids text[],
-    max_attempts int[], delay_ms bigint[], due_us bigint[], dedup_keys text[], dedup_ms bigint[]
+    max_attempts int[], delay_ms bigint[], due_us bigint[], dedup_keys text[], dedup_ms bigint[],
+    bodies bytea[], content_types text[]
 ) returns table (ord bigint, id uuid, stored boolean)
 language sql volatile
 set search_path = pg_catalog, pg_temp as $publish_batch$
 {publish}
 $publish_batch$;
 
+-- The second look, at the dedup keys that were taken.
+create function {schema}.publish_duplicates(
+    topics text[], dedup_keys text[], keys text[], payloads text[], bodies bytea[], content_types text[]
+) returns table (ord bigint, message uuid, same_body boolean)
+language sql stable
+set search_path = pg_catalog, pg_temp as $publish_duplicates$
+{duplicates}
+$publish_duplicates$;
+
 -- For any language: the same checks as the library's, one message, in the caller's transaction.
 create function {schema}.publish(
-    topic text, payload jsonb, key text default null, headers jsonb default null,
+    topic text, payload jsonb default null, key text default null, headers jsonb default null,
     after interval default null, at timestamptz default null,
     dedup_key text default null, dedup_window interval default '1 day',
     max_attempts int default null, external_id text default null, source text default null,
     correlation_id text default null, causation_id text default null,
-    occurred_at timestamptz default null
+    occurred_at timestamptz default null, body bytea default null, content_type text default null
 ) returns uuid
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $publish$
@@ -339,7 +359,7 @@ declare
     same_body boolean;
 begin
     perform {schema}.check_message(topic, payload, key, headers, after, dedup_key, dedup_window,
-        max_attempts, external_id, source, correlation_id, causation_id);
+        max_attempts, external_id, source, correlation_id, causation_id, body, content_type);
     if at is not null and after is not null then
         raise exception using errcode = '22023', message = 'postbox: give `after` or `at`, not both';
     end if;
@@ -352,11 +372,12 @@ begin
             array[nullif(correlation_id, '')], array[nullif(causation_id, '')], array[max_attempts],
             array[(extract(epoch from after) * 1000::numeric)::bigint],
             array[(extract(epoch from at) * 1000000::numeric)::bigint],
-            array[dedup_key], array[(extract(epoch from dedup_window) * 1000::numeric)::bigint]) b;
+            array[dedup_key], array[(extract(epoch from dedup_window) * 1000::numeric)::bigint],
+            array[body], array[content_type]) b;
         if is_stored then
             return new_id;
         end if;
-        select d.message, d.body_hash = {schema}.body_hash(nullif(publish.key, ''), text_payload)
+        select d.message, d.body_hash = {schema}.body_hash(nullif(publish.key, ''), text_payload, publish.body, publish.content_type)
         into first_id, same_body
         from {schema}.dedup d where d.topic = publish.topic and d.key = publish.dedup_key;
         if same_body then
@@ -374,7 +395,7 @@ $publish$;
 create function {schema}.check_message(
     topic text, payload jsonb, key text, headers jsonb, after interval, dedup_key text,
     dedup_window interval, max_attempts int, external_id text, source text,
-    correlation_id text, causation_id text
+    correlation_id text, causation_id text, body bytea, content_type text
 ) returns void
 language plpgsql stable
 set search_path = pg_catalog, pg_temp as $check$
@@ -392,10 +413,21 @@ begin
     elsif topic !~ '^[A-Za-z0-9_:/@+-]+(\.[A-Za-z0-9_:/@+-]+)*$' then
         raise exception using errcode = '22023', message = 'postbox: the topic has an empty segment or a character other than letters, digits and _ - : / @ + between the dots';
     end if;
-    if payload is null then
-        raise exception using errcode = '22004', message = 'postbox: the payload must not be null; pass ''null'' for a JSON null';
+    if payload is null and body is null then
+        raise exception using errcode = '22004', message = 'postbox: the payload must not be null; pass ''null'' for a JSON null, or bytes as `body` with their `content_type`';
+    elsif payload is not null and body is not null then
+        raise exception using errcode = '22023', message = 'postbox: give `payload` or `body`, not both';
+    elsif (body is null) <> (content_type is null) then
+        raise exception using errcode = '22023', message = 'postbox: `body` and `content_type` go together; JSON in `payload` needs none';
+    elsif pg_catalog.octet_length(body) > 1048576 then
+        raise exception using errcode = '22023', message = pg_catalog.format('postbox: the payload is %s bytes; the limit is 1048576', pg_catalog.octet_length(body));
+    elsif pg_catalog.octet_length(content_type) > 255 then
+        raise exception using errcode = '22023', message = pg_catalog.format('postbox: the content type is %s bytes long; the limit is 255', pg_catalog.octet_length(content_type));
+    -- As check_content_type in content.rs: type/subtype; name=value; name="text".
+    elsif content_type !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]+/[A-Za-z0-9!#$%&''*+.^_`|~-]+( *; *[A-Za-z0-9!#$%&''*+.^_`|~-]+=([A-Za-z0-9!#$%&''*+.^_`|~-]+|"([] !#-[^-~]|[\][ -~])*"))*$' then
+        raise exception using errcode = '22023', message = 'postbox: the content type is no media type: write it like `image/png` or `text/plain; charset=utf-8`, 1 to 255 bytes of visible ASCII';
     end if;
-    content := payload::pg_catalog.text;
+    content := coalesce(payload::pg_catalog.text, '');
     if pg_catalog.octet_length(content) > 1048576 then
         raise exception using errcode = '22023', message = pg_catalog.format('postbox: the payload is %s bytes; the limit is 1048576', pg_catalog.octet_length(content));
     end if;

@@ -37,7 +37,7 @@ create table postbox_subscription (
 ) strict;
 create unique index postbox_subscription_name on postbox_subscription (application, name) where removed_at is null;
 
--- Insert-only: the record. The payload comes last, so that the rest is read without it.
+-- Insert-only: the record. The payload or body comes last, so that the rest is read without it.
 create table postbox_message (
     seq            integer primary key,
     id             blob    not null unique,
@@ -52,7 +52,11 @@ create table postbox_message (
     correlation_id text,
     causation_id   text,
     max_attempts   integer,
-    payload        text    not null
+    -- Either JSON, or a body of bytes with its content type.
+    content_type   text,
+    payload        text,
+    body           blob,
+    check ((payload is null) = (body is not null) and (body is null) = (content_type is null))
 ) strict;
 create index postbox_message_causation on postbox_message (causation_id) where causation_id is not null;
 create index postbox_message_external on postbox_message (external_id) where external_id is not null;
@@ -243,7 +247,8 @@ create view postbox_match as
 create view postbox_publish as
     select null as id, null as topic, null as key, null as headers, null as occurred_us, null as source,
         null as external_id, null as correlation_id, null as causation_id, null as max_attempts,
-        null as delay_ms, null as due_ms, null as dedup_key, null as dedup_ms, null as body_hash, null as payload
+        null as delay_ms, null as due_ms, null as dedup_key, null as dedup_ms, null as body_hash, null as content_type,
+        null as payload, null as body
     where false;
 
 create trigger postbox_publish_insert instead of insert on postbox_publish
@@ -257,10 +262,11 @@ begin
         where postbox_dedup.expires_at <= (select now from postbox_clock);
 
     insert into postbox_message (id, epoch, topic, key, headers, occurred_us, due_at, source, external_id,
-        correlation_id, causation_id, max_attempts, payload)
+        correlation_id, causation_id, max_attempts, content_type, payload, body)
     select new.id, r.epoch, new.topic, new.key, new.headers, new.occurred_us,
         case when new.due_ms > c.now then new.due_ms when new.delay_ms > 0 then c.now + new.delay_ms end,
-        new.source, new.external_id, new.correlation_id, new.causation_id, new.max_attempts, new.payload
+        new.source, new.external_id, new.correlation_id, new.causation_id, new.max_attempts, new.content_type,
+        new.payload, new.body
     from postbox_routing r cross join postbox_clock c
     where new.dedup_key is null or exists (
         select 1 from postbox_dedup d
