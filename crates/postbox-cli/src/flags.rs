@@ -103,7 +103,14 @@ pub(crate) struct Publish {
     #[arg(required_unless_present = "jsonl")]
     pub(crate) topic: Option<String>,
     /// The payload, JSON; `-` reads it from standard input [default: null]
+    #[arg(conflicts_with = "file")]
     pub(crate) payload: Option<String>,
+    /// Reads the payload from a file
+    #[arg(long, value_name = "PATH")]
+    pub(crate) file: Option<PathBuf>,
+    /// The payload is bytes of this media type, like image/png, and not JSON
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) content_type: Option<String>,
     /// What ordering and partitioning go by
     #[arg(long)]
     pub(crate) key: Option<String>,
@@ -125,12 +132,13 @@ pub(crate) struct Publish {
     /// Attempts that each delivery may make, whatever the subscription says
     #[arg(long, value_name = "NUMBER")]
     pub(crate) max_attempts: Option<u32>,
-    /// A file with a message a line, or `-`: {"id"?, "topic", "key"?, "payload", "headers"?};
-    /// an id is a dedup key, and shown as the external id
+    /// A file with a message a line, or `-`: {"id"?, "topic", "key"?, "payload", "headers"?}; instead of
+    /// the payload bytes, as "data_base64" with "content_type"; an id is a dedup key, and shown as the
+    /// external id
     #[arg(
         long,
         value_name = "FILE",
-        conflicts_with_all = ["topic", "payload", "key", "headers", "after", "at", "dedup", "max_attempts"]
+        conflicts_with_all = ["topic", "payload", "file", "content_type", "key", "headers", "after", "at", "dedup", "max_attempts"]
     )]
     pub(crate) jsonl: Option<PathBuf>,
 }

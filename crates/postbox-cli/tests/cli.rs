@@ -248,6 +248,41 @@ fn a_message_is_published_and_shown_digit_for_digit() {
 }
 
 #[test]
+fn bytes_come_from_a_file_and_are_shown_inert() {
+    let place = Place::new();
+    std::fs::write(place.file("a.png"), b"\x89PNG\0\xff").expect("a file");
+    let args = ["publish", "images.added", "--file", "a.png", "--content-type", "image/png", "--json"];
+    let told = place.run(&args).ends(0).json();
+    assert_eq!((told["datacontenttype"].as_str(), told["data_base64"].as_str()), (Some("image/png"), Some("iVBORwD/")));
+    let id = told["id"].as_str().expect("an id");
+    let shown = place.run(&["show", id]).ends(0).out;
+    assert!(shown.contains("content    image/png, 6 bytes\npayload    89 50 4e 47 00 ff\n"), "{shown}");
+    assert_eq!(place.run(&["show", id, "--json"]).ends(0).json()["message"]["data_base64"], "iVBORwD/");
+
+    let text = ["publish", "a.b", "-", "--content-type", "text/plain; charset=utf-8", "--json"];
+    let told = place.feed(&text, "é\u{1b}[31m\n".as_bytes()).ends(0).json();
+    let shown = place.run(&["show", told["id"].as_str().expect("an id")]).ends(0).out;
+    assert!(shown.contains("payload    é\\u{1b}[31m\\n\n"), "{shown}");
+
+    // Without a content type a file is JSON.
+    std::fs::write(place.file("a.json"), "[1.10]\n").expect("a file");
+    place.run(&["publish", "a.b", "--file", "a.json"]).ends(0);
+    let no_json = place.run(&["publish", "a.b", "--file", "a.png"]).ends(1);
+    assert!(no_json.err.contains("bytes need a --content-type"), "{}", no_json.err);
+    let no_type = place.run(&["publish", "a.b", "x", "--content-type", "png"]).ends(1);
+    assert!(no_type.err.contains("media type"), "{}", no_type.err);
+    place.run(&["publish", "a.b", "--content-type", "a/b"]).ends(2);
+    place.run(&["publish", "a.b", "1", "--file", "a.json"]).ends(2);
+    place.run(&["publish", "a.b", "--file", "missing.png", "--content-type", "a/b"]).ends(3);
+
+    let lines = br#"{"topic":"a.b","data_base64":"iVBORwD/","content_type":"image/png"}
+{"topic":"a.b","data_base64":"!","content_type":"image/png"}"#;
+    let ran = place.feed(&["publish", "--jsonl", "-", "--json"], lines).ends(1);
+    assert_eq!(ran.json(), serde_json::json!({"published": 1, "duplicates": 0, "bad": 1}));
+    assert!(ran.err.contains("line 2") && ran.err.contains("no base64"), "{}", ran.err);
+}
+
+#[test]
 fn bad_lines_are_told_by_number_and_stop_nobody() {
     let place = Place::new();
     let mut lines: Vec<Vec<u8>> =

@@ -100,6 +100,8 @@ mod docs {
     mod lifecycle {}
     #[doc = include_str!("../../../docs/operations.md")]
     mod operations {}
+    #[doc = include_str!("../../../docs/publishing.md")]
+    mod publishing {}
     #[doc = include_str!("../../../docs/settings.md")]
     mod settings {}
 }

@@ -319,6 +319,18 @@ impl<S: 'static> OperationEntry<S> {
         }));
         self
     }
+
+    /// Like [`then`](Self::then), from the whole message: for payloads that are bytes.
+    #[must_use]
+    pub fn then_from<F>(mut self, follow: F) -> Self
+    where
+        F: Fn(&Envelope, &Receipt) -> FollowUps + Send + Sync + 'static,
+    {
+        self.parts.then = Some(Box::new(move |call, _, receipt| {
+            Ok(crate::context::Context::of(&call.envelope).scope_sync(|| follow(&call.envelope, receipt)))
+        }));
+        self
+    }
 }
 
 /// What [`Router::on`] takes: a handler, [`handler`] or [`operation`] with options.

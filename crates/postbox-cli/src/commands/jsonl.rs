@@ -7,9 +7,11 @@ use std::io::{self, BufRead, BufReader, IsTerminal, Read};
 use std::path::Path;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use indicatif::{ProgressBar, ProgressStyle};
 use postbox::{Database, Draft, Envelope, Postbox};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
 use crate::commands::Ended;
@@ -25,15 +27,24 @@ const BATCH_BYTES: u64 = 8 << 20;
 const BESIDE_PAYLOAD: usize = 1 << 20;
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// A line as it has to look.
+/// A line as it has to look: a payload, or bytes with their content type.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Line {
     id: Option<String>,
     topic: String,
     key: Option<String>,
-    payload: Box<RawValue>,
+    #[serde(default, deserialize_with = "given")]
+    payload: Option<Box<RawValue>>,
+    data_base64: Option<String>,
+    #[serde(alias = "datacontenttype")]
+    content_type: Option<String>,
     headers: Option<BTreeMap<String, String>>,
+}
+
+/// A `null` is a payload, too.
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Box<RawValue>>, D::Error> {
+    Box::<RawValue>::deserialize(deserializer).map(Some)
 }
 
 /// Why a line is no message.
@@ -72,7 +83,7 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, file: &Path, window: Opti
     let (reader, size) = open(file).map_err(|e| failure_to_read(&tried, &e, desk))?;
     let postbox = desk.open_or_create::<Db>().await?;
     let bar = bar(size);
-    let mut lines = Lines { reader, number: 0, bytes: 0, limit: payload_limit + BESIDE_PAYLOAD };
+    let mut lines = Lines { reader, number: 0, bytes: 0, limit: in_base64(payload_limit) + BESIDE_PAYLOAD };
     let mut publishing = Publishing { desk, postbox, bar: &bar, summary: Summary::default() };
     let mut batch = Vec::with_capacity(BATCH);
     let mut sent_up_to = 0;
@@ -116,6 +127,11 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, file: &Path, window: Opti
         Some(failure) => Err(failure),
         None => Ok(if summary.bad > 0 { FAILED } else { 0 }),
     }
+}
+
+/// How long so many bytes are in base64.
+fn in_base64(bytes: usize) -> usize {
+    bytes.div_ceil(3) * 4
 }
 
 fn failure_to_read(tried: &str, error: &io::Error, desk: &Desk<'_>) -> Failure {
@@ -173,7 +189,22 @@ fn draft(bytes: &[u8], window: Duration) -> Result<Option<Draft>, BadLine> {
     let line = Line::deserialize(&mut parser)
         .and_then(|line| parser.end().map(|()| line))
         .map_err(|e| BadLine::Json(without_line(&e)))?;
-    let mut draft = Envelope::raw(line.topic, line.payload.get()).map_err(|e| BadLine::Message(e.to_string()))?;
+    let json = |why: &str| BadLine::Json(why.to_owned());
+    let mut draft = match (line.payload, line.data_base64, line.content_type) {
+        (Some(payload), None, None) => {
+            Envelope::raw(line.topic, payload.get()).map_err(|e| BadLine::Message(e.to_string()))?
+        }
+        (None, Some(data), Some(content_type)) => {
+            let bytes = STANDARD.decode(data).map_err(|e| BadLine::Json(format!("`data_base64` is no base64: {e}")))?;
+            Envelope::bytes(line.topic, content_type, bytes)
+        }
+        (None, Some(_), None) => return Err(json("missing field `content_type`, which `data_base64` needs")),
+        (Some(_), Some(_), _) => return Err(json("it has `payload` and `data_base64`; one of them")),
+        (Some(_), None, Some(_)) => return Err(json("a `content_type` goes with `data_base64`; a `payload` is JSON")),
+        (None, None, _) => {
+            return Err(json("missing field `payload`, or `data_base64` with its `content_type`"));
+        }
+    };
     if let Some(key) = line.key {
         draft = draft.key(key);
     }
@@ -267,11 +298,27 @@ mod tests {
     }
 
     #[test]
+    fn null_is_a_payload_and_bytes_are_too() {
+        for line in [
+            br#"{"topic":"a.b","payload":null}"#.as_slice(),
+            br#"{"topic":"a.b","data_base64":"AP8=","content_type":"image/png"}"#,
+            // As `show --json` and CloudEvents write it.
+            br#"{"topic":"a.b","data_base64":"","datacontenttype":"image/png"}"#,
+        ] {
+            assert!(draft(line, DAY).expect("good").is_some());
+        }
+    }
+
+    #[test]
     fn each_bad_line_says_why() {
         assert_eq!(bad(b"{\"topic\":\"a\xff\"}"), "it is not UTF-8 (byte 11)");
         assert!(bad(b"{").contains("EOF"), "{}", bad(b"{"));
         assert!(bad(br#"{"payload":1}"#).contains("missing field `topic`"));
         assert!(bad(br#"{"topic":"a"}"#).contains("missing field `payload`"));
+        assert!(bad(br#"{"topic":"a","data_base64":"AA=="}"#).contains("missing field `content_type`"));
+        assert!(bad(br#"{"topic":"a","payload":1,"data_base64":"AA=="}"#).contains("one of them"));
+        assert!(bad(br#"{"topic":"a","payload":1,"content_type":"a/b"}"#).contains("`payload` is JSON"));
+        assert!(bad(br#"{"topic":"a","data_base64":"A","content_type":"a/b"}"#).contains("no base64"));
         assert!(bad(br#"{"topic":"a","payload":1,"colour":"red"}"#).contains("unknown field `colour`"));
         assert!(bad(br#"{"topic":"a","payload":1} 2"#).contains("trailing"));
         assert!(bad(br#"{"topic":"a","payload":"\u0000"}"#).contains("\\u0000"));

@@ -1,13 +1,15 @@
 //! `postbox publish TOPIC [PAYLOAD|-]`; a file of messages is in `jsonl`.
 
-use std::io::Read;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::Path;
 
 use postbox::{Database, Draft, Envelope, Published};
 use serde::Serialize;
 
 use crate::commands::{Ended, jsonl};
 use crate::desk::{Desk, usage};
-use crate::failure::{FAILED, Failure};
+use crate::failure::{FAILED, Failure, NOT_FOUND};
 use crate::flags::Publish;
 use crate::output::Tone;
 use crate::text::plain;
@@ -24,8 +26,14 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, publish: Publish) -> Ende
     if publish.dedup_window.is_some() && publish.dedup.is_none() {
         return Err(usage(TRIED, "--dedup-window goes with --dedup or --jsonl", example()));
     }
-    let payload = payload(publish.payload.as_deref(), &example)?;
-    let drafted = draft(&publish, payload).map_err(|e| Failure::of(&e.into(), TRIED, example()))?;
+    let payload = payload(&publish, &example)?;
+    let drafted = match &publish.content_type {
+        Some(content_type) => {
+            Envelope::bytes(publish.topic.clone().unwrap_or_default(), content_type.as_str(), payload)
+        }
+        None => json(&publish, payload, &example)?,
+    };
+    let drafted = options(&publish, drafted);
     let postbox = desk.open_or_create::<Db>().await?;
     let published = postbox.publish_now([drafted]).await.map_err(|e| Failure::of(&e, TRIED, desk.command("status")))?;
     for message in published {
@@ -34,29 +42,49 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, publish: Publish) -> Ende
     Ok(0)
 }
 
-/// The payload's text: as typed, from standard input, or `null`.
-fn payload(given: Option<&str>, example: &dyn Fn() -> String) -> Result<String, Failure> {
-    match given {
-        None => Ok("null".into()),
-        Some("-") => {
-            let mut bytes = Vec::new();
-            std::io::stdin()
-                .lock()
-                .take(READ_AT_MOST)
-                .read_to_end(&mut bytes)
-                .map_err(|e| Failure::new(FAILED, "read the payload from standard input", e.to_string(), example()))?;
-            String::from_utf8(bytes).map_err(|e| {
-                let why = format!("it is not UTF-8 (byte {})", e.utf8_error().valid_up_to());
-                Failure::new(FAILED, "read the payload from standard input", why, example())
-            })
-        }
-        Some(text) => Ok(text.to_owned()),
+/// Where the payload comes from, in words.
+fn origin(publish: &Publish) -> String {
+    match &publish.file {
+        Some(file) => format!("read the payload from {}", file.display()),
+        None => "read the payload from standard input".into(),
     }
 }
 
-fn draft(publish: &Publish, payload: String) -> Result<Draft, postbox::PublishError> {
-    let topic = publish.topic.clone().unwrap_or_default();
-    let mut draft = Envelope::raw(topic, payload.trim())?;
+/// The payload: as typed, from a file or standard input, or `null`.
+fn payload(publish: &Publish, example: &dyn Fn() -> String) -> Result<Vec<u8>, Failure> {
+    let failed = |e: std::io::Error| {
+        let code = if e.kind() == ErrorKind::NotFound { NOT_FOUND } else { FAILED };
+        Failure::new(code, origin(publish), e.to_string(), example())
+    };
+    match (&publish.file, publish.payload.as_deref()) {
+        (Some(file), _) if file != Path::new("-") => read(File::open(file).map_err(failed)?).map_err(failed),
+        (Some(_), _) | (None, Some("-")) => read(std::io::stdin().lock()).map_err(failed),
+        (None, Some(text)) => Ok(text.into()),
+        (None, None) if publish.content_type.is_some() => {
+            Err(usage(TRIED, "--content-type needs bytes: --file PATH, or `-` for standard input", example()))
+        }
+        (None, None) => Ok("null".into()),
+    }
+}
+
+fn read(from: impl Read) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    from.take(READ_AT_MOST).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// A draft of JSON text.
+fn json(publish: &Publish, payload: Vec<u8>, example: &dyn Fn() -> String) -> Result<Draft, Failure> {
+    let text = String::from_utf8(payload).map_err(|e| {
+        let why =
+            format!("it is not UTF-8 (byte {}); bytes need a --content-type", e.utf8_error().valid_up_to());
+        Failure::new(FAILED, origin(publish), why, example())
+    })?;
+    Envelope::raw(publish.topic.clone().unwrap_or_default(), text.trim())
+        .map_err(|e| Failure::of(&e.into(), TRIED, example()))
+}
+
+fn options(publish: &Publish, mut draft: Draft) -> Draft {
     if let Some(key) = &publish.key {
         draft = draft.key(key);
     }
@@ -77,7 +105,7 @@ fn draft(publish: &Publish, payload: String) -> Result<Draft, postbox::PublishEr
     if let Some(attempts) = publish.max_attempts {
         draft = draft.max_attempts(attempts);
     }
-    Ok(draft)
+    draft
 }
 
 /// The message with its id, and whether it was there already.

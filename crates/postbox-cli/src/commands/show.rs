@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use postbox::admin::{AttemptRow, DeliveryDetail, RecordRow};
 use postbox::lifecycle::State;
-use postbox::{Database, Envelope, Postbox};
+use postbox::{Content, Database, Envelope, Postbox};
 use uuid::Uuid;
 
 use crate::commands::{Ended, list};
@@ -12,7 +12,7 @@ use crate::desk::{Desk, usage};
 use crate::failure::Failure;
 use crate::flags::Show;
 use crate::output::{Output, Tone, state_sign};
-use crate::text::{inert_json, plain, took};
+use crate::text::{count, inert_json, plain, took};
 
 pub(super) async fn run<Db: Database>(desk: &Desk<'_>, show: Show) -> Ended {
     let delivery = show.id.parse::<i64>().ok();
@@ -117,7 +117,27 @@ fn tell_envelope(output: &Output, envelope: &Envelope) -> std::io::Result<()> {
     for (name, value) in &envelope.headers {
         output.line(&format!("header     {}: {}", plain(name), plain(value)))?;
     }
-    output.line(&format!("payload    {}", inert_json(envelope.payload.get())))
+    match &envelope.payload {
+        Content::Json(text) => output.line(&format!("payload    {}", inert_json(text.get()))),
+        Content::Bytes(bytes) => {
+            let size = if bytes.is_empty() { "0".into() } else { count(bytes.len() as i64) };
+            output.line(&format!("content    {}, {size} bytes", plain(bytes.content_type())))?;
+            output.line(format!("payload    {}", shown(bytes.content_type(), bytes)).trim_end())
+        }
+    }
+}
+
+/// Bytes as people read them: text that says it is text, as one inert line; else the first ones in
+/// hexadecimal digits.
+fn shown(content_type: &str, bytes: &[u8]) -> String {
+    if content_type.get(..5).is_some_and(|kind| kind.eq_ignore_ascii_case("text/"))
+        && let Ok(text) = std::str::from_utf8(bytes)
+    {
+        return plain(text);
+    }
+    let first: Vec<String> = bytes.iter().take(32).map(|byte| format!("{byte:02x}")).collect();
+    let more = if bytes.len() > 32 { " … (--json has it all)" } else { "" };
+    format!("{}{more}", first.join(" "))
 }
 
 /// One line of a history.
@@ -205,5 +225,19 @@ fn next(detail: &DeliveryDetail) -> Option<String> {
         State::Pending if detail.row.next_due_at.is_some() => Some(format!("retry {id} --reason \"not to wait\"")),
         State::Pending | State::Running => Some("status".into()),
         State::Succeeded => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shown;
+
+    #[test]
+    fn bytes_are_shown_inert() {
+        assert_eq!(shown("Text/plain; charset=utf-8", b"a\x1b[31m\nb"), "a\\u{1b}[31m\\nb");
+        assert_eq!(shown("text/plain", b"\xff"), "ff");
+        assert_eq!(shown("image/png", b"\x89PNG"), "89 50 4e 47");
+        assert!(shown("image/png", &[7; 33]).ends_with("07 … (--json has it all)"));
+        assert_eq!(shown("image/png", &[7; 32]).len(), 95);
     }
 }
