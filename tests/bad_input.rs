@@ -10,9 +10,7 @@ use Verdict::*;
 
 fn draft(input: &Input) -> Result<Draft, PublishError> {
     let mut draft = match &input.bytes {
-        Some((content_type, bytes)) => {
-            Envelope::bytes(input.topic.as_str(), content_type.as_str(), bytes.as_slice())
-        }
+        Some((content_type, bytes)) => Envelope::bytes(input.topic.as_str(), content_type.as_str(), bytes.as_slice()),
         None => Envelope::raw(input.topic.as_str(), input.payload.as_str())?,
     };
     if let Some(key) = &input.key {

@@ -82,13 +82,13 @@ async fn a_handler_takes_bytes<Db: Testable>() {
 
 async fn bytes_for_a_typed_payload_are_a_dead_letter<Db: Testable>() {
     let fresh = Db::fresh().await;
-    let router = Router::new()
-        .on("images.>", handler(|_: Payload<Value>| async {}).named("typed"))
-        .on(
-            "images.>",
-            handler(|e: Envelope| async move { Err::<(), Failure>(Failure::permanent(e.decode::<Value>().expect_err("bytes"))) })
-                .named("decodes"),
-        );
+    let router = Router::new().on("images.>", handler(|_: Payload<Value>| async {}).named("typed")).on(
+        "images.>",
+        handler(|e: Envelope| async move {
+            Err::<(), Failure>(Failure::permanent(e.decode::<Value>().expect_err("bytes")))
+        })
+        .named("decodes"),
+    );
     fresh.postbox.publish_now([image()]).await.expect("publish");
     let worker = fresh.postbox.worker(router).start().await.expect("start");
     for (name, words) in [
@@ -109,8 +109,10 @@ async fn follow_ups_and_doubts_keep_them<Db: Testable>() {
     let router = Router::new()
         .on(
             "images.added",
-            handler(move |bytes: Bytes| async move { Ok::<_, Failure>(Done::new().then(passed_on("images.plain", &bytes))) })
-                .named("plain"),
+            handler(move |bytes: Bytes| async move {
+                Ok::<_, Failure>(Done::new().then(passed_on("images.plain", &bytes)))
+            })
+            .named("plain"),
         )
         .on(
             "images.added",
@@ -197,7 +199,7 @@ where
 {
     let fresh = Db::fresh().await;
     let published = fresh.postbox.publish_now([image()]).await.expect("publish");
-    let (table, id) = match Db::NAME {
+    let (table, id) = match <Db as Testable>::NAME {
         "postgres" => (fresh.table("message"), format!("'{}'", published[0].id)),
         _ => ("postbox_message".to_owned(), format!("x'{}'", published[0].id.simple())),
     };
@@ -213,7 +215,10 @@ async fn they_are_written_in_base64<Db: Testable>() {
     let published = fresh.postbox.publish_now([Envelope::bytes("a.b", "image/png", [0, 255]).key("k")]).await;
     let (envelope, _) = fresh.postbox.admin().message(published.expect("publish")[0].id).await.expect("it is there");
     assert!(matches!(&envelope.payload, Content::Bytes(bytes) if **bytes == [0, 255]));
-    assert_eq!((envelope.payload_json(), format!("{:?}", envelope.payload)), (None, "Bytes(Bytes(2 of \"image/png\"))".into()));
+    assert_eq!(
+        (envelope.payload_json(), format!("{:?}", envelope.payload)),
+        (None, "Bytes(Bytes(2 of \"image/png\"))".into())
+    );
     let read = |text: String| serde_json::from_str::<Value>(&text).expect("JSON");
     let json = read(envelope.to_json());
     assert_eq!((&json["datacontenttype"], &json["data_base64"]), (&json!("image/png"), &json!("AP8=")));

@@ -432,8 +432,7 @@ impl Envelope {
                 ),
             });
         }
-        json::read(text)
-            .map_err(|e| DecodeError { path: e.path().to_string(), reason: e.into_inner().to_string() })
+        json::read(text).map_err(|e| DecodeError { path: e.path().to_string(), reason: e.into_inner().to_string() })
     }
 
     /// The id that everything in one business process shares: the given one, else its own.

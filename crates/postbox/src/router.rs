@@ -11,7 +11,7 @@ use crate::handler::{
     BoxFuture, Call, Failure, FromDelivery, Handler, OperationHandler, Payload, ReconcileHook, Rejection, Tx,
 };
 use crate::lifecycle::{Kind, Policy};
-use crate::message::Message;
+use crate::message::{Envelope, Message};
 use crate::operation::{FollowUps, OperationFailure, Receipt, Reconciled};
 use crate::pattern::{MAX_NAME_BYTES, Pattern, TopicError};
 use crate::retry::RetryPolicy;

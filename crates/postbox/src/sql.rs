@@ -214,9 +214,7 @@ impl Publishing {
         self.drafts
             .into_iter()
             .zip(self.stored)
-            .map(|(draft, stored)| {
-                published(draft, stored.ok_or_else(|| misread("there is a statement left to run"))?)
-            })
+            .map(|(draft, stored)| published(draft, stored.ok_or_else(|| misread("there is a statement left to run"))?))
             .collect()
     }
 

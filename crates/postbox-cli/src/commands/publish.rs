@@ -76,8 +76,7 @@ fn read(from: impl Read) -> std::io::Result<Vec<u8>> {
 /// A draft of JSON text.
 fn json(publish: &Publish, payload: Vec<u8>, example: &dyn Fn() -> String) -> Result<Draft, Failure> {
     let text = String::from_utf8(payload).map_err(|e| {
-        let why =
-            format!("it is not UTF-8 (byte {}); bytes need a --content-type", e.utf8_error().valid_up_to());
+        let why = format!("it is not UTF-8 (byte {}); bytes need a --content-type", e.utf8_error().valid_up_to());
         Failure::new(FAILED, origin(publish), why, example())
     })?;
     Envelope::raw(publish.topic.clone().unwrap_or_default(), text.trim())

@@ -67,7 +67,9 @@ fn a_taken_key_is_looked_at_again() {
     let mut publishing = statements().publish([dedup("a")]).expect("checked");
     publishing.read([row(1, false)]).expect("fits");
     publishing.read([row(1, false)]).expect("fits");
-    assert!(matches!(publishing.finish(), Err(PublishError::DedupConflict { existing, .. }) if existing.as_u128() == 1));
+    assert!(
+        matches!(publishing.finish(), Err(PublishError::DedupConflict { existing, .. }) if existing.as_u128() == 1)
+    );
 }
 
 #[test]

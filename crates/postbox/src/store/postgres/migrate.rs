@@ -12,7 +12,10 @@ const MIGRATIONS: [(&str, &str); 1] = [("engine", include_str!("migrations/0001_
 
 fn render(text: &str, schema: &str, channel: &str) -> String {
     let (publish, duplicates) = (include_str!("publish.sql"), include_str!("duplicates.sql"));
-    text.replace("{publish}", publish).replace("{duplicates}", duplicates).replace("{schema}", schema).replace("{channel}", channel)
+    text.replace("{publish}", publish)
+        .replace("{duplicates}", duplicates)
+        .replace("{schema}", schema)
+        .replace("{channel}", channel)
 }
 
 fn head(schema: &str) -> String {

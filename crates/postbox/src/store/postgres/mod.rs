@@ -219,7 +219,8 @@ fn envelope(row: &PgRow) -> Result<Option<Envelope>, sqlx::Error> {
         id,
         topic,
         key: row.try_get("key")?,
-        payload: Content::stored(row.try_get("payload")?, row.try_get("body")?, row.try_get("content_type")?).map_err(decode)?,
+        payload: Content::stored(row.try_get("payload")?, row.try_get("body")?, row.try_get("content_type")?)
+            .map_err(decode)?,
         headers: headers.map(|h| serde_json::from_str(&h)).transpose().map_err(decode)?.unwrap_or_default(),
         occurred_at: occurred_us.map_or_else(|| minted_at(id), timestamp),
         received_at: minted_at(id),

@@ -160,12 +160,9 @@ mod tests {
     fn each_part_of_bytes_counts() {
         let of = |key, content_type: &str, bytes: &[u8]| hash_bytes(key, &Bytes::new(content_type, bytes));
         let one = of(Some("k"), "a/b", b"1");
-        for other in [
-            of(None, "a/b", b"1"),
-            of(Some("k"), "a/c", b"1"),
-            of(Some("k"), "a/b", b"2"),
-            hash(Some("k"), "1"),
-        ] {
+        for other in
+            [of(None, "a/b", b"1"), of(Some("k"), "a/c", b"1"), of(Some("k"), "a/b", b"2"), hash(Some("k"), "1")]
+        {
             assert_ne!(one, other);
         }
     }

@@ -129,7 +129,8 @@ fn envelope(row: &SqliteRow) -> Result<Envelope, sqlx::Error> {
         id,
         topic: row.try_get("topic")?,
         key: row.try_get("key")?,
-        payload: Content::stored(row.try_get("payload")?, row.try_get("body")?, row.try_get("content_type")?).map_err(decode)?,
+        payload: Content::stored(row.try_get("payload")?, row.try_get("body")?, row.try_get("content_type")?)
+            .map_err(decode)?,
         headers: headers.map(|h| serde_json::from_str(&h)).transpose().map_err(decode)?.unwrap_or_default(),
         occurred_at: occurred_us.and_then(|us| jiff::Timestamp::from_microsecond(us).ok()).unwrap_or(minted_at(id)),
         received_at: minted_at(id),

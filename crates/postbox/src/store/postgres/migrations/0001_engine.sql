@@ -417,14 +417,14 @@ begin
         raise exception using errcode = '22004', message = 'postbox: the payload must not be null; pass ''null'' for a JSON null, or bytes as `body` with their `content_type`';
     elsif payload is not null and body is not null then
         raise exception using errcode = '22023', message = 'postbox: give `payload` or `body`, not both';
-    elsif (body is null) <> (content_type is null) then
+    elsif pg_catalog.num_nonnulls(body, content_type) = 1 then
         raise exception using errcode = '22023', message = 'postbox: `body` and `content_type` go together; JSON in `payload` needs none';
     elsif pg_catalog.octet_length(body) > 1048576 then
         raise exception using errcode = '22023', message = pg_catalog.format('postbox: the payload is %s bytes; the limit is 1048576', pg_catalog.octet_length(body));
     elsif pg_catalog.octet_length(content_type) > 255 then
         raise exception using errcode = '22023', message = pg_catalog.format('postbox: the content type is %s bytes long; the limit is 255', pg_catalog.octet_length(content_type));
     -- As check_content_type in content.rs: type/subtype; name=value; name="text".
-    elsif content_type !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]+/[A-Za-z0-9!#$%&''*+.^_`|~-]+( *; *[A-Za-z0-9!#$%&''*+.^_`|~-]+=([A-Za-z0-9!#$%&''*+.^_`|~-]+|"([] !#-[^-~]|[\][ -~])*"))*$' then
+    elsif content_type !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]+/[A-Za-z0-9!#$%&''*+.^_`|~-]+( *; *[A-Za-z0-9!#$%&''*+.^_`|~-]+=([A-Za-z0-9!#$%&''*+.^_`|~-]+|"([] !#-[^-~]|\\[ -~])*"))*$' then
         raise exception using errcode = '22023', message = 'postbox: the content type is no media type: write it like `image/png` or `text/plain; charset=utf-8`, 1 to 255 bytes of visible ASCII';
     end if;
     content := coalesce(payload::pg_catalog.text, '');
