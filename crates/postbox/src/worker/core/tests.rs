@@ -16,9 +16,10 @@ fn lane(id: SubscriptionId, kind: Kind) -> Lane {
     let retry = RetryPolicy { max_attempts: 2, base: Duration::ZERO, cap: Duration::ZERO };
     Lane {
         id,
-        policy: Policy { kind, retry },
+        policy: Policy { kind, retry, idempotent: false },
         timeout: Duration::from_secs(5),
         quiet: Duration::from_secs(60),
+        late: Duration::from_secs(95),
         concurrency: None,
     }
 }
