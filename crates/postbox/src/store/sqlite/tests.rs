@@ -136,6 +136,7 @@ fn flush(lease: LeaseRef, part: i32) -> Settle {
         successes: Vec::new(),
         moves: Vec::new(),
         released: Vec::new(),
+        seen: Vec::new(),
         follow_ups: Vec::new(),
         starts: Vec::new(),
         close: false,
