@@ -293,8 +293,7 @@ async fn a_filter_is_previewed_and_replayed_once<Db: Testable>() {
     let charge = operation(|_: Operation| async { Ok::<_, OperationFailure>(Receipt::none()) }).named("charge");
     publish(&fresh, "t", 700).await;
     publish(&fresh, "u", 3).await;
-    let router =
-        Router::new().on("t", ok("ok")).on("u", fails).on("u", charge).on("u", ok("gone"));
+    let router = Router::new().on("t", ok("ok")).on("u", fails).on("u", charge).on("u", ok("gone"));
     let worker = start(&fresh, router).await;
     let open: Filter = "state:pending,running".parse().expect("a filter");
     let done = async { while !admin.list(&open, 1).await.expect("list").is_empty() {} };
@@ -481,7 +480,7 @@ async fn an_idempotent_operation_is_tried_again<Db: Testable>() {
             }
         }
     });
-    let charge = charge.named("charge").idempotent().backoff(QUICK, QUICK).timeout(Duration::from_millis(50));
+    let charge = charge.named("charge").idempotent().backoff(QUICK, QUICK).timeout(Duration::from_secs(2));
     publish(&fresh, "t", 1).await;
     let worker = start(&fresh, Router::new().on("t", charge)).await;
     let all = drained(&fresh, 1).await;

@@ -16,8 +16,8 @@ use crate::postbox::Postbox;
 use crate::store::{Database, DeliveryId, Store, Stranded};
 
 pub(crate) use self::replay::COUNTED;
-pub(crate) use self::wish::Wish;
 pub use self::replay::{Replay, ReplayCount, ReplayPreview, Replayed, Replaying, Replays};
+pub(crate) use self::wish::Wish;
 
 /// Which deliveries: `state:dead,in_doubt topic:orders.* subscription:crm key:42 since:2h`.
 ///

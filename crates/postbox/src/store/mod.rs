@@ -10,8 +10,8 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed, Resolution,
-    Retry, Status, SubscriptionRow,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
+    Resolution, Retry, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::{Answer, Kind, Policy, State};
@@ -562,13 +562,7 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// How many ended deliveries match, by subscription; counted up to 100001 in all.
     fn replay_counts(&self, filter: &Filter) -> impl Verb<Vec<ReplayCount>>;
     /// The oldest ended deliveries that match, of those above one number and up to another.
-    fn replayable(
-        &self,
-        filter: &Filter,
-        above: DeliveryId,
-        upto: DeliveryId,
-        limit: u32,
-    ) -> impl Verb<Vec<Ended>>;
+    fn replayable(&self, filter: &Filter, above: DeliveryId, upto: DeliveryId, limit: u32) -> impl Verb<Vec<Ended>>;
     /// No delivery so far has a higher number; all that come have.
     fn newest(&self) -> impl Verb<DeliveryId>;
     /// Replays those of these that still can be, operations left out, in one transaction; how many.

@@ -83,7 +83,8 @@ pub(super) enum Page {
 }
 
 /// Names the type of each parameter, whichever of them the filters use.
-pub(super) const GIVEN: &str = "with given as (select $2::pg_catalog.text[], $3::pg_catalog.text[], $4::pg_catalog.text[],
+pub(super) const GIVEN: &str =
+    "with given as (select $2::pg_catalog.text[], $3::pg_catalog.text[], $4::pg_catalog.text[],
     $5::pg_catalog.uuid, $6::pg_catalog.uuid, $7::pg_catalog.text[])";
 
 /// `$1` limit, `$2` to `$7` what the filter says.

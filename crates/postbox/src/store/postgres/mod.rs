@@ -22,15 +22,15 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed, Resolution,
-    Retry, Status, SubscriptionRow,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
+    Resolution, Retry, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, minted_at};
 use crate::settings::Settings;
 use crate::store::{
-    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Ended, Guarded, HandlerTx, LeaseRef, Move, Observation,
-    Pulse, Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
+    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Ended, Guarded, HandlerTx, LeaseRef, Move,
+    Observation, Pulse, Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
 };
 
 pub use migrate::migrations_sql;

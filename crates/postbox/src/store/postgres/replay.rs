@@ -48,9 +48,7 @@ pub(super) async fn one(store: &PgStore, delivery: DeliveryId, replay: &Replay) 
         )));
     }
     if let Some(error) = refused {
-        return Err(
-            lost_race(store, work, &replay.actor, "replay refused", &replay.reason, delivery, error).await
-        );
+        return Err(lost_race(store, work, &replay.actor, "replay refused", &replay.reason, delivery, error).await);
     }
     let rows = make(store, &mut work, &[ended], replay, replay.action(operation)).await?;
     work.commit().await?;
@@ -77,8 +75,7 @@ pub(super) async fn one(store: &PgStore, delivery: DeliveryId, replay: &Replay) 
 /// Those that are still as they were seen, and stay so until the transaction ends: a success is for
 /// ever, a dead letter is held.
 async fn lasting(store: &PgStore, work: &mut Work, ended: &[Ended]) -> Result<Vec<Ended>, Error> {
-    let held: Vec<DeliveryId> =
-        ended.iter().filter(|e| e.state != State::Succeeded).map(|e| e.delivery).collect();
+    let held: Vec<DeliveryId> = ended.iter().filter(|e| e.state != State::Succeeded).map(|e| e.delivery).collect();
     let sql = format!(
         "select delivery from {}.dead_letter where delivery = any ($1) order by delivery for share",
         store.schema
@@ -153,8 +150,7 @@ pub(super) async fn replayable(
         places(store, filter, Page::Between),
     );
     let mut work = store.read().await?;
-    let rows =
-        filtered(store.dynamic(sql), filter, limit).bind(above).bind(upto).fetch_all(work.on()).await?;
+    let rows = filtered(store.dynamic(sql), filter, limit).bind(above).bind(upto).fetch_all(work.on()).await?;
     work.rollback().await?;
     let ended = |row: &PgRow| {
         Ok(Ended {

@@ -44,8 +44,8 @@ use sqlx::{Row, Sqlite, SqliteConnection, SqlitePool};
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed, Resolution,
-    Retry, Status, SubscriptionRow,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
+    Resolution, Retry, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};

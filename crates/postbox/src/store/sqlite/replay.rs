@@ -111,8 +111,7 @@ pub(super) async fn replayable(
         join postbox_message m on m.id = d.message
         where d.id > ?10 and d.id <= ?11 and d.state in ('succeeded', 'dead', 'cancelled') {filter}
         order by d.id limit ?1";
-    let rows =
-        filtered(sql.to_owned(), filter, None, limit)?.bind(above).bind(upto).fetch_all(&store.reader).await?;
+    let rows = filtered(sql.to_owned(), filter, None, limit)?.bind(above).bind(upto).fetch_all(&store.reader).await?;
     let ended = rows.iter().map(|row| {
         use sqlx::Row;
         Ok(Ended {

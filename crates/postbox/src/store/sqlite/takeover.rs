@@ -48,10 +48,11 @@ pub(super) async fn take_over(store: &SqliteStore, draw: f64) -> Result<Option<T
         // The dead worker's lock is ours until its row is gone: nobody else takes it over meanwhile.
         let Some(dead) = store.shared.alive.dead(worker) else { continue };
         let mut work = store.write().await?;
-        let row: Option<(String, i64, String)> = sqlx::query_as("select name, lease_ms, idempotent from postbox_worker where id = ?1")
-            .bind(worker)
-            .fetch_optional(work.on())
-            .await?;
+        let row: Option<(String, i64, String)> =
+            sqlx::query_as("select name, lease_ms, idempotent from postbox_worker where id = ?1")
+                .bind(worker)
+                .fetch_optional(work.on())
+                .await?;
         let Some((name, lease_ms, idempotent)) = row else {
             work.rollback().await?;
             dead.bury();

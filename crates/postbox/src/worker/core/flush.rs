@@ -262,7 +262,8 @@ fn withhold(item: &Item, lane: Option<&Lane>, settle: &mut Settle) {
 }
 
 fn policy_for(item: &Item, lane: Option<&Lane>) -> Policy {
-    let mut policy = lane.map_or(Policy { kind: Kind::Plain, retry: Default::default(), idempotent: false }, |lane| lane.policy);
+    let mut policy =
+        lane.map_or(Policy { kind: Kind::Plain, retry: Default::default(), idempotent: false }, |lane| lane.policy);
     if let Some(own) = item.envelope.as_ref().and_then(|e| e.max_attempts) {
         policy.retry.max_attempts = own;
     }
