@@ -54,7 +54,7 @@ fn declared(name: &str, pattern: &str, kind: Kind) -> Declared {
         name: name.into(),
         renamed_from: Vec::new(),
         pattern: pattern.parse().expect("a pattern"),
-        policy: Policy { kind, retry: RetryPolicy::default() },
+        policy: Policy { kind, retry: RetryPolicy::default(), idempotent: false },
         timeout: Duration::from_secs(60),
         quiet: Duration::from_secs(60),
         reconciles: kind == Kind::Operation,
@@ -100,6 +100,7 @@ impl<Db: Testable> Hand<Db> {
             successes: Vec::new(),
             moves: Vec::new(),
             released: Vec::new(),
+            seen: Vec::new(),
             follow_ups: Vec::new(),
             starts: Vec::new(),
             close: false,
@@ -140,7 +141,7 @@ fn ended(item: &Item, kind: Kind, end: End, begun: bool) -> Move {
         begun,
         lost: item.lost,
     };
-    let policy = Policy { kind, retry: RetryPolicy::default() };
+    let policy = Policy { kind, retry: RetryPolicy::default(), idempotent: false };
     let next = transition(standing, Event::Ended(end), &policy, 0.0).expect("allowed");
     Move {
         delivery: item.delivery,
@@ -272,6 +273,7 @@ async fn a_dead_workers_batch_comes_back_without_what_was_settled<Db: Testable>(
         successes: Vec::new(),
         moves: vec![ended(&items[1], Kind::Operation, End::Succeeded, true)],
         released: Vec::new(),
+        seen: Vec::new(),
         follow_ups: Vec::new(),
         starts: Vec::new(),
         close: false,

@@ -63,6 +63,10 @@ pub(crate) enum Command {
     Show(Show),
     /// Try deliveries again, now; their attempts go on counting
     Retry(Retry),
+    /// Call deliveries off that wait or are dead
+    Cancel(Cancel),
+    /// Deliver again what has ended: a new delivery, linked to the old one
+    Replay(Replay),
     /// Say how a doubt ends
     Resolve(Resolve),
     /// Who listens to what
@@ -145,7 +149,7 @@ pub(crate) struct Publish {
 
 #[derive(Debug, Args)]
 pub(crate) struct List {
-    /// state:dead,in_doubt topic:orders.* subscription:NAME key:KEY; words narrow, commas widen
+    /// state:dead,in_doubt topic:orders.* subscription:NAME application:NAME key:KEY since:2h until:TIME; words narrow, commas widen
     #[arg(value_name = "FILTER")]
     pub(crate) filter: Vec<String>,
     /// How many at most
@@ -170,6 +174,41 @@ pub(crate) struct Retry {
     /// Why; goes on record
     #[arg(long, value_name = "TEXT")]
     pub(crate) reason: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Cancel {
+    /// The deliveries' numbers
+    #[arg(required = true, value_name = "ID")]
+    pub(crate) ids: Vec<i64>,
+    /// The revision you saw; if it has moved on, nothing is done (one ID only)
+    #[arg(long, value_name = "NUMBER", value_parser = rev)]
+    pub(crate) rev: Option<i32>,
+    /// Why; goes on record
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Replay {
+    /// Deliveries' numbers, or a filter as for `list`: subscription:NAME since:2h state:succeeded
+    #[arg(required = true, value_name = "ID|FILTER")]
+    pub(crate) which: Vec<String>,
+    /// Shows what would be done, and does nothing
+    #[arg(long)]
+    pub(crate) preview: bool,
+    /// For one operation: its effect is meant to happen again, under a new idempotency key
+    #[arg(long)]
+    pub(crate) irreversible: bool,
+    /// Why; goes on record
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+    /// With a filter: only deliveries above this number, to go on where an interrupted replay came to
+    #[arg(long, value_name = "ID", default_value_t = 0)]
+    pub(crate) above: i64,
+    /// Does not ask
+    #[arg(long, short)]
+    pub(crate) yes: bool,
 }
 
 #[derive(Debug, Args)]

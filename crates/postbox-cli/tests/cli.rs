@@ -115,6 +115,12 @@ fn usage_is_2_and_help_is_0() {
     place.run(&["list", "colour:red"]).ends(2);
     place.run(&["show", "abc"]).ends(2);
     place.run(&["retry", "1", "2", "--rev", "3", "--reason", "x"]).ends(2);
+    place.run(&["cancel", "1", "2", "--rev", "3", "--reason", "x"]).ends(2);
+    place.run(&["replay", "--reason", "x"]).ends(2);
+    place.run(&["replay", "1", "state:dead", "--reason", "x"]).ends(2);
+    place.run(&["replay", "1", "2", "--irreversible", "--reason", "x"]).ends(2);
+    place.run(&["replay", "state:dead", "--irreversible", "--reason", "x"]).ends(2);
+    place.run(&["replay", "since:yesterday", "--reason", "x"]).ends(2);
     place.run(&["--config", "missing.toml", "status"]).ends(2);
     place.run(&["--database-url", "mysql://x", "status"]).ends(2);
     let mut without = place.command(&["status"]);
@@ -189,6 +195,45 @@ fn the_demo_runs_unattended() {
     assert_eq!((entry["actor"].as_str(), entry["state_after"].as_str()), (Some("bo"), Some("pending")), "{entry}");
     on(&["retry", &dead, "987654321", "--reason", "one of them is not there"]).ends(1);
     on(&["retry", "987654321", "--reason", "not there"]).ends(3);
+
+    // Called off, and delivered again.
+    let other = on(&["list", "state:dead", "--json"]).ends(0).json_lines();
+    let (id, rev) = (other[0]["id"].to_string(), other[0]["rev"].to_string());
+    on(&["cancel", &id]).ends(5);
+    on(&["cancel", &id, "--reason", "an old version", "--rev", "999"]).ends(4);
+    let entry = on(&["cancel", &id, "--reason", "not wanted", "--rev", &rev, "--json"]).ends(0).json();
+    assert_eq!((entry["state_before"].as_str(), entry["state_after"].as_str()), (Some("dead"), Some("cancelled")));
+    on(&["cancel", &id, "--reason", "twice"]).ends(5);
+    on(&["cancel", "987654321", "--reason", "not there"]).ends(3);
+    on(&["replay", &dead, "--reason", "it waits"]).ends(5);
+    on(&["replay", "987654321", "--reason", "not there"]).ends(3);
+    let mails = on(&["list", "state:succeeded", "subscription:send_mail", "--json"]).ends(0).json_lines();
+    let mail = mails[0]["id"].to_string();
+    on(&["replay", &mail]).ends(5);
+    let replayed = on(&["replay", &mail, "--reason", "it went to spam", "--json"]).ends(0).json();
+    assert_eq!(replayed["replay_of"].to_string(), mail, "{replayed}");
+    let new = replayed["delivery"].to_string();
+    assert_eq!(on(&["show", &new, "--json"]).ends(0).json()["replay_of"].to_string(), mail);
+    assert!(on(&["show", &new]).ends(0).out.contains(&format!("replay of  delivery {mail}")));
+    assert!(on(&["show", &mail]).ends(0).out.contains(&format!("replayed   as delivery {new}")));
+    let charged = on(&["list", "state:succeeded", "--json"]).ends(0).json_lines();
+    let charged = charged.iter().find(|d| d["kind"] == "operation").expect("a charge")["id"].to_string();
+    let refused = on(&["replay", &charged, "--reason", "again"]).ends(5);
+    assert!(refused.err.contains("--irreversible"), "{}", refused.err);
+    let unconfirmed = on(&["replay", &charged, "--irreversible", "--reason", "asked for it"]).ends(5);
+    assert!(unconfirmed.err.contains("new idempotency key"), "{}", unconfirmed.err);
+    let charge = on(&["replay", &charged, "--irreversible", "--reason", "asked for it", "--yes", "--json"]).ends(0);
+    assert!(charge.json()["idempotency_key"].is_string());
+    let filter = ["replay", "state:succeeded", "subscription:send_mail", "since:1h"];
+    let with = |more: &[&'static str]| on(&filter.iter().copied().chain(more.iter().copied()).collect::<Vec<_>>());
+    let preview = with(&["--preview", "--json"]).ends(0).json();
+    assert_eq!(preview["deliveries"].as_u64(), Some(mails.len() as u64), "{preview}");
+    assert!(with(&["--preview"]).ends(0).err.contains("new deliveries"));
+    with(&["--reason", "nobody confirms"]).ends(5);
+    with(&["--yes"]).ends(5);
+    let done = with(&["--reason", "all of them", "--yes", "--json"]).ends(0).json();
+    assert_eq!(done["replayed"].as_u64(), Some(mails.len() as u64), "{done}");
+    on(&["replay", "state:in_doubt", "--reason", "x", "--yes"]).ends(5);
 
     let audit = on(&["audit", "--json"]).ends(0).json_lines();
     assert!(audit.len() >= 2, "{audit:?}");

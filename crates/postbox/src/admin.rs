@@ -1,8 +1,11 @@
 //! What operators see and do: the same for the command, the dashboard and programs.
 
+mod replay;
+mod wish;
+
 use std::str::FromStr;
 
-use jiff::Timestamp;
+use jiff::{Span, SpanRelativeTo, Timestamp};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -12,9 +15,14 @@ use crate::message::Envelope;
 use crate::postbox::Postbox;
 use crate::store::{Database, DeliveryId, Store, Stranded};
 
-/// Which deliveries: `state:dead,in_doubt topic:orders.* subscription:crm key:42`.
+pub(crate) use self::replay::COUNTED;
+pub use self::replay::{Replay, ReplayCount, ReplayPreview, Replayed, Replaying, Replays};
+pub(crate) use self::wish::Wish;
+
+/// Which deliveries: `state:dead,in_doubt topic:orders.* subscription:crm key:42 since:2h`.
 ///
-/// Words are joined by *and*, commas within a word by *or*.
+/// Words are joined by *and*, commas within a word by *or*. `since:` and `until:` take a time with its
+/// offset (`2027-01-31T09:00:00Z`) or how long ago that is on this machine's clock (`90s`, `2h`, `7d`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Filter {
@@ -26,6 +34,39 @@ pub struct Filter {
     pub subscriptions: Vec<String>,
     /// With one of these keys.
     pub keys: Vec<String>,
+    /// Of subscriptions of one of these applications.
+    pub applications: Vec<String>,
+    /// Whose message was recorded at this time or later, to the millisecond.
+    pub since: Option<Timestamp>,
+    /// Whose message was recorded before this time.
+    pub until: Option<Timestamp>,
+}
+
+/// A time, or how long ago it is.
+fn moment(field: &str, text: &str) -> Result<Timestamp, Error> {
+    let unreadable = || {
+        Error::Settings(format!(
+            "`{field}:{}` is no time; write `{field}:2h` (that long ago) or `{field}:2027-01-31T09:00:00Z`",
+            text.escape_debug()
+        ))
+    };
+    if let Ok(time) = text.parse::<Timestamp>() {
+        return Ok(time);
+    }
+    let span: Span = text.parse().map_err(|_| unreadable())?;
+    let ago = span.to_duration(SpanRelativeTo::days_are_24_hours()).map_err(|_| unreadable())?;
+    if ago.is_negative() {
+        return Err(unreadable());
+    }
+    Timestamp::now().checked_sub(ago).map_err(|_| unreadable())
+}
+
+/// Given once, and once only.
+fn once(slot: &mut Option<Timestamp>, field: &str, value: &str) -> Result<(), Error> {
+    match slot.replace(moment(field, value)?) {
+        None => Ok(()),
+        Some(_) => Err(Error::Settings(format!("the filter `{field}:` takes one time"))),
+    }
 }
 
 impl FromStr for Filter {
@@ -36,7 +77,7 @@ impl FromStr for Filter {
         for word in text.split_whitespace() {
             let Some((field, values)) = word.split_once(':') else {
                 return Err(Error::Settings(format!(
-                    "`{}` is no filter; write `state:dead`, `topic:orders.*`, `subscription:NAME` or `key:KEY`",
+                    "`{}` is no filter; write `state:dead`, `topic:orders.*`, `subscription:NAME`, `application:NAME`, `key:KEY`, `since:2h` or `until:2h`",
                     word.escape_debug()
                 )));
             };
@@ -50,9 +91,12 @@ impl FromStr for Filter {
                     "topic" => filter.topics.push(value.parse().map_err(crate::error::PublishError::from)?),
                     "subscription" => filter.subscriptions.push(value.to_owned()),
                     "key" => filter.keys.push(value.to_owned()),
+                    "application" => filter.applications.push(value.to_owned()),
+                    "since" => once(&mut filter.since, field, value)?,
+                    "until" => once(&mut filter.until, field, value)?,
                     _ => {
                         return Err(Error::Settings(format!(
-                            "there is no filter `{}:`; there are state:, topic:, subscription: and key:",
+                            "there is no filter `{}:`; there are state:, topic:, subscription:, application:, key:, since: and until:",
                             field.escape_debug()
                         )));
                     }
@@ -102,8 +146,10 @@ pub struct DeliveryRow {
     pub recorded_at: Timestamp,
     /// When it came to stand where it stands, if that is known.
     pub since: Option<Timestamp>,
-    /// Why it is in doubt or dead.
+    /// Why it is in doubt, dead or cancelled.
     pub note: Option<String>,
+    /// The delivery that an operator had repeated as this one.
+    pub replay_of: Option<DeliveryId>,
 }
 
 fn as_word<S: serde::Serializer>(state: &State, to: S) -> Result<S::Ok, S::Error> {
@@ -165,6 +211,8 @@ pub struct DeliveryDetail {
     pub records: Vec<RecordRow>,
     /// Messages that this one's message caused: id and topic.
     pub effects: Vec<(Uuid, String)>,
+    /// Replays that operators made of it, at most 100.
+    pub replays: Vec<DeliveryId>,
 }
 
 /// Counts of one subscription.
@@ -179,6 +227,8 @@ pub struct SubscriptionRow {
     pub pattern: String,
     /// `plain`, `transactional` or `operation`.
     pub kind: String,
+    /// Of an operation: its remote was declared to make repeats under one idempotency key harmless.
+    pub idempotent: bool,
     /// Attempts in all.
     pub max_attempts: u32,
     /// Live workers that stand behind it.
@@ -250,6 +300,17 @@ pub struct MigrationStatus {
 /// An operator's wish to try again.
 #[derive(Debug, Clone)]
 pub struct Retry {
+    /// The revision the operator saw; `None` takes what is there.
+    pub rev: Option<i32>,
+    /// Who.
+    pub actor: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// An operator's wish to call a delivery off.
+#[derive(Debug, Clone)]
+pub struct Cancel {
     /// The revision the operator saw; `None` takes what is there.
     pub rev: Option<i32>,
     /// Who.
@@ -357,6 +418,58 @@ impl<Db: Database> Admin<Db> {
     /// has succeeded; or the database did not answer.
     pub async fn retry(&self, delivery: DeliveryId, retry: &Retry) -> Result<AuditEntry, Error> {
         self.store.retry(delivery, retry).await
+    }
+
+    /// Calls off a delivery that waits or is dead: it is cancelled. A waiting one of a
+    /// declared-idempotent operation of which an attempt may have happened comes to be in doubt instead:
+    /// no further attempt is made, but nobody can say that it did not happen.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`]; [`Error::Conflict`] when it is in a worker's hands or moved on;
+    /// [`Error::Refused`] when it is in doubt (only [`resolve`](Self::resolve) settles that), has
+    /// succeeded or is cancelled; or the database did not answer.
+    pub async fn cancel(&self, delivery: DeliveryId, cancel: &Cancel) -> Result<AuditEntry, Error> {
+        self.store.cancel(delivery, cancel).await
+    }
+
+    /// Makes a new delivery of the message of one that has succeeded, is dead or was cancelled: for
+    /// the same subscription, due now, with its attempts before it, and linked to the old one, which
+    /// stays as it is.
+    ///
+    /// The effect of an operation **happens again**: the new delivery has another idempotency key, so
+    /// the remote cannot know it from a new one. That takes [`Replay::irreversible`] and a reason.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`]; [`Error::Refused`] when it is in doubt or still on its way, its
+    /// subscription was removed, its message is gone, or it is an operation without the word;
+    /// [`Error::Conflict`] when it moved on meanwhile; or the database did not answer.
+    pub async fn replay(&self, delivery: DeliveryId, replay: &Replay) -> Result<Replayed, Error> {
+        self.store.replay(delivery, replay).await
+    }
+
+    /// What [`replay_all`](Self::replay_all) would do.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a filter that selects everything, or states that cannot be replayed; or
+    /// the database did not answer.
+    pub async fn replay_preview(&self, filter: &Filter) -> Result<ReplayPreview, Error> {
+        ReplayPreview::of(&self.store, filter).await
+    }
+
+    /// Replays the ended deliveries that match and are there now, the oldest first, page by page:
+    /// nothing happens before [`Replaying::next`] is called. Operations are left out, and those whose
+    /// subscription was removed. `above` leaves out the deliveries up to that number: where an
+    /// interrupted run came to ([`Replays::upto`]), or 0.
+    ///
+    /// # Errors
+    /// As [`replay_preview`](Self::replay_preview).
+    pub async fn replay_all(
+        &self,
+        filter: &Filter,
+        replay: &Replay,
+        above: DeliveryId,
+    ) -> Result<Replaying<Db>, Error> {
+        Replaying::start(self.store.clone(), filter, replay, above).await
     }
 
     /// Says how a doubt ends.

@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 
 use crate::content::{Bytes, Content};
+use crate::lifecycle::End;
 use crate::message::Envelope;
 use crate::operation::{Done, FollowUps, Operation, OperationFailure, Receipt, Reconciled};
 use crate::store::{AsConnection, Database, HandlerTx, Store};
@@ -18,24 +19,34 @@ use crate::store::{AsConnection, Database, HandlerTx, Store};
 #[derive(Debug)]
 pub struct Failure {
     pub(crate) error: String,
-    pub(crate) permanent: bool,
-    pub(crate) retry_after: Option<Duration>,
+    pub(crate) end: End,
 }
 
 impl Failure {
     /// Try again, as the subscription's policy says.
     pub fn retry(error: impl fmt::Display) -> Self {
-        Failure { error: error.to_string(), permanent: false, retry_after: None }
+        Failure { error: error.to_string(), end: End::Failed { permanent: false, retry_after: None } }
     }
 
     /// Trying again would not help: dead.
     pub fn permanent(error: impl fmt::Display) -> Self {
-        Failure { error: error.to_string(), permanent: true, retry_after: None }
+        Failure { error: error.to_string(), end: End::Failed { permanent: true, retry_after: None } }
     }
 
     /// Try again after `wait`, whatever the backoff says.
     pub fn retry_after(error: impl fmt::Display, wait: Duration) -> Self {
-        Failure { error: error.to_string(), permanent: false, retry_after: Some(wait) }
+        Failure { error: error.to_string(), end: End::Failed { permanent: false, retry_after: Some(wait) } }
+    }
+
+    /// Not now: again after `wait` (at most 10 years), as if it had not been tried. That does not use
+    /// up an attempt, unless its start is on record, which it is after a worker died holding it.
+    pub fn snooze(wait: Duration) -> Self {
+        Failure { error: format!("snoozed for {wait:?}"), end: End::Snoozed { wait } }
+    }
+
+    /// It is not wanted (any more): cancelled, with this reason, and no dead letter.
+    pub fn discard(reason: impl fmt::Display) -> Self {
+        Failure { error: reason.to_string(), end: End::Discarded }
     }
 }
 
@@ -68,6 +79,24 @@ pub struct RetryAfter(pub(crate) String, pub(crate) Duration);
 /// Marks an error of an operation that came before anything irreversible was sent.
 #[derive(Debug)]
 pub struct NotDone(pub(crate) String);
+/// Marks an error that says: not now, and that is no attempt.
+#[derive(Debug)]
+pub struct Snoozed(pub(crate) String, pub(crate) Duration);
+/// Marks an error that says: it is not wanted (any more).
+#[derive(Debug)]
+pub struct Discarded(pub(crate) String);
+
+impl From<Snoozed> for Failure {
+    fn from(Snoozed(error, wait): Snoozed) -> Self {
+        Failure { error, end: End::Snoozed { wait } }
+    }
+}
+
+impl From<Discarded> for Failure {
+    fn from(Discarded(reason): Discarded) -> Self {
+        Failure::discard(reason)
+    }
+}
 
 impl From<Permanent> for Failure {
     fn from(Permanent(error): Permanent) -> Self {
@@ -98,6 +127,17 @@ pub trait ResultExt<T> {
     /// # Errors
     /// The same error, marked.
     fn not_done(self) -> Result<T, NotDone>;
+    /// Not now: again after `wait`, and not counted ([`Failure::snooze`]). In an operation: nothing
+    /// irreversible has been sent yet; there the attempt is on record and counts.
+    ///
+    /// # Errors
+    /// The same error, marked.
+    fn snooze(self, wait: Duration) -> Result<T, Snoozed>;
+    /// It is not wanted (any more): cancelled. In an operation: nothing irreversible has been sent.
+    ///
+    /// # Errors
+    /// The same error, marked.
+    fn discard(self) -> Result<T, Discarded>;
 }
 
 impl<T, E: std::error::Error> ResultExt<T> for Result<T, E> {
@@ -111,6 +151,14 @@ impl<T, E: std::error::Error> ResultExt<T> for Result<T, E> {
 
     fn not_done(self) -> Result<T, NotDone> {
         self.map_err(|e| NotDone(words(&e)))
+    }
+
+    fn snooze(self, wait: Duration) -> Result<T, Snoozed> {
+        self.map_err(|e| Snoozed(words(&e), wait))
+    }
+
+    fn discard(self) -> Result<T, Discarded> {
+        self.map_err(|e| Discarded(words(&e)))
     }
 }
 

@@ -70,8 +70,8 @@ pub mod worker;
 pub use content::{Bytes, Content, JSON_CONTENT_TYPE};
 pub use error::{Error, PublishError};
 pub use handler::{
-    Attempt, Call, Failure, FromDelivery, FromRef, Handler, IntoVerdict, Metadata, NotDone, OperationHandler, Payload,
-    Permanent, ReconcileHook, Rejection, ResultExt, RetryAfter, State, Tx,
+    Attempt, Call, Discarded, Failure, FromDelivery, FromRef, Handler, IntoVerdict, Metadata, NotDone,
+    OperationHandler, Payload, Permanent, ReconcileHook, Rejection, ResultExt, RetryAfter, Snoozed, State, Tx,
 };
 pub use json::{JsonError, MAX_JSON_DEPTH};
 pub use message::{

@@ -103,6 +103,16 @@ pub struct Policy {
     pub kind: Kind,
     /// How often, how soon.
     pub retry: RetryPolicy,
+    /// Of an operation: the remote makes repeats under one idempotency key harmless, so that an
+    /// attempt whose end nobody saw may be followed by another.
+    pub idempotent: bool,
+}
+
+impl Policy {
+    /// An operation that was declared idempotent.
+    pub fn repeats(&self) -> bool {
+        self.kind == Kind::Operation && self.idempotent
+    }
 }
 
 /// How an attempt ended.
@@ -123,6 +133,13 @@ pub enum End {
     Panicked,
     /// The handler ran past its timeout and was cancelled.
     TimedOut,
+    /// Not now: again after this. Without a start on record it is not counted as an attempt.
+    Snoozed {
+        /// The wait.
+        wait: Duration,
+    },
+    /// It is not wanted (any more), and was not done.
+    Discarded,
 }
 
 impl End {
@@ -134,6 +151,8 @@ impl End {
             End::InDoubt => "in_doubt",
             End::Panicked => "panicked",
             End::TimedOut => "timed_out",
+            End::Snoozed { .. } => "snoozed",
+            End::Discarded => "discarded",
         }
     }
 }
@@ -171,6 +190,9 @@ pub enum Event {
     Ended(End),
     /// The worker hands it back unstarted.
     Released,
+    /// The worker does not start it: an earlier attempt may have done it, and nobody declared that
+    /// a repeat is harmless (any more).
+    Withheld,
     /// The worker is gone.
     WorkerLost,
     /// Somebody knows how the doubt ends.
@@ -190,7 +212,8 @@ pub struct Standing {
     pub attempts: u32,
     /// The running attempt is on record as begun (and so counted in `attempts`).
     pub begun: bool,
-    /// How many workers died holding it without a record of whether it had started.
+    /// How many workers died holding it without a record of whether it had started. Of an operation
+    /// that was declared idempotent: how many attempts ended in a way that nobody saw.
     pub lost: u32,
 }
 
@@ -222,7 +245,7 @@ pub struct Refused {
 ///
 /// ```
 /// use postbox::lifecycle::*;
-/// let policy = Policy { kind: Kind::Operation, retry: Default::default() };
+/// let policy = Policy { kind: Kind::Operation, retry: Default::default(), idempotent: false };
 /// let claimed = transition(Standing::NEW, Event::Claimed, &policy, 0.5)?.standing;
 /// let begun = transition(claimed, Event::Begun, &policy, 0.5)?.standing;
 /// let after = transition(begun, Event::WorkerLost, &policy, 0.5)?.standing;
@@ -232,6 +255,7 @@ pub struct Refused {
 pub fn transition(now: Standing, event: Event, policy: &Policy, draw: f64) -> Result<Next, Refused> {
     let refuse = |event| Err(Refused { state: now.state, event });
     let operation = policy.kind == Kind::Operation;
+    let repeats = policy.repeats();
     let to = |state| Standing { state, begun: false, ..now };
     let at_once = |standing| Ok(Next { standing, delay: Duration::ZERO });
 
@@ -247,17 +271,25 @@ pub fn transition(now: Standing, event: Event, policy: &Policy, draw: f64) -> Re
         (State::Running, Event::Ended(end)) => {
             // What is not on record as begun is counted by its outcome.
             let counted = if now.begun { now.attempts } else { now.attempts + 1 };
+            let unseen = if repeats { now.lost } else { 0 };
             let settled = |state| Standing { attempts: counted, lost: 0, ..to(state) };
+            let tried = |unseen| Standing { lost: unseen, ..settled(State::Pending) };
             match end {
                 End::Succeeded => at_once(settled(State::Succeeded)),
+                End::Snoozed { wait } if !now.begun => Ok(Next { standing: to(State::Pending), delay: wait }),
+                End::InDoubt | End::Panicked | End::TimedOut if repeats => {
+                    Ok(again(tried(unseen + 1), policy, None, draw))
+                }
                 End::InDoubt | End::Panicked | End::TimedOut if operation => at_once(settled(State::InDoubt)),
-                End::Failed { permanent: true, .. } => at_once(settled(State::Dead)),
-                End::Failed { .. } | End::InDoubt | End::Panicked | End::TimedOut => {
+                End::Failed { permanent: true, .. } => at_once(over(tried(unseen), policy, State::Dead)),
+                End::Discarded => at_once(over(tried(unseen), policy, State::Cancelled)),
+                End::Failed { .. } | End::InDoubt | End::Panicked | End::TimedOut | End::Snoozed { .. } => {
                     let wanted = match end {
                         End::Failed { retry_after, .. } => retry_after,
+                        End::Snoozed { wait } => Some(wait),
                         _ => None,
                     };
-                    Ok(again(settled(State::Pending), policy, wanted, draw))
+                    Ok(again(tried(unseen), policy, wanted, draw))
                 }
             }
         }
@@ -266,13 +298,18 @@ pub fn transition(now: Standing, event: Event, policy: &Policy, draw: f64) -> Re
         (State::Running, Event::Released) if !now.begun => at_once(to(State::Pending)),
         (_, Event::Released) => refuse("released"),
 
+        (State::Running, Event::Withheld) if operation && !repeats && !now.begun && now.lost > 0 => {
+            at_once(Standing { lost: 0, ..to(State::InDoubt) })
+        }
+        (_, Event::Withheld) => refuse("withheld"),
+
         (State::Running, Event::WorkerLost) => match (operation, now.begun) {
-            (true, true) => at_once(to(State::InDoubt)),
+            (true, true) if !repeats => at_once(to(State::InDoubt)),
             (true, false) => at_once(to(State::Pending)),
             // Whether it had started is unknown: no attempt is counted, but the next one is put on
             // record first, so that a message that kills its worker is found out.
             (false, false) => at_once(Standing { lost: now.lost + 1, ..to(State::Pending) }),
-            (false, true) => {
+            (_, true) => {
                 Ok(again(Standing { lost: now.lost + 1, ..to(State::Pending) }, policy, Some(Duration::ZERO), draw))
             }
         },
@@ -280,28 +317,41 @@ pub fn transition(now: Standing, event: Event, policy: &Policy, draw: f64) -> Re
 
         (State::InDoubt, Event::Resolved(answer)) => match answer {
             Answer::Happened => at_once(to(State::Succeeded)),
-            Answer::DidNotHappen => Ok(again(to(State::Pending), policy, None, draw)),
+            // The word is about the delivery: about all its attempts.
+            Answer::DidNotHappen => Ok(again(Standing { lost: 0, ..to(State::Pending) }, policy, None, draw)),
             Answer::Abandoned => at_once(to(State::Dead)),
         },
         (_, Event::Resolved(_)) => refuse("resolved"),
 
+        // That an earlier attempt may have done it is not forgotten for being in a hurry.
+        (State::Pending, Event::Retried) if operation => at_once(now),
         (State::Dead | State::Cancelled | State::Pending, Event::Retried) => {
             at_once(Standing { lost: 0, ..to(State::Pending) })
         }
         (_, Event::Retried) => refuse("retried"),
 
-        (State::Pending | State::Dead, Event::Cancelled) => at_once(to(State::Cancelled)),
+        // No further attempt; but "cancelled" would say that it did not happen.
+        (State::Pending, Event::Cancelled) if operation && now.lost > 0 => {
+            at_once(Standing { lost: 0, ..to(State::InDoubt) })
+        }
+        (State::Pending | State::Dead, Event::Cancelled) => at_once(Standing { lost: 0, ..to(State::Cancelled) }),
         (_, Event::Cancelled) => refuse("cancelled"),
     }
 }
 
-/// Pending again while attempts are left, dead otherwise.
+/// Pending again while attempts are left, over otherwise.
 fn again(standing: Standing, policy: &Policy, wait: Option<Duration>, draw: f64) -> Next {
     if standing.attempts >= policy.retry.max_attempts {
-        return Next { standing: Standing { state: State::Dead, ..standing }, delay: Duration::ZERO };
+        return Next { standing: over(standing, policy, State::Dead), delay: Duration::ZERO };
     }
     let delay = wait.unwrap_or_else(|| policy.retry.backoff(standing.attempts, draw));
     Next { standing, delay }
+}
+
+/// Not tried again by itself: in this state, or in doubt if one of its attempts may have done it.
+fn over(standing: Standing, policy: &Policy, state: State) -> Standing {
+    let unseen = policy.repeats() && standing.lost > 0;
+    Standing { state: if unseen { State::InDoubt } else { state }, lost: 0, ..standing }
 }
 
 #[cfg(test)]

@@ -517,6 +517,13 @@ pub(crate) fn minted_at(id: Uuid) -> Timestamp {
     Timestamp::from_millisecond(millis).unwrap_or(Timestamp::UNIX_EPOCH)
 }
 
+/// What is minted at this time or later is not below this; what was minted before is.
+pub(crate) fn first_id_at(time: Timestamp) -> Uuid {
+    // Rounded up to the whole milliseconds that ids tell.
+    let millis = time.as_microsecond().max(0).unsigned_abs().div_ceil(1000);
+    Uuid::from_u128(u128::from(millis.min((1 << 48) - 1)) << 80)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::error::PublishError;
-use crate::handler::{NotDone, Permanent, RetryAfter, words};
+use crate::handler::{Discarded, NotDone, Permanent, RetryAfter, Snoozed, words};
 use crate::message::{Draft, IntoDraft};
 
 /// What the remote answered, kept with the outcome, and the messages that follow from it.
@@ -128,6 +128,11 @@ pub enum OperationFailure {
         /// Its words.
         error: String,
     },
+    /// Nothing irreversible was sent, and it is not wanted (any more): cancelled.
+    Discarded {
+        /// Why.
+        reason: String,
+    },
 }
 
 impl OperationFailure {
@@ -144,6 +149,24 @@ impl OperationFailure {
     /// The remote refused for good.
     pub fn refused(error: impl std::fmt::Display) -> Self {
         OperationFailure::Refused { error: error.to_string() }
+    }
+
+    /// Nothing irreversible was sent, and it is not wanted (any more): cancelled, and no dead letter.
+    pub fn discard(reason: impl std::fmt::Display) -> Self {
+        OperationFailure::Discarded { reason: reason.to_string() }
+    }
+}
+
+impl From<Snoozed> for OperationFailure {
+    /// The attempt is on record: it counts.
+    fn from(Snoozed(error, wait): Snoozed) -> Self {
+        OperationFailure::NotDone { error, retry_after: Some(wait) }
+    }
+}
+
+impl From<Discarded> for OperationFailure {
+    fn from(Discarded(reason): Discarded) -> Self {
+        OperationFailure::Discarded { reason }
     }
 }
 

@@ -133,6 +133,7 @@ struct Options {
     quiet: Duration,
     concurrency: Option<usize>,
     start: Start,
+    idempotent: bool,
 }
 
 impl Default for Options {
@@ -145,6 +146,7 @@ impl Default for Options {
             quiet: Duration::from_secs(60),
             concurrency: None,
             start: Start::default(),
+            idempotent: false,
         }
     }
 }
@@ -290,6 +292,19 @@ impl<S: 'static> OperationEntry<S> {
     pub fn quiet_period(mut self, quiet: Duration) -> Self {
         assert!(quiet <= MAX_TIMEOUT, "the quiet period is {quiet:?}; it must be at most a week");
         self.options.quiet = quiet;
+        self
+    }
+
+    /// Declares that the remote makes repeats under one idempotency key harmless: it applies the
+    /// first, and answers the others with what that came to. An attempt whose end nobody saw is then
+    /// followed by another, with a backoff, instead of a doubt. When the attempts are used up, and
+    /// whenever it would end otherwise than with a success, it is in doubt if one of its attempts may
+    /// have been applied.
+    ///
+    /// Only for remotes that keep the key for longer than all attempts can take.
+    #[must_use]
+    pub fn idempotent(mut self) -> Self {
+        self.options.idempotent = true;
         self
     }
 
@@ -490,7 +505,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
                 name,
                 renamed_from: options.renamed_from,
                 pattern,
-                policy: Policy { kind, retry: options.retry },
+                policy: Policy { kind, retry: options.retry, idempotent: options.idempotent },
                 reconciles,
                 continues,
                 start: options.start,

@@ -1,11 +1,13 @@
 //! One file a command; here the database's kind, known at run time, becomes a type.
 
 mod audit;
+mod cancel;
 mod config;
 mod jsonl;
 mod list;
 mod migrate;
 mod publish;
+mod replay;
 mod resolve;
 mod retry;
 mod show;
@@ -49,6 +51,8 @@ async fn on<Db: Database>(desk: &Desk<'_>, command: Command) -> Ended {
         Command::List(list) => list::run::<Db>(desk, list).await,
         Command::Show(show) => show::run::<Db>(desk, show).await,
         Command::Retry(retry) => retry::run::<Db>(desk, retry).await,
+        Command::Cancel(cancel) => cancel::run::<Db>(desk, cancel).await,
+        Command::Replay(replay) => replay::run::<Db>(desk, replay).await,
         Command::Resolve(resolve) => resolve::run::<Db>(desk, resolve).await,
         Command::Subscriptions(subscriptions) => subscriptions::run::<Db>(desk, subscriptions).await,
         Command::Audit(audit) => audit::run::<Db>(desk, audit).await,

@@ -46,6 +46,7 @@ fn preview(desk: &Desk<'_>, row: &DeliveryRow, answer: Answer) -> String {
     let policy = Policy {
         kind: Kind::Operation,
         retry: postbox::RetryPolicy { max_attempts: row.max_attempts, ..Default::default() },
+        idempotent: false,
     };
     let standing = Standing { state: row.state, attempts: row.attempt, begun: false, lost: 0 };
     let after =

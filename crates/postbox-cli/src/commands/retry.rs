@@ -20,15 +20,29 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, retry: Retry) -> Ended {
     let reason = desk.reason(retry.reason, &tried, &desk.command(&tried))?;
     let wish = admin::Retry { rev: retry.rev, actor: desk.actor.clone(), reason };
     let postbox = desk.open::<Db>().await?;
-    let (mut done, mut codes) = (0, std::collections::BTreeSet::new());
+    let mut outcomes = Vec::with_capacity(retry.ids.len());
     for id in &retry.ids {
-        match postbox.admin().retry(*id, &wish).await {
-            Ok(entry) => {
+        outcomes.push((*id, postbox.admin().retry(*id, &wish).await));
+    }
+    told(desk, "retry", outcomes, tell)
+}
+
+/// Tells what became of each, and ends with the code that says it for all.
+pub(super) fn told<T>(
+    desk: &Desk<'_>,
+    verb: &str,
+    outcomes: Vec<(i64, Result<T, postbox::Error>)>,
+    tell: impl Fn(&Desk<'_>, &T) -> std::io::Result<()>,
+) -> Ended {
+    let (mut done, mut codes) = (0, std::collections::BTreeSet::new());
+    for (id, outcome) in outcomes {
+        match outcome {
+            Ok(outcome) => {
                 done += 1;
-                tell(desk, &entry)?;
+                tell(desk, &outcome)?;
             }
             Err(error) => {
-                let failure = Failure::of(&error, format!("retry delivery {id}"), desk.look_at(*id, &error));
+                let failure = Failure::of(&error, format!("{verb} delivery {id}"), desk.look_at(id, &error));
                 codes.insert(failure.code);
                 failure.tell(desk.output);
             }
@@ -42,7 +56,7 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, retry: Retry) -> Ended {
     })
 }
 
-fn tell(desk: &Desk<'_>, entry: &admin::AuditEntry) -> std::io::Result<()> {
+pub(super) fn tell(desk: &Desk<'_>, entry: &admin::AuditEntry) -> std::io::Result<()> {
     if desk.output.json {
         return desk.output.object(entry);
     }

@@ -83,6 +83,12 @@ fn tell(desk: &Desk<'_>, detail: &DeliveryDetail) -> std::io::Result<()> {
     for (id, topic) in &detail.effects {
         output.line(&format!("caused     {} {id}", plain(topic)))?;
     }
+    if let Some(old) = row.replay_of {
+        output.line(&format!("replay of  delivery {old}"))?;
+    }
+    for new in &detail.replays {
+        output.line(&format!("replayed   as delivery {new}"))?;
+    }
     timeline(output, detail)?;
     if let Some(due) = list::due(row).filter(|_| row.state == State::Pending) {
         output.line(&format!("waits      {due}"))?;

@@ -60,7 +60,7 @@ async fn list<Db: Database>(desk: &Desk<'_>) -> Ended {
             text(plain(&row.application)),
             text(plain(&row.name)),
             text(plain(&row.pattern)),
-            text(plain(&row.kind)),
+            text(if row.idempotent { "operation, idempotent".to_owned() } else { plain(&row.kind) }),
             text(row.max_attempts.to_string()),
             workers,
             text(capped(row.pending + row.scheduled)),

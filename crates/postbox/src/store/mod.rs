@@ -10,10 +10,11 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
+    Resolution, Retry, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
-use crate::lifecycle::{Answer, Kind, Policy};
+use crate::lifecycle::{Answer, Kind, Policy, State};
 use crate::message::{Draft, Envelope};
 use crate::pattern::Pattern;
 
@@ -147,6 +148,14 @@ pub struct Registration {
     pub subscriptions: Vec<Declared>,
 }
 
+impl Registration {
+    /// Which of its subscriptions, stored under these ids, it runs as declared-idempotent.
+    pub fn idempotent(&self, ids: &[SubscriptionId]) -> Vec<SubscriptionId> {
+        let stored = self.subscriptions.iter().zip(ids);
+        stored.filter(|(declared, _)| declared.policy.repeats()).map(|(_, id)| *id).collect()
+    }
+}
+
 /// A subscription that is stored, has deliveries waiting, and no live worker.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Stranded {
@@ -235,7 +244,7 @@ pub struct LeaseRef {
 pub struct OutcomeRecord {
     /// The attempt's number, from 1.
     pub number: u32,
-    /// `succeeded`, `failed`, `in_doubt`, `panicked`, `timed_out` or `lost`.
+    /// `succeeded`, `failed`, `in_doubt`, `panicked`, `timed_out`, `snoozed`, `discarded` or `lost`.
     pub kind: &'static str,
     /// What went wrong, redacted and bounded.
     pub error: Option<String>,
@@ -266,9 +275,9 @@ pub struct Move {
     pub delay: Duration,
     /// For one in doubt: how long until "did not happen" can be believed.
     pub quiet: Duration,
-    /// For one in doubt or dead: why.
+    /// For one in doubt, dead or cancelled: why.
     pub note: String,
-    /// The attempt that ended with it, if one did.
+    /// The attempt that ended with it, if one did; without one it leaves its lease uncounted.
     pub outcome: Option<OutcomeRecord>,
 }
 
@@ -299,6 +308,8 @@ pub struct Settle {
     /// Handed back unstarted and uncounted, in order: delivery, subscription, message, priority,
     /// attempts, lost and rev as they were leased.
     pub released: Vec<Item>,
+    /// What is on record beside the outcomes: snoozes that are no attempts. Evidence is not looked at.
+    pub seen: Vec<Observation>,
     /// Messages that commit with these outcomes.
     pub follow_ups: Vec<Draft>,
     /// Attempts that begin once this is committed: delivery and number.
@@ -436,6 +447,19 @@ pub struct Answered {
     pub draw: f64,
 }
 
+/// A delivery that has ended, as it was seen: succeeded, dead or cancelled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// Which.
+    pub delivery: DeliveryId,
+    /// Its message.
+    pub message: Uuid,
+    /// Its subscription.
+    pub subscription: SubscriptionId,
+    /// How it ended.
+    pub state: State,
+}
+
 /// The future that a verb returns.
 pub trait Verb<T>: Future<Output = Result<T, Error>> + Send {}
 impl<T, F: Future<Output = Result<T, Error>> + Send> Verb<T> for F {}
@@ -531,6 +555,18 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn deliveries_of(&self, message: Uuid) -> impl Verb<Option<(Envelope, Vec<DeliveryId>)>>;
     /// An operator: dead, cancelled or waiting to pending, now.
     fn retry(&self, delivery: DeliveryId, retry: &Retry) -> impl Verb<AuditEntry>;
+    /// An operator: dead or waiting to cancelled.
+    fn cancel(&self, delivery: DeliveryId, cancel: &Cancel) -> impl Verb<AuditEntry>;
+    /// An operator: a new delivery of an ended one's message, due now and linked to it.
+    fn replay(&self, delivery: DeliveryId, replay: &Replay) -> impl Verb<Replayed>;
+    /// How many ended deliveries match, by subscription; counted up to 100001 in all.
+    fn replay_counts(&self, filter: &Filter) -> impl Verb<Vec<ReplayCount>>;
+    /// The oldest ended deliveries that match, of those above one number and up to another.
+    fn replayable(&self, filter: &Filter, above: DeliveryId, upto: DeliveryId, limit: u32) -> impl Verb<Vec<Ended>>;
+    /// No delivery so far has a higher number; all that come have.
+    fn newest(&self) -> impl Verb<DeliveryId>;
+    /// Replays those of these that still can be, operations left out, in one transaction; how many.
+    fn replay_page(&self, ended: &[Ended], replay: &Replay) -> impl Verb<u64>;
     /// An operator: ends a doubt.
     fn resolve(&self, delivery: DeliveryId, resolution: &Resolution) -> impl Verb<AuditEntry>;
     /// All subscriptions, the removed ones that still have deliveries included.
@@ -544,9 +580,10 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
 }
 
 /// The policy a subscription row tells.
-pub(crate) fn policy_of(kind: Kind, max_attempts: i32, base_ms: i64, cap_ms: i64) -> Policy {
+pub(crate) fn policy_of(kind: Kind, idempotent: bool, max_attempts: i32, base_ms: i64, cap_ms: i64) -> Policy {
     Policy {
         kind,
+        idempotent,
         retry: crate::retry::RetryPolicy {
             max_attempts: max_attempts.max(1) as u32,
             base: Duration::from_millis(base_ms.max(0) as u64),

@@ -266,8 +266,7 @@ impl<Db: Database> Attempt<Db> {
 }
 
 fn ended_by(failure: Failure) -> Ended {
-    let Failure { error, permanent, retry_after } = failure;
-    Ended::new(End::Failed { permanent, retry_after }, Some(error))
+    Ended::new(failure.end, Some(failure.error))
 }
 
 /// What an operation's return says about the world.
@@ -294,6 +293,7 @@ fn judge<Db: Database>(
             Ended::new(End::Failed { permanent: false, retry_after }, Some(error))
         }
         Err(OperationFailure::Refused { error }) => Ended::failed(error, true),
+        Err(OperationFailure::Discarded { reason }) => Ended::new(End::Discarded, Some(reason)),
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use self::flush::{Batch, FLUSH_AFTER, Slot, due_flush, observation};
+use self::flush::{Batch, FLUSH_AFTER, Slot, due_flush, is_withheld, observation};
 pub(crate) use self::wire::{Cancel, Command, Ended, Event, Flushed, Hold, Lane, Setup};
 use crate::lifecycle::{End, Kind};
 use crate::store::{ClaimRequest, Claimed, Guarded, Item, LeaseRef, SubscriptionId};
@@ -356,6 +356,11 @@ impl Core {
                 continue;
             }
             let Some((lane, load)) = self.lanes.get_mut(&item.subscription) else { continue };
+            if is_withheld(item, lane) {
+                load.leave(lane, item);
+                *slot = Slot::Withheld;
+                continue;
+            }
             // A message whose worker died may have killed it: such ones run one at a time, on record.
             let suspicious = is_suspect(lane, item);
             if lane.concurrency.is_some_and(|limit| load.running >= limit) || (suspicious && self.suspect.is_some()) {
@@ -521,7 +526,7 @@ impl Core {
                     *cancelled = true;
                     commands.push(Command::Cancel((token, index), Cancel::Fenced));
                 }
-                Slot::Released | Slot::Paused(_) | Slot::Settling(None) => *slot = Slot::Settled,
+                Slot::Released | Slot::Withheld | Slot::Paused(_) | Slot::Settling(None) => *slot = Slot::Settled,
                 Slot::Running { .. } | Slot::Settled => {}
             }
         }

@@ -344,6 +344,7 @@ impl<Db: Database> Engine<Db> {
             policy: route.declared.policy,
             timeout: route.declared.timeout,
             quiet: route.declared.quiet,
+            late: route.declared.quiet.saturating_add(route.declared.timeout).saturating_add(registration.lease),
             concurrency: route.concurrency,
         });
         let setup = Setup {

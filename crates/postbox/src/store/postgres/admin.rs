@@ -4,16 +4,16 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
-use super::{PgStore, Work, doubt, envelope, settle, timestamp};
+use super::{PgStore, Work, doubt, envelope, timestamp};
 use crate::admin::{
-    AttemptRow, AuditEntry, DeliveryDetail, DeliveryRow, Filter, RecordRow, Resolution, Retry, Status, SubscriptionRow,
+    AttemptRow, AuditEntry, DeliveryDetail, DeliveryRow, Filter, RecordRow, Resolution, Status, SubscriptionRow,
     WorkerRow, no_delivery,
 };
 use crate::error::Error;
-use crate::lifecycle::{Answer, Event, Kind, Standing, State, transition};
-use crate::message::{Envelope, minted_at};
+use crate::lifecycle::{Answer, State};
+use crate::message::{Envelope, first_id_at, minted_at};
 use crate::operation::idempotency_key;
-use crate::store::{Answered, DeliveryId, Move, Speaker, Stranded, Word, policy_of};
+use crate::store::{Answered, DeliveryId, Speaker, Stranded, Word};
 
 /// Where a delivery in a state can be, as columns that `list.sql` reads.
 const PLACES: [(State, &str); 8] = [
@@ -73,8 +73,45 @@ const PLACES: [(State, &str); 8] = [
 /// Names for the columns of a place.
 const COLUMNS: &str = "p(delivery, state, subscription, message, priority, attempt, rev, due_at, since, worker, note)";
 
-fn places(store: &PgStore, filter: &Filter) -> String {
-    let narrowed = !(filter.subscriptions.is_empty() && filter.topics.is_empty() && filter.keys.is_empty());
+/// Which of the deliveries that match are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Page {
+    /// The newest `$1`.
+    Newest,
+    /// The oldest `$1` of those above `$8`, up to `$9`.
+    Between,
+}
+
+/// Names the type of each parameter, whichever of them the filters use.
+pub(super) const GIVEN: &str =
+    "with given as (select $2::pg_catalog.text[], $3::pg_catalog.text[], $4::pg_catalog.text[],
+    $5::pg_catalog.uuid, $6::pg_catalog.uuid, $7::pg_catalog.text[])";
+
+/// `$1` limit, `$2` to `$7` what the filter says.
+pub(super) fn filtered<'q>(
+    query: sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments>,
+    filter: &Filter,
+    limit: u32,
+) -> sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments> {
+    query
+        .bind(i64::from(limit))
+        .bind(filter.subscriptions.clone())
+        .bind(filter.topics.iter().map(|t| t.to_regex()).collect::<Vec<_>>())
+        .bind(filter.keys.clone())
+        .bind(filter.since.map(first_id_at))
+        .bind(filter.until.map(first_id_at))
+        .bind(filter.applications.clone())
+}
+
+/// A union of where the deliveries that match can be, each part bounded.
+pub(super) fn places(store: &PgStore, filter: &Filter, page: Page) -> String {
+    let narrowed = *filter != Filter { states: filter.states.clone(), ..Filter::default() };
+    let (order, parts_wanted) = match page {
+        Page::Newest if narrowed => ("desc", ""),
+        // The newest n deliveries are in the n parts with the highest ones.
+        Page::Newest => ("desc", "order by p.highest desc limit $1"),
+        Page::Between => ("asc", "and p.highest > $8 and p.lowest <= $9"),
+    };
     let wanted = |state: State| {
         filter.states.is_empty()
             || filter.states.contains(&state)
@@ -85,9 +122,22 @@ fn places(store: &PgStore, filter: &Filter) -> String {
         if !wanted(state) {
             continue;
         }
-        // The newest n deliveries are in the n parts with the highest ones.
-        let place = place.replace("{parts}", if narrowed { "" } else { "order by p.highest desc limit $1" });
-        let mut filters = Vec::new();
+        let place = place.replace("{parts}", parts_wanted);
+        let mut filters: Vec<String> = Vec::new();
+        if page == Page::Between {
+            filters.push("p.delivery > $8 and p.delivery <= $9".into());
+        }
+        // A message's id tells when it was recorded.
+        if filter.since.is_some() {
+            filters.push("p.message >= $5".into());
+        }
+        if filter.until.is_some() {
+            filters.push("p.message < $6".into());
+        }
+        if !filter.applications.is_empty() {
+            filters
+                .push("p.subscription in (select id from {schema}.subscription where application = any ($7))".into());
+        }
         if state == State::Dead && !filter.states.is_empty() {
             let states: Vec<String> = filter.states.iter().map(|s| format!("'{s}'")).collect();
             filters.push(format!("p.state in ({})", states.join(", ")));
@@ -109,25 +159,15 @@ fn places(store: &PgStore, filter: &Filter) -> String {
             ));
         }
         let clause = if filters.is_empty() { String::new() } else { format!("where {}", filters.join(" and ")) };
-        parts.push(format!("(select * from ({place}) {COLUMNS} {clause} order by p.delivery desc limit $1)"));
+        parts.push(format!("(select * from ({place}) {COLUMNS} {clause} order by p.delivery {order} limit $1)"));
     }
     parts.join("\nunion all\n").replace("{schema}", &store.schema)
 }
 
 pub(super) async fn list(store: &PgStore, filter: &Filter, limit: u32) -> Result<Vec<DeliveryRow>, Error> {
-    let listed = store.sql.list.replace("{places}", &places(store, filter));
-    // Names the type of each parameter, whichever of them the filters use.
-    let sql =
-        format!("with given as (select $2::pg_catalog.text[], $3::pg_catalog.text[], $4::pg_catalog.text[])\n{listed}");
+    let listed = store.sql.list.replace("{places}", &places(store, filter, Page::Newest));
     let mut work = store.read().await?;
-    let rows = store
-        .dynamic(sql)
-        .bind(i64::from(limit))
-        .bind(&filter.subscriptions)
-        .bind(filter.topics.iter().map(|t| t.to_regex()).collect::<Vec<_>>())
-        .bind(&filter.keys)
-        .fetch_all(work.on())
-        .await?;
+    let rows = filtered(store.dynamic(format!("{GIVEN}\n{listed}")), filter, limit).fetch_all(work.on()).await?;
     work.rollback().await?;
     rows.iter().map(delivery_row).collect()
 }
@@ -154,11 +194,12 @@ fn delivery_row(row: &PgRow) -> Result<DeliveryRow, Error> {
         recorded_at: minted_at(message),
         since: row.try_get::<Option<i64>, _>("since_us")?.map(timestamp),
         note: row.try_get("note")?,
+        replay_of: row.try_get("replay_of")?,
     })
 }
 
 /// One delivery, wherever it is: each place is asked by what it is indexed by.
-async fn find(
+pub(super) async fn find(
     store: &PgStore,
     work: &mut Work,
     delivery: DeliveryId,
@@ -190,6 +231,8 @@ pub(super) async fn show(store: &PgStore, delivery: DeliveryId) -> Result<Option
     let records = store.query(store.sql.show_records).bind(delivery).fetch_all(work.on()).await?;
     let sql = format!("select id, topic from {}.message where causation_id = $1 order by id limit 100", store.schema);
     let effects = store.dynamic(sql).bind(row.message.to_string()).fetch_all(work.on()).await?;
+    let sql = format!("select delivery from {}.late_delivery where replay_of = $1 order by 1 limit 100", store.schema);
+    let replays = store.dynamic(sql).bind(delivery).fetch_all(work.on()).await?;
     work.rollback().await?;
     Ok(Some(DeliveryDetail {
         idempotency_key: idempotency_key(row.message, delivery),
@@ -198,6 +241,7 @@ pub(super) async fn show(store: &PgStore, delivery: DeliveryId) -> Result<Option
         attempts: attempts.iter().map(attempt_row).collect::<Result<_, _>>()?,
         records: records.iter().map(record_row).collect::<Result<_, _>>()?,
         effects: effects.iter().map(|r| Ok((r.try_get("id")?, r.try_get("topic")?))).collect::<Result<_, Error>>()?,
+        replays: replays.iter().map(|r| r.try_get("delivery")).collect::<Result<_, _>>()?,
         row,
     }))
 }
@@ -261,6 +305,7 @@ fn subscription_row(row: &PgRow) -> Result<SubscriptionRow, Error> {
         name: row.try_get("name")?,
         pattern: row.try_get("pattern")?,
         kind: row.try_get("kind")?,
+        idempotent: row.try_get("idempotent")?,
         max_attempts: row.try_get::<i32, _>("max_attempts")?.max(0) as u32,
         workers: row.try_get("workers")?,
         pending: row.try_get("pending")?,
@@ -330,18 +375,18 @@ pub(super) async fn status(store: &PgStore) -> Result<Status, Error> {
 }
 
 /// What an operator's action is recorded with.
-struct Action<'a> {
-    actor: &'a str,
-    action: &'a str,
-    reason: &'a str,
-    delivery: Option<DeliveryId>,
-    subscription: Option<i32>,
-    rev: Option<(i32, i32)>,
-    state: Option<(State, State)>,
-    detail: Option<serde_json::Value>,
+pub(super) struct Action<'a> {
+    pub(super) actor: &'a str,
+    pub(super) action: &'a str,
+    pub(super) reason: &'a str,
+    pub(super) delivery: Option<DeliveryId>,
+    pub(super) subscription: Option<i32>,
+    pub(super) rev: Option<(i32, i32)>,
+    pub(super) state: Option<(State, State)>,
+    pub(super) detail: Option<serde_json::Value>,
 }
 
-async fn record(store: &PgStore, work: &mut Work, action: Action<'_>) -> Result<AuditEntry, Error> {
+pub(super) async fn record(store: &PgStore, work: &mut Work, action: Action<'_>) -> Result<AuditEntry, Error> {
     let row = store
         .query(store.sql.audit)
         .bind(action.actor)
@@ -370,7 +415,7 @@ async fn record(store: &PgStore, work: &mut Work, action: Action<'_>) -> Result<
 }
 
 /// The loser of a race is on record too, in a transaction of its own.
-async fn lost_race(
+pub(super) async fn lost_race(
     store: &PgStore,
     work: Work,
     actor: &str,
@@ -403,105 +448,10 @@ async fn lost_race(
     }
 }
 
-fn moved_on(delivery: DeliveryId, seen: i32, now: i32) -> Error {
+pub(super) fn moved_on(delivery: DeliveryId, seen: i32, now: i32) -> Error {
     Error::Conflict(format!(
         "delivery {delivery} is at version {now}, not {seen}: somebody changed it meanwhile; look again with `postbox show {delivery}`"
     ))
-}
-
-/// Takes a delivery out of a place that an operator may take it from.
-async fn pull(store: &PgStore, work: &mut Work, delivery: DeliveryId) -> Result<Option<(PgRow, State)>, Error> {
-    let schema = &store.schema;
-    let columns = "message, subscription, priority, attempt, rev";
-    // Place by place, in separate statements: in one, a delivery on the move would be missed by all.
-    for _ in 0..5 {
-        for (state, sql) in [
-            (None, format!("delete from {schema}.dead_letter where delivery = $1 returning {columns}, state")),
-            (Some(State::Pending), format!("delete from {schema}.scheduled where delivery = $1 returning {columns}")),
-            (
-                Some(State::Pending),
-                format!("delete from {schema}.ready where delivery = $1 and pos <> delivery returning {columns}"),
-            ),
-            (
-                Some(State::Pending),
-                format!(
-                    "delete from {schema}.ready where (subscription, priority, pos) in
-                        (select s.id, 0::smallint, $1::bigint from {schema}.subscription s) and delivery = $1 returning {columns}"
-                ),
-            ),
-        ] {
-            if let Some(row) = store.dynamic(sql).bind(delivery).fetch_optional(work.on()).await? {
-                let state = match state {
-                    Some(state) => state,
-                    None => row.try_get::<String, _>("state")?.parse().map_err(Error::Refused)?,
-                };
-                return Ok(Some((row, state)));
-            }
-        }
-        if !matches!(find(store, work, delivery).await?, Some((row, _)) if matches!(row.state, State::Pending | State::Dead | State::Cancelled))
-        {
-            break;
-        }
-    }
-    Ok(None)
-}
-
-pub(super) async fn retry(store: &PgStore, delivery: DeliveryId, retry: &Retry) -> Result<AuditEntry, Error> {
-    let mut work = store.durable().await?;
-    let Some((row, state)) = pull(store, &mut work, delivery).await? else {
-        let found = find(store, &mut work, delivery).await?;
-        let error = match found.map(|(row, _)| row.state) {
-            None => {
-                work.rollback().await?;
-                return Err(no_delivery(delivery));
-            }
-            Some(State::InDoubt) => Error::Refused(format!(
-                "delivery {delivery} is in doubt: it may have happened, so it is not tried again; say how it ended with `postbox resolve {delivery}`"
-            )),
-            Some(State::Succeeded) => {
-                Error::Refused(format!("delivery {delivery} has succeeded; there is nothing to try again"))
-            }
-            Some(_) => Error::Conflict(format!(
-                "delivery {delivery} is in a worker's hands; look again with `postbox show {delivery}`"
-            )),
-        };
-        return Err(lost_race(store, work, &retry.actor, "retry refused", &retry.reason, delivery, error).await);
-    };
-    let rev: i32 = row.try_get("rev")?;
-    if let Some(seen) = retry.rev.filter(|seen| *seen != rev) {
-        let error = moved_on(delivery, seen, rev);
-        return Err(lost_race(store, work, &retry.actor, "retry refused", &retry.reason, delivery, error).await);
-    }
-    let subscription: i32 = row.try_get("subscription")?;
-    let now = Standing { state, attempts: row.try_get::<i32, _>("attempt")?.max(0) as u32, begun: false, lost: 0 };
-    let policy = policy_of(Kind::Plain, 1, 0, 0);
-    let next = transition(now, Event::Retried, &policy, 0.0).map_err(|e| Error::Refused(e.to_string()))?;
-    let moved = Move {
-        delivery,
-        message: row.try_get("message")?,
-        subscription,
-        priority: row.try_get("priority")?,
-        rev: rev + 1,
-        standing: next.standing,
-        delay: next.delay,
-        quiet: std::time::Duration::ZERO,
-        note: String::new(),
-        outcome: None,
-    };
-    settle::apply(store, work.on(), &[moved], None).await?;
-    let action = Action {
-        actor: &retry.actor,
-        action: "retry",
-        reason: &retry.reason,
-        delivery: Some(delivery),
-        subscription: Some(subscription),
-        rev: Some((rev, rev + 1)),
-        state: Some((state, State::Pending)),
-        detail: None,
-    };
-    let entry = record(store, &mut work, action).await?;
-    work.commit().await?;
-    Ok(entry)
 }
 
 pub(super) async fn resolve(

@@ -62,8 +62,13 @@ pub(super) async fn lock(store: &PgStore, work: &mut Work, delivery: DeliveryId)
 pub(super) async fn end(store: &PgStore, work: &mut Work, doubt: &Locked, answered: &Answered) -> Result<State, Error> {
     let row = &doubt.row;
     let kind: Kind = row.try_get::<String, _>("kind")?.parse().map_err(Error::Refused)?;
-    let policy =
-        policy_of(kind, row.try_get("max_attempts")?, row.try_get("retry_base_ms")?, row.try_get("retry_cap_ms")?);
+    let policy = policy_of(
+        kind,
+        row.try_get("idempotent")?,
+        row.try_get("max_attempts")?,
+        row.try_get("retry_base_ms")?,
+        row.try_get("retry_cap_ms")?,
+    );
     let now = Standing { state: State::InDoubt, attempts: doubt.attempts, begun: false, lost: 0 };
     let Next { standing, delay } = transition(now, Event::Resolved(answered.answer), &policy, answered.draw)
         .map_err(|e| Error::Refused(e.to_string()))?;
@@ -120,19 +125,7 @@ pub(super) async fn answer(store: &PgStore, answered: &Answered) -> Result<bool,
 pub(super) async fn observe(store: &PgStore, observations: &[Observation]) -> Result<(), Error> {
     for seen in observations {
         let mut work = store.durable().await?;
-        let sql = format!(
-            "insert into {}.observation (delivery, number, worker, kind, detail) values ($1, $2, $3, $4, $5)",
-            store.schema
-        );
-        store
-            .dynamic(sql)
-            .bind(seen.delivery)
-            .bind(seen.number as i32)
-            .bind(seen.worker)
-            .bind(seen.kind)
-            .bind(&seen.detail)
-            .execute(work.on())
-            .await?;
+        keep(store, &mut work, seen).await?;
         if let Some(evidence) = &seen.evidence
             && let Some(doubt) = lock(store, &mut work, seen.delivery).await?.filter(|d| d.attempts == seen.number)
             // An operator's "happened" that waits to be carried out is not overruled.
@@ -153,5 +146,23 @@ pub(super) async fn observe(store: &PgStore, observations: &[Observation]) -> Re
         }
         work.commit().await?;
     }
+    Ok(())
+}
+
+/// Writes down what was seen.
+pub(super) async fn keep(store: &PgStore, work: &mut Work, seen: &Observation) -> Result<(), Error> {
+    let sql = format!(
+        "insert into {}.observation (delivery, number, worker, kind, detail) values ($1, $2, $3, $4, $5)",
+        store.schema
+    );
+    store
+        .dynamic(sql)
+        .bind(seen.delivery)
+        .bind(seen.number as i32)
+        .bind(seen.worker)
+        .bind(seen.kind)
+        .bind(&seen.detail)
+        .execute(work.on())
+        .await?;
     Ok(())
 }

@@ -7,10 +7,12 @@ select d.delivery, d.state, d.rev, d.message, coalesce(m.topic, '(gone)') as top
     (extract(epoch from d.since) * 1000000::numeric)::bigint as since_us,
     d.note, e.error as last_error,
     (extract(epoch from e.finished_at) * 1000000::numeric)::bigint as last_error_us,
-    coalesce(w.name, d.worker::pg_catalog.text) as worker
+    coalesce(w.name, d.worker::pg_catalog.text) as worker,
+    l.replay_of
 from ({places}) d
 join {schema}.subscription s on s.id = d.subscription
 left join {schema}.message m on m.id = d.message
+left join {schema}.late_delivery l on l.message = d.message and l.delivery = d.delivery
 left join {schema}.worker w on w.id = d.worker
 left join lateral (
     select o.error, o.finished_at from {schema}.outcome o

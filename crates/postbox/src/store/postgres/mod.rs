@@ -4,8 +4,10 @@ mod admin;
 mod claim;
 mod doubt;
 mod migrate;
+mod operate;
 mod publish;
 mod register;
+mod replay;
 mod settle;
 mod takeover;
 
@@ -20,15 +22,16 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
+    Resolution, Retry, Status, SubscriptionRow,
 };
 use crate::content::Content;
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, minted_at};
 use crate::settings::Settings;
 use crate::store::{
-    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Guarded, HandlerTx, LeaseRef, Move, Observation,
-    Pulse, Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
+    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Ended, Guarded, HandlerTx, LeaseRef, Move,
+    Observation, Pulse, Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
 };
 
 pub use migrate::migrations_sql;
@@ -48,7 +51,7 @@ macro_rules! statements {
 }
 statements! {
     audit, beat, claim, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
-    moves, next_due, part_exists, promote, publish, resolution, settle_open, settle_part, starts, suspects, unrouted,
+    moves, next_due, part_exists, promote, publish, replay, resolution, settle_open, settle_part, starts, suspects, unrouted,
     list, show_attempts, show_records, subscriptions, stranded,
 }
 
@@ -441,7 +444,37 @@ impl Store for PgStore {
     }
 
     async fn retry(&self, delivery: DeliveryId, retry: &Retry) -> Result<AuditEntry, Error> {
-        admin::retry(self, delivery, retry).await
+        operate::retry(self, delivery, retry).await
+    }
+
+    async fn cancel(&self, delivery: DeliveryId, cancel: &Cancel) -> Result<AuditEntry, Error> {
+        operate::cancel(self, delivery, cancel).await
+    }
+
+    async fn replay(&self, delivery: DeliveryId, replay: &Replay) -> Result<Replayed, Error> {
+        replay::one(self, delivery, replay).await
+    }
+
+    async fn replay_counts(&self, filter: &Filter) -> Result<Vec<ReplayCount>, Error> {
+        replay::counts(self, filter).await
+    }
+
+    async fn replayable(
+        &self,
+        filter: &Filter,
+        above: DeliveryId,
+        upto: DeliveryId,
+        limit: u32,
+    ) -> Result<Vec<Ended>, Error> {
+        replay::replayable(self, filter, (above, upto), limit).await
+    }
+
+    async fn newest(&self) -> Result<DeliveryId, Error> {
+        replay::newest(self).await
+    }
+
+    async fn replay_page(&self, ended: &[Ended], replay: &Replay) -> Result<u64, Error> {
+        replay::page(self, ended, replay).await
     }
 
     async fn resolve(&self, delivery: DeliveryId, resolution: &Resolution) -> Result<AuditEntry, Error> {

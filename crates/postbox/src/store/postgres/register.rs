@@ -58,8 +58,8 @@ pub(super) async fn enlist(
     ids: &[SubscriptionId],
 ) -> Result<(), Error> {
     let sql = format!(
-        "insert into {}.worker (id, name, application, subscriptions, lease_ms, expires_at)
-         values ($1, $2, $3, $4, $5, pg_catalog.clock_timestamp() + interval '1 millisecond' * $5::bigint::double precision)",
+        "insert into {}.worker (id, name, application, subscriptions, idempotent, lease_ms, expires_at)
+         values ($1, $2, $3, $4, $6, $5, pg_catalog.clock_timestamp() + interval '1 millisecond' * $5::bigint::double precision)",
         store.schema
     );
     store
@@ -69,6 +69,7 @@ pub(super) async fn enlist(
         .bind(&registration.application)
         .bind(ids.to_vec())
         .bind(millis(registration.lease))
+        .bind(registration.idempotent(ids))
         .execute(work.on())
         .await?;
     Ok(())
@@ -110,7 +111,7 @@ async fn subscribe(
                  start = case when $11 then 'unrouted' else start end,
                  backfilled = case when $11 then false else backfilled end,
                  backfill_waits = case when $11 then null else backfill_waits end,
-                 timeout_ms = $13, quiet_ms = $14
+                 timeout_ms = $13, quiet_ms = $14, idempotent = $15
              where id = $1",
             store.schema
         );
@@ -130,6 +131,7 @@ async fn subscribe(
             .bind(next_epoch)
             .bind(millis(declared.timeout))
             .bind(millis(declared.quiet))
+            .bind(policy.repeats())
             .execute(work.on())
             .await?;
         return Ok((id, changed));
@@ -142,8 +144,8 @@ async fn subscribe(
     };
     let sql = format!(
         "insert into {}.subscription (application, name, pattern, matcher, kind, max_attempts, retry_base_ms, retry_cap_ms,
-             reconciles, continues, start, start_at, epoch, backfilled, timeout_ms, quiet_ms)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint::double precision / 1000000::double precision), $13, $11 = 'now', $14, $15)
+             reconciles, continues, start, start_at, epoch, backfilled, timeout_ms, quiet_ms, idempotent)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint::double precision / 1000000::double precision), $13, $11 = 'now', $14, $15, $16)
          returning id",
         store.schema
     );
@@ -164,6 +166,7 @@ async fn subscribe(
         .bind(next_epoch)
         .bind(millis(declared.timeout))
         .bind(millis(declared.quiet))
+        .bind(policy.repeats())
         .fetch_one(work.on())
         .await?;
     Ok((row.try_get("id")?, true))

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::{BEGIN_DURABLE, PgStore, Work, micros, millis, publish};
+use super::{BEGIN_DURABLE, PgStore, Work, doubt, micros, millis, publish};
 use crate::crash;
 use crate::error::Error;
 use crate::lifecycle::{Standing, State};
@@ -16,6 +16,9 @@ use crate::store::{DeliveryId, Guarded, Item, LeaseRef, Move, Settle, Stored};
 pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, Error> {
     let lease = settle.lease;
     let mut work = store.durable().await?;
+    // What left the lease without an outcome: the lease does not hold it any more.
+    let left = settle.moves.iter().filter(|m| m.outcome.is_none()).map(|m| m.delivery);
+    let left = settle.released.iter().map(|i| i.delivery).chain(left);
     let held = store
         .query(store.sql.settle_part)
         .bind(lease.token)
@@ -26,7 +29,7 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         .bind(settle.successes.iter().map(|s| s.message).collect::<Vec<_>>())
         .bind(settle.successes.iter().map(|s| s.subscription).collect::<Vec<_>>())
         .bind(settle.successes.iter().map(|s| micros(s.ran)).collect::<Vec<_>>())
-        .bind(settle.released.iter().map(|i| i.delivery).collect::<Vec<_>>())
+        .bind(left.collect::<Vec<_>>())
         .fetch_one(work.on())
         .await?;
     if held.try_get::<i64, _>("held")? == 0 {
@@ -42,6 +45,9 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
     let mut moves: Vec<Move> = settle.moves.clone();
     moves.extend(settle.released.iter().map(released));
     apply(store, work.on(), &moves, Some(lease)).await?;
+    for seen in &settle.seen {
+        doubt::keep(store, &mut work, seen).await?;
+    }
     follow(store, work.on(), &settle.follow_ups).await?;
     if !settle.starts.is_empty() {
         let (deliveries, numbers): (Vec<i64>, Vec<i32>) = settle.starts.iter().map(|(d, n)| (*d, *n as i32)).unzip();

@@ -15,7 +15,7 @@ use crate::store::{LeaseRef, Move, OutcomeRecord, TakenOver, policy_of};
 pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<TakenOver>, Error> {
     let mut work = store.durable().await?;
     let sql = format!(
-        "select id, name, lease_ms from {}.worker where expires_at < pg_catalog.clock_timestamp()
+        "select id, name, lease_ms, idempotent from {}.worker where expires_at < pg_catalog.clock_timestamp()
          order by pg_catalog.random() limit 1 for update skip locked",
         store.schema
     );
@@ -26,12 +26,13 @@ pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<Taken
     let worker: Uuid = dead.try_get("id")?;
     let lease = Duration::from_millis(dead.try_get::<i64, _>("lease_ms")?.max(0) as u64);
     let name: String = dead.try_get("name")?;
+    let idempotent: Vec<i32> = dead.try_get("idempotent")?;
     let mut taken = TakenOver { worker, name, pending: 0, in_doubt: 0, dead: 0 };
     let tokens = lock_leases(store, &mut work, worker).await?;
     let mut batches: BTreeMap<Uuid, (LeaseRef, Vec<Move>)> = BTreeMap::new();
     let (mut unseen, mut numbers) = (Vec::new(), Vec::new());
     for row in leftover(store, &mut work, &tokens).await? {
-        let moved = lost(&row, &taken.name, lease, draw)?;
+        let moved = lost(&row, &taken.name, &idempotent, lease, draw)?;
         match moved.standing.state {
             State::InDoubt => taken.in_doubt += 1,
             State::Dead => taken.dead += 1,
@@ -89,10 +90,17 @@ async fn forget(store: &PgStore, work: &mut Work, tokens: &[Uuid]) -> Result<(),
 }
 
 /// Where a dead worker's delivery goes.
-fn lost(row: &PgRow, worker: &str, lease: Duration, draw: f64) -> Result<Move, Error> {
+fn lost(row: &PgRow, worker: &str, idempotent: &[i32], lease: Duration, draw: f64) -> Result<Move, Error> {
     let kind: Kind = row.try_get::<String, _>("kind")?.parse().map_err(Error::Refused)?;
-    let policy =
-        policy_of(kind, row.try_get("max_attempts")?, row.try_get("retry_base_ms")?, row.try_get("retry_cap_ms")?);
+    // By what it was begun under, whatever was declared since.
+    let declared = idempotent.contains(&row.try_get("subscription")?);
+    let policy = policy_of(
+        kind,
+        declared,
+        row.try_get("max_attempts")?,
+        row.try_get("retry_base_ms")?,
+        row.try_get("retry_cap_ms")?,
+    );
     let begun: bool = row.try_get("begun")?;
     let attempts = row.try_get::<i32, _>("attempt")?.max(0) as u32 + u32::from(begun);
     let now = Standing { state: State::Running, attempts, begun, lost: row.try_get::<i32, _>("lost")?.max(0) as u32 };
@@ -103,7 +111,7 @@ fn lost(row: &PgRow, worker: &str, lease: Duration, draw: f64) -> Result<Move, E
     let words = format!("worker {worker} was lost during the attempt");
     let outcome = begun.then(|| OutcomeRecord {
         number: attempts,
-        kind: if kind == Kind::Operation { "in_doubt" } else { "lost" },
+        kind: if kind == Kind::Operation && !declared { "in_doubt" } else { "lost" },
         error: Some(words.clone()),
         receipt: None,
         ran: Duration::from_micros(row.try_get::<i64, _>("ran_us").unwrap_or(0).max(0) as u64),

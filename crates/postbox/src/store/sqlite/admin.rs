@@ -3,27 +3,28 @@
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
+use super::operate::stands;
 use super::work::Work;
-use super::{SqliteStore, doubt, settle, timestamp};
-use crate::admin::{AuditEntry, Resolution, Retry, no_delivery};
+use super::{SqliteStore, doubt, timestamp};
+use crate::admin::{AuditEntry, Resolution, no_delivery};
 use crate::error::Error;
-use crate::lifecycle::{Answer, Event, Kind, Standing, State, transition};
-use crate::store::{Answered, DeliveryId, Move, Speaker, SubscriptionId, Word, policy_of};
+use crate::lifecycle::{Answer, State};
+use crate::store::{Answered, DeliveryId, Speaker, SubscriptionId, Word};
 
 /// What an operator's action is recorded with.
-struct Action<'a> {
-    actor: &'a str,
-    action: &'a str,
-    reason: &'a str,
-    delivery: Option<DeliveryId>,
-    subscription: Option<SubscriptionId>,
-    rev: Option<(i32, i32)>,
-    state: Option<(State, State)>,
-    detail: Option<serde_json::Value>,
+pub(super) struct Action<'a> {
+    pub(super) actor: &'a str,
+    pub(super) action: &'a str,
+    pub(super) reason: &'a str,
+    pub(super) delivery: Option<DeliveryId>,
+    pub(super) subscription: Option<SubscriptionId>,
+    pub(super) rev: Option<(i32, i32)>,
+    pub(super) state: Option<(State, State)>,
+    pub(super) detail: Option<serde_json::Value>,
 }
 
 /// Writes it down under a number that leaves no gap.
-async fn record(work: &mut Work, action: Action<'_>) -> Result<AuditEntry, Error> {
+pub(super) async fn record(work: &mut Work, action: Action<'_>) -> Result<AuditEntry, Error> {
     let seq: i64 =
         sqlx::query_scalar("update postbox_audit_counter set seq = seq + 1 returning seq").fetch_one(work.on()).await?;
     let row = sqlx::query(
@@ -63,7 +64,7 @@ fn entry(row: &SqliteRow) -> Result<AuditEntry, Error> {
 }
 
 /// The loser of a race is on record too, in a transaction of its own.
-async fn lost_race(
+pub(super) async fn lost_race(
     store: &SqliteStore,
     work: Work,
     (actor, action, reason): (&str, &str, &str),
@@ -93,87 +94,10 @@ async fn lost_race(
     }
 }
 
-fn moved_on(delivery: DeliveryId, seen: i32, now: i32) -> Error {
+pub(super) fn moved_on(delivery: DeliveryId, seen: i32, now: i32) -> Error {
     Error::Conflict(format!(
         "delivery {delivery} is at version {now}, not {seen}: somebody changed it meanwhile; look again with `postbox show {delivery}`"
     ))
-}
-
-row! {
-    struct Stands {
-        message: uuid::Uuid,
-        subscription: SubscriptionId,
-        state: String,
-        priority: i16,
-        attempt: u32,
-        rev: i32,
-    }
-}
-
-async fn stands(work: &mut Work, delivery: DeliveryId) -> Result<Option<(Stands, State)>, Error> {
-    let found: Option<Stands> = sqlx::query_as(
-        "select message, subscription, state, priority, attempt, rev from postbox_delivery where id = ?1",
-    )
-    .bind(delivery)
-    .fetch_optional(work.on())
-    .await?;
-    found.map(|found| found.state.parse().map(|state| (found, state)).map_err(Error::Refused)).transpose()
-}
-
-pub(super) async fn retry(store: &SqliteStore, delivery: DeliveryId, retry: &Retry) -> Result<AuditEntry, Error> {
-    let mut work = store.write().await?;
-    let Some((found, state)) = stands(&mut work, delivery).await? else {
-        work.rollback().await?;
-        return Err(no_delivery(delivery));
-    };
-    let refused = match state {
-        State::InDoubt => Some(Error::Refused(format!(
-            "delivery {delivery} is in doubt: it may have happened, so it is not tried again; say how it ended with `postbox resolve {delivery}`"
-        ))),
-        State::Succeeded => {
-            Some(Error::Refused(format!("delivery {delivery} has succeeded; there is nothing to try again")))
-        }
-        State::Running => Some(Error::Conflict(format!(
-            "delivery {delivery} is in a worker's hands; look again with `postbox show {delivery}`"
-        ))),
-        State::Pending | State::Dead | State::Cancelled => {
-            retry.rev.filter(|seen| *seen != found.rev).map(|seen| moved_on(delivery, seen, found.rev))
-        }
-    };
-    if let Some(error) = refused {
-        let who = (retry.actor.as_str(), "retry refused", retry.reason.as_str());
-        return Err(lost_race(store, work, who, delivery, error).await);
-    }
-    let now = Standing { state, attempts: found.attempt, begun: false, lost: 0 };
-    let next = transition(now, Event::Retried, &policy_of(Kind::Plain, 1, 0, 0), 0.0)
-        .map_err(|e| Error::Refused(e.to_string()))?;
-    let moved = Move {
-        delivery,
-        message: found.message,
-        subscription: found.subscription,
-        priority: found.priority,
-        rev: found.rev + 1,
-        standing: next.standing,
-        delay: next.delay,
-        quiet: std::time::Duration::ZERO,
-        note: String::new(),
-        outcome: None,
-    };
-    settle::apply(work.on(), &[moved], None).await?;
-    let action = Action {
-        actor: &retry.actor,
-        action: "retry",
-        reason: &retry.reason,
-        delivery: Some(delivery),
-        subscription: Some(found.subscription),
-        rev: Some((found.rev, found.rev + 1)),
-        state: Some((state, State::Pending)),
-        detail: None,
-    };
-    let entry = record(&mut work, action).await?;
-    work.commit().await?;
-    store.shared.bell.ring();
-    Ok(entry)
 }
 
 pub(super) async fn resolve(

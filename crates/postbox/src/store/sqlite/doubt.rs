@@ -76,6 +76,7 @@ row! {
         pub(super) rev: i32,
         pub(super) word: Option<String>,
         kind: String,
+        idempotent: bool,
         max_attempts: i32,
         retry_base_ms: i64,
         retry_cap_ms: i64,
@@ -85,7 +86,7 @@ row! {
 
 pub(super) async fn find(db: &mut SqliteConnection, delivery: DeliveryId) -> Result<Option<Doubt>, Error> {
     let found = sqlx::query_as(
-        "select d.message, d.subscription, d.priority, d.attempt, d.rev, d.word, s.kind,
+        "select d.message, d.subscription, d.priority, d.attempt, d.rev, d.word, s.kind, s.idempotent,
              coalesce(m.max_attempts, s.max_attempts) as max_attempts, s.retry_base_ms, s.retry_cap_ms, s.continues
          from postbox_delivery d
          join postbox_subscription s on s.id = d.subscription
@@ -101,7 +102,7 @@ pub(super) async fn find(db: &mut SqliteConnection, delivery: DeliveryId) -> Res
 /// Ends a doubt: the resolution, the move, and on success the follow-ups. The state after.
 pub(super) async fn end(work: &mut Work, doubt: &Doubt, answered: &Answered) -> Result<State, Error> {
     let kind: Kind = doubt.kind.parse().map_err(Error::Refused)?;
-    let policy = policy_of(kind, doubt.max_attempts, doubt.retry_base_ms, doubt.retry_cap_ms);
+    let policy = policy_of(kind, doubt.idempotent, doubt.max_attempts, doubt.retry_base_ms, doubt.retry_cap_ms);
     let now = Standing { state: State::InDoubt, attempts: doubt.attempt, begun: false, lost: 0 };
     let next = transition(now, Event::Resolved(answered.answer), &policy, answered.draw)
         .map_err(|e| Error::Refused(e.to_string()))?;
@@ -165,17 +166,7 @@ pub(super) async fn observe(store: &SqliteStore, observations: &[Observation]) -
     }
     let mut work = store.write().await?;
     for seen in observations {
-        sqlx::query(
-            "insert into postbox_observation (delivery, number, worker, kind, detail, at)
-             select ?1, ?2, ?3, ?4, ?5, now from postbox_clock",
-        )
-        .bind(seen.delivery)
-        .bind(seen.number)
-        .bind(seen.worker)
-        .bind(seen.kind)
-        .bind(&seen.detail)
-        .execute(work.on())
-        .await?;
+        keep(work.on(), seen).await?;
         let Some(evidence) = &seen.evidence else { continue };
         let Some(doubt) = find(work.on(), seen.delivery).await?.filter(|d| d.attempt == seen.number) else { continue };
         if doubt.word.is_some() && evidence.answer != Answer::Happened {
@@ -197,5 +188,21 @@ pub(super) async fn observe(store: &SqliteStore, observations: &[Observation]) -
     }
     work.commit().await?;
     store.shared.bell.ring();
+    Ok(())
+}
+
+/// Writes down what was seen.
+pub(super) async fn keep(db: &mut SqliteConnection, seen: &Observation) -> Result<(), Error> {
+    sqlx::query(
+        "insert into postbox_observation (delivery, number, worker, kind, detail, at)
+         select ?1, ?2, ?3, ?4, ?5, now from postbox_clock",
+    )
+    .bind(seen.delivery)
+    .bind(seen.number)
+    .bind(seen.worker)
+    .bind(seen.kind)
+    .bind(&seen.detail)
+    .execute(db)
+    .await?;
     Ok(())
 }

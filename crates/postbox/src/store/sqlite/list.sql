@@ -1,12 +1,13 @@
 -- Deliveries with what lists show, newest first. ?1 limit; JSON arrays or null: ?2 states,
--- ?3 subscriptions, ?4 segments of topic patterns, ?5 keys. What stands for `which` narrows it to what an index finds.
+-- ?3 subscriptions, ?4 segments of topic patterns, ?5 keys; the rest is in filter.sql. What stands for
+-- `which` narrows it to what an index finds.
 select d.id, d.rev, d.message, coalesce(m.topic, '(gone)') as topic, m.key, m.external_id, s.application,
     s.name as subscription, s.kind, d.attempt, coalesce(m.max_attempts, s.max_attempts) as max_attempts,
     d.due_at, d.since, w.name as worker, l.worker as worker_id,
     -- An operation that has not begun has not started: it waits in its worker's hands.
     case when d.state = 'running' and s.kind = 'operation' and not d.begun then 'pending' else d.state end as state,
     case when d.state = 'running' and s.kind = 'operation' and not d.begun then 'claimed, not begun' else d.note end as note,
-    e.error as last_error, e.finished_at as last_error_at
+    e.error as last_error, e.finished_at as last_error_at, d.replay_of
 from postbox_delivery d
 join postbox_subscription s on s.id = d.subscription
 left join postbox_message m on m.id = d.message
@@ -15,20 +16,6 @@ left join postbox_worker w on w.id = l.worker
 left join postbox_outcome e on e.delivery = d.id and e.number = (
     select max(o.number) from postbox_outcome o where o.delivery = d.id and o.kind <> 'succeeded')
 where {which}
-    and (?2 is null or case when d.state = 'running' and s.kind = 'operation' and not d.begun then 'pending' else d.state end
-        in (select value from json_each(?2)))
-    and (?3 is null or s.name in (select value from json_each(?3)))
-    and (?5 is null or m.key in (select value from json_each(?5)))
-    and (?4 is null or exists (
-        -- As in the view postbox_match.
-        select 1 from json_each(?4) t
-        where case when t.value ->> '$[#-1]' = '>'
-                then json_array_length(t.value) <= length(m.topic) - length(replace(m.topic, '.', '')) + 1
-                else json_array_length(t.value) = length(m.topic) - length(replace(m.topic, '.', '')) + 1
-            end
-            and not exists (
-                select 1 from json_each(t.value) p
-                where p.value not in ('*', '>')
-                    and p.value <> json_extract('["' || replace(m.topic, '.', '","') || '"]', '$[' || p.key || ']'))))
+    {filter}
 order by d.id desc
 limit ?1

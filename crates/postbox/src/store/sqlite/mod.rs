@@ -25,8 +25,10 @@ mod body;
 mod claim;
 mod connect;
 mod doubt;
+mod operate;
 mod publish;
 mod register;
+mod replay;
 mod settle;
 mod show;
 mod takeover;
@@ -42,14 +44,15 @@ use sqlx::{Row, Sqlite, SqliteConnection, SqlitePool};
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
+    Resolution, Retry, Status, SubscriptionRow,
 };
 use crate::content::Content;
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};
 use crate::settings::Settings;
 use crate::store::{
-    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Guarded, LeaseRef, Move, Observation, Pulse,
+    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Ended, Guarded, LeaseRef, Move, Observation, Pulse,
     Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
 };
 
@@ -306,7 +309,37 @@ impl Store for SqliteStore {
     }
 
     async fn retry(&self, delivery: DeliveryId, retry: &Retry) -> Result<AuditEntry, Error> {
-        admin::retry(self, delivery, retry).await
+        operate::retry(self, delivery, retry).await
+    }
+
+    async fn cancel(&self, delivery: DeliveryId, cancel: &Cancel) -> Result<AuditEntry, Error> {
+        operate::cancel(self, delivery, cancel).await
+    }
+
+    async fn replay(&self, delivery: DeliveryId, replay: &Replay) -> Result<Replayed, Error> {
+        replay::one(self, delivery, replay).await
+    }
+
+    async fn replay_counts(&self, filter: &Filter) -> Result<Vec<ReplayCount>, Error> {
+        replay::counts(self, filter).await
+    }
+
+    async fn replayable(
+        &self,
+        filter: &Filter,
+        above: DeliveryId,
+        upto: DeliveryId,
+        limit: u32,
+    ) -> Result<Vec<Ended>, Error> {
+        replay::replayable(self, filter, (above, upto), limit).await
+    }
+
+    async fn newest(&self) -> Result<DeliveryId, Error> {
+        replay::newest(self).await
+    }
+
+    async fn replay_page(&self, ended: &[Ended], replay: &Replay) -> Result<u64, Error> {
+        replay::page(self, ended, replay).await
     }
 
     async fn resolve(&self, delivery: DeliveryId, resolution: &Resolution) -> Result<AuditEntry, Error> {

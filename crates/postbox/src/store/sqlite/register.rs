@@ -54,8 +54,8 @@ async fn enlist(
     lock: &Locked,
 ) -> Result<(), Error> {
     sqlx::query(
-        "insert into postbox_worker (id, name, application, subscriptions, lease_ms, lock_file, started_at)
-         select ?1, ?2, ?3, ?4, ?5, ?6, now from postbox_clock",
+        "insert into postbox_worker (id, name, application, subscriptions, idempotent, lease_ms, lock_file, started_at)
+         select ?1, ?2, ?3, ?4, ?7, ?5, ?6, now from postbox_clock",
     )
     .bind(registration.worker)
     .bind(&registration.name)
@@ -63,6 +63,7 @@ async fn enlist(
     .bind(json_of(subscriptions)?)
     .bind(millis(registration.lease))
     .bind(lock.name())
+    .bind(json_of(&registration.idempotent(subscriptions))?)
     .execute(db)
     .await?;
     Ok(())
@@ -158,7 +159,7 @@ async fn subscribe(
                  start = case when ?11 then 'unrouted' else start end,
                  backfilled = case when ?11 then false else backfilled end,
                  backfill_after = case when ?11 then 0 else backfill_after end,
-                 timeout_ms = ?13, quiet_ms = ?14
+                 timeout_ms = ?13, quiet_ms = ?14, idempotent = ?15
              where id = ?1",
         )
         .bind(id)
@@ -175,6 +176,7 @@ async fn subscribe(
         .bind(next_epoch)
         .bind(millis_up(declared.timeout))
         .bind(millis_up(declared.quiet))
+        .bind(declared.policy.repeats())
         .execute(connection)
         .await?;
         return Ok((id, changed));
@@ -188,8 +190,8 @@ async fn subscribe(
     let id = sqlx::query_scalar(
         "insert into postbox_subscription (application, name, pattern, segments, kind, max_attempts, retry_base_ms,
              retry_cap_ms, reconciles, continues, start, start_at, epoch, backfilled, timeout_ms,
-             quiet_ms, created_at)
-         select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?11 = 'now', ?14, ?15, now
+             quiet_ms, idempotent, created_at)
+         select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?11 = 'now', ?14, ?15, ?16, now
          from postbox_clock
          returning id",
     )
@@ -208,6 +210,7 @@ async fn subscribe(
     .bind(next_epoch)
     .bind(millis_up(declared.timeout))
     .bind(millis_up(declared.quiet))
+    .bind(declared.policy.repeats())
     .fetch_one(connection)
     .await?;
     Ok((id, true))

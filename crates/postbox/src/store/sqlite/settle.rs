@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use sqlx::SqliteConnection;
 use uuid::Uuid;
 
+use super::doubt::keep;
 use super::publish::follow;
 use super::work::Work;
 use super::{SqliteStore, json_of, millis, millis_up};
@@ -39,6 +40,9 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
     let mut moves: Vec<Move> = settle.moves.clone();
     moves.extend(settle.released.iter().map(released));
     apply(work.on(), &moves, Some(lease)).await?;
+    for seen in &settle.seen {
+        keep(work.on(), seen).await?;
+    }
     follow(work.on(), &settle.follow_ups).await?;
     begin(work.on(), lease, &settle.starts).await?;
     if settle.close {

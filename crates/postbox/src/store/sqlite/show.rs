@@ -9,7 +9,7 @@ use super::{SqliteStore, json_of, messages, timestamp};
 use crate::admin::{AttemptRow, DeliveryDetail, DeliveryRow, Filter, RecordRow, Status, SubscriptionRow, WorkerRow};
 use crate::error::Error;
 use crate::lifecycle::State;
-use crate::message::{Envelope, minted_at};
+use crate::message::{Envelope, first_id_at, minted_at};
 use crate::operation::idempotency_key;
 use crate::store::{DeliveryId, Stranded, SubscriptionId};
 
@@ -41,16 +41,27 @@ async fn deliveries(
         None => REST,
     };
     let sql = include_str!("list.sql").replace("{which}", which);
-    let mut query = sqlx::query(sqlx::AssertSqlSafe(sql))
+    Ok(filtered(sql, filter, one, limit)?.fetch_all(db).await?)
+}
+
+/// A statement over deliveries with `?1` limit, `?6` one of them, and what a filter says in `{filter}`.
+pub(super) fn filtered(
+    sql: String,
+    filter: &Filter,
+    one: Option<DeliveryId>,
+    limit: u32,
+) -> Result<sqlx::query::Query<'static, sqlx::Sqlite, sqlx::sqlite::SqliteArguments>, Error> {
+    let sql = sql.replace("{filter}", include_str!("filter.sql"));
+    Ok(sqlx::query(sqlx::AssertSqlSafe(sql))
         .bind(limit)
         .bind(wish(filter.states.iter().map(|s| s.as_str()).collect())?)
         .bind(wish(filter.subscriptions.iter().collect())?)
         .bind(wish(filter.topics.iter().map(|t| t.segments().collect::<Vec<_>>()).collect())?)
-        .bind(wish(filter.keys.iter().collect())?);
-    if let Some(one) = one {
-        query = query.bind(one);
-    }
-    Ok(query.fetch_all(db).await?)
+        .bind(wish(filter.keys.iter().collect())?)
+        .bind(one)
+        .bind(filter.since.map(first_id_at))
+        .bind(filter.until.map(first_id_at))
+        .bind(wish(filter.applications.iter().collect())?))
 }
 
 fn delivery_row(row: &SqliteRow) -> Result<DeliveryRow, Error> {
@@ -75,7 +86,14 @@ fn delivery_row(row: &SqliteRow) -> Result<DeliveryRow, Error> {
         recorded_at: minted_at(message),
         since: time("since")?,
         note: row.try_get("note")?,
+        replay_of: row.try_get("replay_of")?,
     })
+}
+
+/// One delivery as it stands in a list.
+pub(super) async fn one(db: &mut SqliteConnection, delivery: DeliveryId) -> Result<Option<DeliveryRow>, Error> {
+    let found = deliveries(db, &Filter::default(), Some(delivery), 1).await?;
+    found.first().map(delivery_row).transpose()
 }
 
 pub(super) async fn list(store: &SqliteStore, filter: &Filter, limit: u32) -> Result<Vec<DeliveryRow>, Error> {
@@ -101,6 +119,10 @@ pub(super) async fn show(store: &SqliteStore, delivery: DeliveryId) -> Result<Op
             .bind(row.message.to_string())
             .fetch_all(work.on())
             .await?;
+    let replays = sqlx::query_scalar("select id from postbox_delivery where replay_of = ?1 order by id limit 100")
+        .bind(delivery)
+        .fetch_all(work.on())
+        .await?;
     work.rollback().await?;
     Ok(Some(DeliveryDetail {
         idempotency_key: idempotency_key(row.message, delivery),
@@ -109,6 +131,7 @@ pub(super) async fn show(store: &SqliteStore, delivery: DeliveryId) -> Result<Op
         attempts: attempts.iter().map(attempt_row).collect::<Result<_, _>>()?,
         records: records.iter().map(record_row).collect::<Result<_, _>>()?,
         effects,
+        replays,
         row,
     }))
 }
@@ -172,6 +195,7 @@ fn subscription_row(row: &SqliteRow) -> Result<SubscriptionRow, Error> {
         name: row.try_get("name")?,
         pattern: row.try_get("pattern")?,
         kind: row.try_get("kind")?,
+        idempotent: row.try_get("idempotent")?,
         max_attempts: row.try_get("max_attempts")?,
         workers: row.try_get("workers")?,
         pending: row.try_get("pending")?,

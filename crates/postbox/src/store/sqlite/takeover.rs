@@ -48,16 +48,18 @@ pub(super) async fn take_over(store: &SqliteStore, draw: f64) -> Result<Option<T
         // The dead worker's lock is ours until its row is gone: nobody else takes it over meanwhile.
         let Some(dead) = store.shared.alive.dead(worker) else { continue };
         let mut work = store.write().await?;
-        let row: Option<(String, i64)> = sqlx::query_as("select name, lease_ms from postbox_worker where id = ?1")
-            .bind(worker)
-            .fetch_optional(work.on())
-            .await?;
-        let Some((name, lease_ms)) = row else {
+        let row: Option<(String, i64, String)> =
+            sqlx::query_as("select name, lease_ms, idempotent from postbox_worker where id = ?1")
+                .bind(worker)
+                .fetch_optional(work.on())
+                .await?;
+        let Some((name, lease_ms, idempotent)) = row else {
             work.rollback().await?;
             dead.bury();
             continue;
         };
-        let taken = settle_leftover(&mut work, worker, name, duration(lease_ms), draw).await?;
+        let idempotent: Vec<SubscriptionId> = serde_json::from_str(&idempotent).unwrap_or_default();
+        let taken = settle_leftover(&mut work, worker, name, &idempotent, duration(lease_ms), draw).await?;
         work.commit().await?;
         dead.bury();
         store.shared.bell.ring();
@@ -70,12 +72,13 @@ async fn settle_leftover(
     work: &mut Work,
     worker: Uuid,
     name: String,
+    idempotent: &[SubscriptionId],
     lease: Duration,
     draw: f64,
 ) -> Result<TakenOver, Error> {
     let mut taken = TakenOver { worker, name, pending: 0, in_doubt: 0, dead: 0 };
     for left in leftover(work.on(), worker, None).await? {
-        let moved = left.lost(&taken.name, lease, draw)?;
+        let moved = left.lost(&taken.name, idempotent, lease, draw)?;
         match moved.standing.state {
             State::InDoubt => taken.in_doubt += 1,
             State::Dead => taken.dead += 1,
@@ -103,15 +106,17 @@ async fn settle_leftover(
 
 impl Leftover {
     /// Where a dead worker's delivery goes.
-    fn lost(&self, worker: &str, lease: Duration, draw: f64) -> Result<Move, Error> {
+    fn lost(&self, worker: &str, idempotent: &[SubscriptionId], lease: Duration, draw: f64) -> Result<Move, Error> {
         let kind: Kind = self.kind.parse().map_err(Error::Refused)?;
-        let policy = policy_of(kind, self.max_attempts, self.retry_base_ms, self.retry_cap_ms);
+        // By what it was begun under, whatever was declared since.
+        let declared = idempotent.contains(&self.subscription);
+        let policy = policy_of(kind, declared, self.max_attempts, self.retry_base_ms, self.retry_cap_ms);
         let now = Standing { state: State::Running, attempts: self.attempt, begun: self.begun, lost: self.lost };
         let next = transition(now, Event::WorkerLost, &policy, draw).map_err(|e| Error::Refused(e.to_string()))?;
         let words = format!("worker {worker} was lost during the attempt");
         let outcome = self.begun.then(|| OutcomeRecord {
             number: self.attempt,
-            kind: if kind == Kind::Operation { "in_doubt" } else { "lost" },
+            kind: if kind == Kind::Operation && !declared { "in_doubt" } else { "lost" },
             error: Some(words.clone()),
             receipt: None,
             ran: duration(self.ran_ms),

@@ -105,7 +105,8 @@ fn operation() -> Declared {
 }
 
 fn policy(kind: Kind) -> Policy {
-    Policy { kind, retry: RetryPolicy { max_attempts: 3, base: Duration::from_secs(60), cap: Duration::from_secs(60) } }
+    let retry = RetryPolicy { max_attempts: 3, base: Duration::from_secs(60), cap: Duration::from_secs(60) };
+    Policy { kind, retry, idempotent: false }
 }
 
 async fn register(store: &SqliteStore, subscriptions: Vec<Declared>) -> (Uuid, Vec<SubscriptionId>) {
@@ -135,6 +136,7 @@ fn flush(lease: LeaseRef, part: i32) -> Settle {
         successes: Vec::new(),
         moves: Vec::new(),
         released: Vec::new(),
+        seen: Vec::new(),
         follow_ups: Vec::new(),
         starts: Vec::new(),
         close: false,

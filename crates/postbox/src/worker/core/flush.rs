@@ -36,6 +36,8 @@ pub(super) enum Slot {
     Ended(Box<Ended>, Duration),
     /// Handed back, waits to be settled.
     Released,
+    /// An operation that must not be called again; its doubt waits to be settled.
+    Withheld,
     /// In the flush that is under way; how it ended is kept, in case the flush is fenced.
     Settling(Option<Box<Ended>>),
     Settled,
@@ -118,7 +120,7 @@ pub(super) fn due_flush(
     let count = |wanted: fn(&Slot) -> bool| batch.items.iter().filter(|(_, slot)| wanted(slot)).count();
     let ended = count(|s| matches!(s, Slot::Ended(..)));
     let reserved = count(|s| matches!(s, Slot::Reserved));
-    let released = count(|s| matches!(s, Slot::Released));
+    let released = count(|s| matches!(s, Slot::Released | Slot::Withheld));
     let settled = count(|s| matches!(s, Slot::Settled));
     let complete = ended + released + settled == batch.items.len();
     let oldest =
@@ -141,13 +143,14 @@ pub(super) fn due_flush(
         successes: Vec::new(),
         moves: Vec::new(),
         released: Vec::new(),
+        seen: Vec::new(),
         follow_ups: Vec::new(),
         starts: Vec::new(),
         close: complete,
     };
     batch.next_part += 1;
     for (item, slot) in &mut batch.items {
-        if room == 0 || !matches!(slot, Slot::Ended(..) | Slot::Released | Slot::Reserved) {
+        if room == 0 || !matches!(slot, Slot::Ended(..) | Slot::Released | Slot::Withheld | Slot::Reserved) {
             continue;
         }
         room -= 1;
@@ -158,6 +161,10 @@ pub(super) fn due_flush(
                 *slot = Slot::Settling(Some(ended));
             }
             Slot::Released => settle.released.push(item.clone()),
+            Slot::Withheld => {
+                let lane = lanes.get(&item.subscription).map(|(lane, _)| lane);
+                withhold(item, lane, &mut settle);
+            }
             Slot::Reserved => {
                 settle.starts.push((item.delivery, item.attempts + 1));
                 *slot = Slot::Starting;
@@ -191,8 +198,21 @@ fn judge(item: &Item, ended: Ended, ago: Duration, lane: Option<&Lane>, rng: &mu
     };
     // Running and ended always has a next state.
     let Ok(next) = transition(standing, Lived::Ended(ended.end), &policy, rng.f64()) else { return };
+    let note = note(&ended, next.standing.state, number, &policy);
     if next.standing.state == State::Succeeded {
         settle.follow_ups.extend(ended.follow_ups);
+    }
+    // Without a start on record it is no attempt, but it is on record that it was asked.
+    let counted = begun || !matches!(ended.end, End::Snoozed { .. });
+    if !counted {
+        settle.seen.push(Observation {
+            delivery: item.delivery,
+            number,
+            worker: settle.lease.worker,
+            kind: ended.end.as_str(),
+            detail: ended.error.clone(),
+            evidence: None,
+        });
     }
     settle.moves.push(Move {
         delivery: item.delivery,
@@ -202,9 +222,10 @@ fn judge(item: &Item, ended: Ended, ago: Duration, lane: Option<&Lane>, rng: &mu
         rev: item.rev + 1,
         standing: next.standing,
         delay: next.delay,
-        quiet: lane.map_or(Duration::ZERO, |lane| lane.quiet),
-        note: note(&ended.error, next.standing.state, number, &policy),
-        outcome: Some(OutcomeRecord {
+        // A call of an earlier attempt may be on its way, too.
+        quiet: lane.map_or(Duration::ZERO, |lane| if item.lost > 0 { lane.late } else { lane.quiet }),
+        note,
+        outcome: counted.then(|| OutcomeRecord {
             number,
             kind: ended.end.as_str(),
             error: ended.error,
@@ -215,17 +236,48 @@ fn judge(item: &Item, ended: Ended, ago: Duration, lane: Option<&Lane>, rng: &mu
     });
 }
 
+/// What may have happened already is not called without the declaration that a repeat is harmless.
+pub(super) fn is_withheld(item: &Item, lane: &Lane) -> bool {
+    transition(claimed(item), Lived::Withheld, &lane.policy, 0.0).is_ok()
+}
+
+fn claimed(item: &Item) -> Standing {
+    Standing { state: State::Running, attempts: item.attempts, begun: false, lost: item.lost }
+}
+
+fn withhold(item: &Item, lane: Option<&Lane>, settle: &mut Settle) {
+    let Ok(next) = transition(claimed(item), Lived::Withheld, &policy_for(item, lane), 0.0) else { return };
+    settle.moves.push(Move {
+        delivery: item.delivery,
+        message: item.message,
+        subscription: item.subscription,
+        priority: item.priority,
+        rev: item.rev + 1,
+        standing: next.standing,
+        delay: next.delay,
+        quiet: lane.map_or(Duration::ZERO, |lane| lane.late),
+        note: "an earlier attempt may have happened, and its operation is not declared idempotent (any more)".into(),
+        outcome: None,
+    });
+}
+
 fn policy_for(item: &Item, lane: Option<&Lane>) -> Policy {
-    let mut policy = lane.map_or(Policy { kind: Kind::Plain, retry: Default::default() }, |lane| lane.policy);
+    let mut policy =
+        lane.map_or(Policy { kind: Kind::Plain, retry: Default::default(), idempotent: false }, |lane| lane.policy);
     if let Some(own) = item.envelope.as_ref().and_then(|e| e.max_attempts) {
         policy.retry.max_attempts = own;
     }
     policy
 }
 
-fn note(error: &Option<String>, state: State, number: u32, policy: &Policy) -> String {
-    let words = error.as_deref().unwrap_or("no reason was given");
+fn note(ended: &Ended, state: State, number: u32, policy: &Policy) -> String {
+    let words = ended.error.as_deref().unwrap_or("no reason was given");
     match state {
+        State::Cancelled => format!("discarded: {words}"),
+        // Its own end was clear; what another attempt came to is not.
+        State::InDoubt if matches!(ended.end, End::Failed { .. } | End::Discarded | End::Snoozed { .. }) => {
+            format!("attempt {number}: {words}; an earlier attempt may have happened")
+        }
         State::Dead if number >= policy.retry.max_attempts => {
             format!("attempt {number} of {}: {words}", policy.retry.max_attempts)
         }
@@ -238,7 +290,9 @@ pub(super) fn observation(item: &Item, ended: &Ended, worker: Uuid, lane: Option
     let policy = policy_for(item, lane);
     let answer = match ended.end {
         End::Succeeded => Some(Answer::Happened),
-        End::Failed { .. } => Some(Answer::DidNotHappen),
+        // That says nothing about an earlier attempt which may have done it.
+        End::Failed { .. } | End::Discarded | End::Snoozed { .. } if item.lost > 0 => None,
+        End::Failed { .. } | End::Discarded | End::Snoozed { .. } => Some(Answer::DidNotHappen),
         End::InDoubt | End::Panicked | End::TimedOut => None,
     };
     Observation {

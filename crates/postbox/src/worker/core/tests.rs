@@ -9,6 +9,7 @@ use crate::store::Settle;
 
 const OPERATION: SubscriptionId = 1;
 const PLAIN: SubscriptionId = 2;
+const IDEMPOTENT: SubscriptionId = 3;
 /// The delivery whose outcome no store takes.
 const POISON: i64 = 5;
 
@@ -16,9 +17,10 @@ fn lane(id: SubscriptionId, kind: Kind) -> Lane {
     let retry = RetryPolicy { max_attempts: 2, base: Duration::ZERO, cap: Duration::ZERO };
     Lane {
         id,
-        policy: Policy { kind, retry },
+        policy: Policy { kind, retry, idempotent: id == IDEMPOTENT },
         timeout: Duration::from_secs(5),
         quiet: Duration::from_secs(60),
+        late: Duration::from_secs(95),
         concurrency: None,
     }
 }
@@ -29,7 +31,11 @@ fn core(seed: u64, concurrency: usize) -> Core {
         concurrency,
         batch: None,
         poll_interval: Duration::from_secs(1),
-        subscriptions: vec![lane(OPERATION, Kind::Operation), lane(PLAIN, Kind::Plain)],
+        subscriptions: vec![
+            lane(OPERATION, Kind::Operation),
+            lane(PLAIN, Kind::Plain),
+            lane(IDEMPOTENT, Kind::Operation),
+        ],
         seed,
     })
 }
@@ -83,9 +89,25 @@ impl Model {
         }
         for moved in &settle.moves {
             let item = held.remove(&moved.delivery).expect("settled once, while it is held");
-            let outcome = moved.outcome.as_ref().expect("an attempt ended");
-            assert_eq!(outcome.number, item.attempts + 1, "attempts count one by one");
-            assert!(self.ended.insert((moved.delivery, outcome.number), outcome.kind).is_none());
+            match &moved.outcome {
+                Some(outcome) => {
+                    assert_eq!(outcome.number, item.attempts + 1, "attempts count one by one");
+                    assert!(self.ended.insert((moved.delivery, outcome.number), outcome.kind).is_none());
+                }
+                None => {
+                    let next = (moved.delivery, item.attempts + 1);
+                    assert!(!self.begun.contains(&next), "what has begun has an outcome: {next:?}");
+                    let snoozed = settle.seen.iter().any(|s| s.delivery == moved.delivery && s.kind == "snoozed");
+                    let withheld = item.subscription == OPERATION && item.lost > 0;
+                    assert!(snoozed || withheld, "no attempt, and no reason: {moved:?}");
+                    assert_eq!(moved.standing.state == State::InDoubt, withheld);
+                }
+            }
+            if matches!(moved.standing.state, State::Dead | State::Cancelled) && item.subscription == IDEMPOTENT {
+                let unseen = |kind: &str| matches!(kind, "in_doubt" | "timed_out" | "panicked");
+                let any = self.ended.iter().any(|((delivery, _), kind)| *delivery == moved.delivery && unseen(kind));
+                assert!(!any && item.lost == 0, "one that may have happened is {}", moved.standing.state);
+            }
             match moved.standing.state {
                 State::Pending => self.ready.push_back(Item {
                     attempts: moved.standing.attempts,
@@ -144,8 +166,8 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
     let mut core = core(seed, concurrency);
     let mut model = Model::default();
     for delivery in 1..=deliveries {
-        let subscription = if dice.bool() { OPERATION } else { PLAIN };
-        if subscription == OPERATION {
+        let subscription = [OPERATION, PLAIN, IDEMPOTENT][dice.usize(..3)];
+        if subscription != PLAIN {
             model.operations.insert(delivery);
         }
         model.ready.push_back(item(delivery, subscription, u32::from(dice.u8(0..10) == 0)));
@@ -209,7 +231,8 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
                 Command::Run(hold, _, item, number) => {
                     let key = (item.delivery, number);
                     assert!(called.insert(key), "an attempt is made once: {key:?}");
-                    let recorded = item.subscription == OPERATION || item.lost > 0;
+                    let recorded = item.subscription != PLAIN || item.lost > 0;
+                    assert!(item.subscription != OPERATION || item.lost == 0, "it may have happened: {key:?}");
                     assert!(!recorded || model.begun.contains(&key), "on record before the call: {key:?}");
                     assert!(running.insert(hold, (item.delivery, number, recorded)).is_none());
                     assert!(running.len() <= concurrency, "{} at once", running.len());
@@ -232,14 +255,21 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
         if !running.is_empty() && dice.u8(0..3) == 0 {
             let nth = dice.usize(..running.len());
             let hold = *running.keys().nth(nth).expect("one of them");
-            running.remove(&hold);
+            let (delivery, number, recorded) = running.remove(&hold).expect("it runs");
             let ends = [
                 End::Succeeded,
                 End::Failed { permanent: false, retry_after: None },
                 End::Failed { permanent: true, retry_after: None },
                 End::InDoubt,
+                End::Discarded,
+                End::Snoozed { wait: Duration::ZERO },
             ];
-            inbox.push(Event::Ended(hold, ended(ends[dice.usize(..ends.len())])));
+            let end = ends[dice.usize(..ends.len())];
+            if matches!(end, End::Snoozed { .. }) && !recorded {
+                // No attempt: the next one has the same number.
+                called.remove(&(delivery, number));
+            }
+            inbox.push(Event::Ended(hold, ended(end)));
             inbox.push(Event::Freed(hold));
         }
         if inbox.is_empty() {

@@ -29,6 +29,8 @@ pub(crate) struct Lane {
     pub(crate) timeout: Duration,
     /// How long a call that was sent may still be on its way to the remote.
     pub(crate) quiet: Duration,
+    /// The same for a call of a worker that was lost, and may only be paused.
+    pub(crate) late: Duration,
     pub(crate) concurrency: Option<usize>,
 }
 

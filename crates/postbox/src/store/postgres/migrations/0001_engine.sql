@@ -17,6 +17,8 @@ create table {schema}.subscription (
     pattern        text not null,
     matcher        text not null,
     kind           text not null check (kind in ('plain', 'transactional', 'operation')),
+    -- Of an operation: declared to be harmless when it is repeated under one idempotency key.
+    idempotent     boolean not null,
     max_attempts   int  not null,
     retry_base_ms  bigint not null,
     retry_cap_ms   bigint not null,
@@ -76,9 +78,12 @@ create table {schema}.late_delivery (
     message      uuid   not null,
     delivery     bigint not null,
     subscription int    not null,
+    -- The delivery that an operator had repeated as this one.
+    replay_of    bigint,
     primary key (message, delivery)
 );
 create index late_delivery_id on {schema}.late_delivery (delivery);
+create index late_delivery_replay on {schema}.late_delivery (replay_of) where replay_of is not null;
 
 create table {schema}.unrouted (
     message uuid   primary key,
@@ -128,6 +133,8 @@ create table {schema}.worker (
     name          text        not null,
     application   text        not null,
     subscriptions int[]       not null,
+    -- Those of them that it runs as declared-idempotent: its attempts are judged by that.
+    idempotent    int[]       not null,
     lease_ms      bigint      not null,
     started_at    timestamptz not null default pg_catalog.clock_timestamp(),
     expires_at    timestamptz not null,
@@ -166,7 +173,7 @@ create table {schema}.attempt (
 create table {schema}.outcome (
     delivery     bigint      not null,
     number       int         not null,
-    kind         text        not null check (kind in ('succeeded', 'failed', 'in_doubt', 'panicked', 'timed_out', 'lost')),
+    kind         text        not null check (kind in ('succeeded', 'failed', 'in_doubt', 'panicked', 'timed_out', 'snoozed', 'discarded', 'lost')),
     state_after  text        not null,
     rev          int         not null,
     subscription int         not null,

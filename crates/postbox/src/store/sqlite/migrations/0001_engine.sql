@@ -17,6 +17,8 @@ create table postbox_subscription (
     -- The pattern's segments as a JSON array, for matching below.
     segments       text    not null,
     kind           text    not null check (kind in ('plain', 'transactional', 'operation')),
+    -- Of an operation: declared to be harmless when it is repeated under one idempotency key.
+    idempotent     integer not null,
     max_attempts   integer not null,
     retry_base_ms  integer not null,
     retry_cap_ms   integer not null,
@@ -104,6 +106,8 @@ create table postbox_delivery (
     -- An operator's "happened" that a worker must carry out, because follow-ups hang on it.
     word         text,
     receipt      text,
+    -- The delivery that an operator had repeated as this one.
+    replay_of    integer,
     check ((state = 'running') = (token is not null))
 ) strict;
 create index postbox_delivery_ready on postbox_delivery (subscription, priority, pos, id, due_at) where state = 'pending' and due_at is null;
@@ -113,6 +117,7 @@ create index postbox_delivery_doubt on postbox_delivery (subscription, ask_at) w
 create index postbox_delivery_dead on postbox_delivery (subscription, state) where state in ('dead', 'cancelled');
 create index postbox_delivery_succeeded on postbox_delivery (subscription, since) where state = 'succeeded';
 create index postbox_delivery_message on postbox_delivery (message);
+create index postbox_delivery_replay on postbox_delivery (replay_of) where replay_of is not null;
 
 -- The highest number that a delivery ever had, which also ends the order of those that are due. In a
 -- trigger, sqlite_sequence lags behind its own statement; the table forgets what is removed.
@@ -126,6 +131,8 @@ create table postbox_worker (
     application   text    not null,
     -- A JSON array of ids.
     subscriptions text    not null,
+    -- Those of them that it runs as declared-idempotent: its attempts are judged by that.
+    idempotent    text    not null,
     lease_ms      integer not null,
     -- The file beside the database that a living worker's process holds a lock on.
     lock_file     text    not null,
@@ -163,7 +170,7 @@ create table postbox_attempt (
 create table postbox_outcome (
     delivery     integer not null,
     number       integer not null,
-    kind         text    not null check (kind in ('succeeded', 'failed', 'in_doubt', 'panicked', 'timed_out', 'lost')),
+    kind         text    not null check (kind in ('succeeded', 'failed', 'in_doubt', 'panicked', 'timed_out', 'snoozed', 'discarded', 'lost')),
     state_after  text    not null,
     rev          integer not null,
     subscription integer not null,

@@ -168,7 +168,7 @@ async fn no_wait_is_too_long_for_the_tables() {
     let endless = Declared {
         timeout: Duration::MAX,
         quiet: forever,
-        policy: Policy { kind: Kind::Operation, retry },
+        policy: Policy { kind: Kind::Operation, retry, idempotent: false },
         ..operation()
     };
     let (claimed, lease) = shop.claimed(endless, 3).await;

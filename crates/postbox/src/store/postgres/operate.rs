@@ -1,0 +1,124 @@
+//! What an operator does to a delivery that waits or is dead: try it again, or call it off.
+
+use std::time::Duration;
+
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::admin::{Action, find, lost_race, moved_on, record};
+use super::{PgStore, Work, settle};
+use crate::admin::{AuditEntry, Cancel, Retry, Wish, no_delivery};
+use crate::error::Error;
+use crate::lifecycle::{Kind, Standing, State, transition};
+use crate::store::{DeliveryId, Move, policy_of};
+
+/// Takes a delivery out of a place that an operator may take it from.
+async fn pull(store: &PgStore, work: &mut Work, delivery: DeliveryId) -> Result<Option<(PgRow, State)>, Error> {
+    let schema = &store.schema;
+    let columns = "message, subscription, priority, attempt, rev";
+    // Place by place, in separate statements: in one, a delivery on the move would be missed by all.
+    for _ in 0..5 {
+        for (state, sql) in [
+            (
+                None,
+                format!("delete from {schema}.dead_letter where delivery = $1 returning {columns}, 0 as lost, state"),
+            ),
+            (
+                Some(State::Pending),
+                format!("delete from {schema}.scheduled where delivery = $1 returning {columns}, lost"),
+            ),
+            (
+                Some(State::Pending),
+                format!("delete from {schema}.ready where delivery = $1 and pos <> delivery returning {columns}, lost"),
+            ),
+            (
+                Some(State::Pending),
+                format!(
+                    "delete from {schema}.ready where (subscription, priority, pos) in
+                        (select s.id, 0::smallint, $1::bigint from {schema}.subscription s) and delivery = $1 returning {columns}, lost"
+                ),
+            ),
+        ] {
+            if let Some(row) = store.dynamic(sql).bind(delivery).fetch_optional(work.on()).await? {
+                let state = match state {
+                    Some(state) => state,
+                    None => row.try_get::<String, _>("state")?.parse().map_err(Error::Refused)?,
+                };
+                return Ok(Some((row, state)));
+            }
+        }
+        if !matches!(find(store, work, delivery).await?, Some((row, _)) if matches!(row.state, State::Pending | State::Dead | State::Cancelled))
+        {
+            break;
+        }
+    }
+    Ok(None)
+}
+
+pub(super) async fn retry(store: &PgStore, delivery: DeliveryId, retry: &Retry) -> Result<AuditEntry, Error> {
+    carry_out(store, delivery, Wish::retry(retry)).await
+}
+
+pub(super) async fn cancel(store: &PgStore, delivery: DeliveryId, cancel: &Cancel) -> Result<AuditEntry, Error> {
+    carry_out(store, delivery, Wish::cancel(cancel)).await
+}
+
+async fn carry_out(store: &PgStore, delivery: DeliveryId, wish: Wish<'_>) -> Result<AuditEntry, Error> {
+    let mut work = store.durable().await?;
+    let Some((row, state)) = pull(store, &mut work, delivery).await? else {
+        let Some((found, _)) = find(store, &mut work, delivery).await? else {
+            work.rollback().await?;
+            return Err(no_delivery(delivery));
+        };
+        let error = wish.refusal(delivery, found.state);
+        return Err(lost_race(store, work, wish.actor, wish.refused, wish.reason, delivery, error).await);
+    };
+    let rev: i32 = row.try_get("rev")?;
+    if let Some(seen) = wish.rev.filter(|seen| *seen != rev) {
+        let error = moved_on(delivery, seen, rev);
+        return Err(lost_race(store, work, wish.actor, wish.refused, wish.reason, delivery, error).await);
+    }
+    let subscription: i32 = row.try_get("subscription")?;
+    // What was lost may still be on its way, for as long as its worker may only be paused.
+    let sql = format!(
+        "select s.kind, s.idempotent, s.quiet_ms + s.timeout_ms
+            + coalesce((select pg_catalog.max(w.lease_ms) from {0}.worker w), 30000::bigint) as late_ms
+         from {0}.subscription s where s.id = $1",
+        store.schema
+    );
+    let declared = store.dynamic(sql).bind(subscription).fetch_one(work.on()).await?;
+    let kind: Kind = declared.try_get::<String, _>("kind")?.parse().map_err(Error::Refused)?;
+    let policy = policy_of(kind, declared.try_get("idempotent")?, 1, 0, 0);
+    let number = |name| row.try_get::<i32, _>(name).map(|n| n.max(0) as u32);
+    let now = Standing { state, attempts: number("attempt")?, begun: false, lost: number("lost")? };
+    let Ok(next) = transition(now, wish.event, &policy, 0.0) else {
+        let error = wish.refusal(delivery, state);
+        return Err(lost_race(store, work, wish.actor, wish.refused, wish.reason, delivery, error).await);
+    };
+    let moved = Move {
+        delivery,
+        message: row.try_get("message")?,
+        subscription,
+        priority: row.try_get("priority")?,
+        rev: rev + 1,
+        standing: next.standing,
+        delay: next.delay,
+        quiet: Duration::from_millis(declared.try_get::<i64, _>("late_ms")?.max(0) as u64),
+        note: wish.note,
+        outcome: None,
+    };
+    settle::apply(store, work.on(), &[moved], None).await?;
+    let action = Action {
+        actor: wish.actor,
+        action: wish.action,
+        reason: wish.reason,
+        delivery: Some(delivery),
+        subscription: Some(subscription),
+        rev: Some((rev, rev + 1)),
+        state: Some((state, next.standing.state)),
+        detail: None,
+    };
+    let entry = record(store, &mut work, action).await?;
+    work.commit().await?;
+    Ok(entry)
+}

@@ -1,0 +1,34 @@
+-- New deliveries of ended ones' messages, due now, each with its entry in the audit. Arrays in order:
+-- $1 the ended deliveries, $2 their messages, $3 their subscriptions, $4 their states;
+-- $5 actor, $6 action, $7 reason.
+with made as materialized (
+    select o.ord, o.delivery, o.message, o.subscription, o.state, pg_catalog.nextval('{schema}.delivery_id') as fresh
+    from (
+        select e.* from unnest($1::bigint[], $2::pg_catalog.uuid[], $3::int[], $4::pg_catalog.text[])
+            with ordinality as e(delivery, message, subscription, state, ord)
+        order by e.ord
+    ) o
+),
+kept as (
+    insert into {schema}.late_delivery (message, delivery, subscription, replay_of)
+    select m.message, m.fresh, m.subscription, m.delivery from made m
+),
+readied as (
+    insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
+    select m.subscription, 0, m.fresh, m.fresh, m.message, 0, 0, 0 from made m
+),
+counted as (
+    update {schema}.audit_counter set seq = seq + pg_catalog.cardinality($1::bigint[]) returning seq
+),
+told as (
+    insert into {schema}.audit (seq, actor, action, delivery, subscription, state_before, state_after, reason, detail)
+    select c.seq - pg_catalog.cardinality($1::bigint[]) + m.ord, $5, $6, m.delivery, m.subscription, m.state, m.state,
+        $7, pg_catalog.json_build_object('replayed_as', m.fresh)
+    from made m cross join counted c
+    returning seq, delivery, at
+)
+select m.delivery, m.fresh, t.seq, (extract(epoch from t.at) * 1000000::numeric)::bigint as at_us,
+    (select pg_catalog.count(pg_catalog.pg_notify(r.channel, ''))
+        from {schema}.routing r where exists (select from {schema}.worker w where w.asleep)) as woken
+from made m join told t on t.delivery = m.delivery
+order by m.ord
