@@ -49,6 +49,8 @@ mod json;
 mod message;
 mod operation;
 mod pattern;
+#[cfg(not(feature = "planted-bugs"))]
+mod planted;
 mod postbox;
 mod retry;
 mod router;
@@ -59,6 +61,9 @@ pub mod admin;
 #[doc(hidden)]
 pub mod crash;
 pub mod lifecycle;
+#[cfg(feature = "planted-bugs")]
+#[doc(hidden)]
+pub mod planted;
 #[doc(hidden)]
 pub mod store;
 pub mod worker;

@@ -8,6 +8,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::planted::planted;
 use crate::retry::RetryPolicy;
 
 /// Where a delivery stands.
@@ -250,6 +251,9 @@ pub fn transition(now: Standing, event: Event, policy: &Policy, draw: f64) -> Re
             let settled = |state| Standing { attempts: counted, lost: 0, ..to(state) };
             match end {
                 End::Succeeded => at_once(settled(State::Succeeded)),
+                End::Panicked | End::TimedOut if operation && planted!("unseen-end-retried") => {
+                    Ok(again(settled(State::Pending), policy, None, draw))
+                }
                 End::InDoubt | End::Panicked | End::TimedOut if operation => at_once(settled(State::InDoubt)),
                 End::Failed { permanent: true, .. } => at_once(settled(State::Dead)),
                 End::Failed { .. } | End::InDoubt | End::Panicked | End::TimedOut => {
@@ -267,10 +271,14 @@ pub fn transition(now: Standing, event: Event, policy: &Policy, draw: f64) -> Re
         (_, Event::Released) => refuse("released"),
 
         (State::Running, Event::WorkerLost) => match (operation, now.begun) {
+            (true, true) if planted!("lost-operation-retried") => at_once(to(State::Pending)),
             (true, true) => at_once(to(State::InDoubt)),
             (true, false) => at_once(to(State::Pending)),
             // Whether it had started is unknown: no attempt is counted, but the next one is put on
             // record first, so that a message that kills its worker is found out.
+            (false, false) if planted!("lost-counted") => {
+                Ok(again(Standing { attempts: now.attempts + 1, ..to(State::Pending) }, policy, None, draw))
+            }
             (false, false) => at_once(Standing { lost: now.lost + 1, ..to(State::Pending) }),
             (false, true) => {
                 Ok(again(Standing { lost: now.lost + 1, ..to(State::Pending) }, policy, Some(Duration::ZERO), draw))
@@ -297,7 +305,7 @@ pub fn transition(now: Standing, event: Event, policy: &Policy, draw: f64) -> Re
 
 /// Pending again while attempts are left, dead otherwise.
 fn again(standing: Standing, policy: &Policy, wait: Option<Duration>, draw: f64) -> Next {
-    if standing.attempts >= policy.retry.max_attempts {
+    if standing.attempts >= policy.retry.max_attempts && !planted!("attempts-without-end") {
         return Next { standing: Standing { state: State::Dead, ..standing }, delay: Duration::ZERO };
     }
     let delay = wait.unwrap_or_else(|| policy.retry.backoff(standing.attempts, draw));

@@ -9,9 +9,8 @@ use uuid::Uuid;
 use super::{BEGIN_DURABLE, PgStore, Work, micros, millis, publish};
 use crate::crash;
 use crate::error::Error;
-use crate::lifecycle::{Standing, State};
 use crate::message::{Draft, MAX_WAIT};
-use crate::store::{DeliveryId, Guarded, Item, LeaseRef, Move, Settle, Stored};
+use crate::store::{DeliveryId, Guarded, LeaseRef, Move, Settle, Stored, decide};
 
 pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, Error> {
     let lease = settle.lease;
@@ -40,7 +39,7 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         return Ok(Guarded::Done);
     }
     let mut moves: Vec<Move> = settle.moves.clone();
-    moves.extend(settle.released.iter().map(released));
+    moves.extend(settle.released.iter().map(decide::released));
     apply(store, work.on(), &moves, Some(lease)).await?;
     follow(store, work.on(), &settle.follow_ups).await?;
     if !settle.starts.is_empty() {
@@ -64,22 +63,6 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         crash::commit("outcome-commit-sent", work.commit()).await?;
     }
     Ok(Guarded::Done)
-}
-
-/// What was leased and never started goes back as it was.
-fn released(item: &Item) -> Move {
-    Move {
-        delivery: item.delivery,
-        message: item.message,
-        subscription: item.subscription,
-        priority: item.priority,
-        rev: item.rev + 1,
-        standing: Standing { state: State::Pending, attempts: item.attempts, begun: false, lost: item.lost },
-        delay: Duration::ZERO,
-        quiet: Duration::ZERO,
-        note: String::new(),
-        outcome: None,
-    }
 }
 
 /// Writes moves, under a lease or outside of one.

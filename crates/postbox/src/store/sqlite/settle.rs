@@ -1,6 +1,5 @@
 //! Settling: one flush of a batch, a transactional handler's end, and moves in general.
 
-use std::time::Duration;
 
 use serde_json::{Value, json};
 use sqlx::SqliteConnection;
@@ -11,9 +10,9 @@ use super::work::Work;
 use super::{SqliteStore, json_of, millis, millis_up};
 use crate::crash;
 use crate::error::Error;
-use crate::lifecycle::{Standing, State};
+use crate::lifecycle::State;
 use crate::message::Draft;
-use crate::store::{DeliveryId, Guarded, Item, LeaseRef, Move, Settle, Success};
+use crate::store::{DeliveryId, Guarded, LeaseRef, Move, Settle, Success, decide};
 
 pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guarded, Error> {
     let lease = settle.lease;
@@ -37,7 +36,7 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
     }
     succeed(work.on(), lease, &settle.successes).await?;
     let mut moves: Vec<Move> = settle.moves.clone();
-    moves.extend(settle.released.iter().map(released));
+    moves.extend(settle.released.iter().map(decide::released));
     apply(work.on(), &moves, Some(lease)).await?;
     follow(work.on(), &settle.follow_ups).await?;
     begin(work.on(), lease, &settle.starts).await?;
@@ -116,22 +115,6 @@ async fn succeed(db: &mut SqliteConnection, lease: LeaseRef, successes: &[Succes
     .execute(db)
     .await?;
     all(moved.rows_affected(), successes.len())
-}
-
-/// What was leased and never started goes back as it was.
-fn released(item: &Item) -> Move {
-    Move {
-        delivery: item.delivery,
-        message: item.message,
-        subscription: item.subscription,
-        priority: item.priority,
-        rev: item.rev + 1,
-        standing: Standing { state: State::Pending, attempts: item.attempts, begun: false, lost: item.lost },
-        delay: Duration::ZERO,
-        quiet: Duration::ZERO,
-        note: String::new(),
-        outcome: None,
-    }
 }
 
 /// Writes moves, under a lease or outside of one.
