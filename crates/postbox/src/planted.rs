@@ -19,11 +19,11 @@ macro_rules! planted {
 pub(crate) use planted;
 
 #[cfg(feature = "planted-bugs")]
-pub use bugs::{BUGS, Bug};
-#[cfg(feature = "planted-bugs")]
 pub(crate) use bugs::is;
 #[cfg(all(feature = "planted-bugs", test))]
 pub(crate) use bugs::with;
+#[cfg(feature = "planted-bugs")]
+pub use bugs::{BUGS, Bug};
 
 #[cfg(feature = "planted-bugs")]
 mod bugs {
@@ -66,17 +66,72 @@ mod bugs {
         decided("lost-counted", "an attempt that nobody knows of is counted when its worker dies"),
         decided("attempts-without-end", "the limit of attempts is not looked at"),
         decided("disown-what-began", "an unknown lease is handed back though something of it has begun"),
-        bug("settle-without-lease", "a flush does not look for its lease", "store_suite", "a_settle_counts_once_and_needs_its_lease"),
-        bug("part-written-twice", "a repeated flush is written again", "store_suite", "a_settle_counts_once_and_needs_its_lease"),
-        bug("dedup-conflict-swallowed", "another body under the same dedup key is taken for the same", "store_suite", "a_dedup_key_makes_one_row_from_eight_connections"),
-        bug("due-by-a-clients-clock", "what is due goes by a clock that is an hour fast", "store_suite", "nothing_starts_before_it_is_due"),
-        bug("takeover-by-age", "a lease is taken over when it is old, not when its worker is dead", "races", "a_slow_worker_that_lives_is_left_alone"),
-        bug("takeover-reads-first", "a takeover reads what a lease holds before it has locked it", "races", "a_settle_that_commits_while_a_takeover_waits_is_seen"),
-        bug("sequence-as-cursor", "a claim goes on from the highest position it has seen", "races", "what_commits_late_is_not_passed_over"),
-        bug("backfill-without-waiting", "history is handed out without waiting for publishers in flight", "races", "history_waits_for_publishers_in_flight"),
-        bug("follow-ups-apart", "what follows is published in a transaction of its own", "races", "a_fenced_flush_publishes_nothing"),
-        bug("effects-before-outcome", "a handler's transaction commits before its outcome is written", "races", "a_fenced_transaction_leaves_no_effect"),
-        bug("claim-without-life", "a worker that was taken over can claim", "store_suite", "a_taken_over_worker_is_told"),
+        bug(
+            "settle-without-lease",
+            "a flush does not look for its lease",
+            "store_suite",
+            "a_settle_counts_once_and_needs_its_lease",
+        ),
+        bug(
+            "part-written-twice",
+            "a repeated flush is written again",
+            "store_suite",
+            "a_settle_counts_once_and_needs_its_lease",
+        ),
+        bug(
+            "dedup-conflict-swallowed",
+            "another body under the same dedup key is taken for the same",
+            "store_suite",
+            "a_dedup_key_makes_one_row_from_eight_connections",
+        ),
+        bug(
+            "due-by-a-clients-clock",
+            "what is due goes by a clock that is an hour fast",
+            "store_suite",
+            "nothing_starts_before_it_is_due",
+        ),
+        bug(
+            "takeover-by-age",
+            "a lease is taken over when it is old, not when its worker is dead",
+            "races",
+            "a_slow_worker_that_lives_is_left_alone",
+        ),
+        bug(
+            "takeover-reads-first",
+            "a takeover reads what a lease holds before it has locked it",
+            "races",
+            "a_settle_that_commits_while_a_takeover_waits_is_seen",
+        ),
+        bug(
+            "sequence-as-cursor",
+            "a claim goes on from the highest position it has seen",
+            "races",
+            "what_commits_late_is_not_passed_over",
+        ),
+        bug(
+            "backfill-without-waiting",
+            "history is handed out without waiting for publishers in flight",
+            "races",
+            "history_waits_for_publishers_in_flight",
+        ),
+        bug(
+            "follow-ups-apart",
+            "what follows is published in a transaction of its own",
+            "races",
+            "a_fenced_flush_publishes_nothing",
+        ),
+        bug(
+            "effects-before-outcome",
+            "a handler's transaction commits before its outcome is written",
+            "races",
+            "a_fenced_transaction_leaves_no_effect",
+        ),
+        bug(
+            "claim-without-life",
+            "a worker that was taken over can claim",
+            "store_suite",
+            "a_taken_over_worker_is_told",
+        ),
     ];
 
     thread_local! {

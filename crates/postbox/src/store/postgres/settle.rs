@@ -10,10 +10,19 @@ use super::{BEGIN_DURABLE, PgStore, Work, micros, millis, publish};
 use crate::crash;
 use crate::error::Error;
 use crate::message::{Draft, MAX_WAIT};
+use crate::planted::planted;
 use crate::store::{DeliveryId, Guarded, LeaseRef, Move, Settle, Stored, decide};
+
+/// Which transaction a connection is in.
+const OWN_XID: &str = "select pg_catalog.pg_current_xact_id()::pg_catalog.text as xid";
 
 pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, Error> {
     let lease = settle.lease;
+    if planted!("follow-ups-apart") {
+        let mut apart = store.work().await?;
+        follow(store, apart.on(), &settle.follow_ups).await?;
+        apart.commit().await?;
+    }
     let mut work = store.durable().await?;
     let held = store
         .query(store.sql.settle_part)
@@ -33,7 +42,7 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         work.rollback().await?;
         return Ok(if found.try_get("found")? { Guarded::Done } else { Guarded::Fenced });
     }
-    if held.try_get::<i64, _>("written")? == 0 {
+    if held.try_get::<i64, _>("written")? == 0 && !planted!("part-written-twice") {
         // The answer to an earlier try was lost; it had committed.
         work.rollback().await?;
         return Ok(Guarded::Done);
@@ -41,7 +50,9 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
     let mut moves: Vec<Move> = settle.moves.clone();
     moves.extend(settle.released.iter().map(decide::released));
     apply(store, work.on(), &moves, Some(lease)).await?;
-    follow(store, work.on(), &settle.follow_ups).await?;
+    if !planted!("follow-ups-apart") {
+        follow(store, work.on(), &settle.follow_ups).await?;
+    }
     if !settle.starts.is_empty() {
         let (deliveries, numbers): (Vec<i64>, Vec<i32>) = settle.starts.iter().map(|(d, n)| (*d, *n as i32)).unzip();
         store
@@ -125,8 +136,7 @@ pub(super) async fn open(store: &PgStore, lease: LeaseRef, timeout: Duration) ->
     let idle = millis(timeout).clamp(1, i64::from(i32::MAX));
     let begin = format!("{BEGIN_DURABLE}; SET LOCAL idle_in_transaction_session_timeout = {idle}");
     let mut work = Work::begin(&store.pool, &begin).await?;
-    let row =
-        store.query("select pg_catalog.pg_current_xact_id()::pg_catalog.text as xid").fetch_one(work.on()).await?;
+    let row = store.query(OWN_XID).fetch_one(work.on()).await?;
     work.xid = Some(row.try_get("xid")?);
     Ok(work)
 }
@@ -138,15 +148,19 @@ pub(super) async fn settle_open(
     outcome: &Move,
     follow_ups: &[Draft],
 ) -> Result<Guarded, Error> {
-    let xid = work.xid.clone().unwrap_or_default();
+    let mut xid = work.xid.clone().unwrap_or_default();
+    if planted!("effects-before-outcome") {
+        work.commit().await?;
+        work = store.durable().await?;
+        xid = store.query(OWN_XID).fetch_one(work.on()).await?.try_get("xid")?;
+    }
     let record = outcome.outcome.as_ref();
     let ended = Error::Refused(
         "the handler ended its own transaction (COMMIT or ROLLBACK in raw SQL); what it did before that is not undone, and the attempt counts as failed".into(),
     );
     if !follow_ups.is_empty() {
         // Not outside of the handler's transaction, if that is over.
-        let row =
-            store.query("select pg_catalog.pg_current_xact_id()::pg_catalog.text as xid").fetch_one(work.on()).await?;
+        let row = store.query(OWN_XID).fetch_one(work.on()).await?;
         if row.try_get::<String, _>("xid")? != xid {
             work.rollback().await?;
             return Err(ended);

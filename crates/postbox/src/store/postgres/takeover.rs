@@ -10,13 +10,22 @@ use uuid::Uuid;
 use super::{PgStore, Work, settle};
 use crate::error::Error;
 use crate::lifecycle::{Kind, Standing, State};
+use crate::planted::planted;
 use crate::store::decide::{self, Left};
 use crate::store::{LeaseRef, Move, TakenOver, policy_of};
 
 pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<TakenOver>, Error> {
     let mut work = store.durable().await?;
+    let old = match planted!("takeover-by-age") {
+        true => format!(
+            "or id in (select l.worker from {}.lease l
+                 where l.claimed_at < pg_catalog.clock_timestamp() - interval '1 millisecond' * lease_ms::double precision)",
+            store.schema
+        ),
+        false => String::new(),
+    };
     let sql = format!(
-        "select id, name, lease_ms from {}.worker where expires_at < pg_catalog.clock_timestamp()
+        "select id, name, lease_ms from {}.worker where expires_at < pg_catalog.clock_timestamp() {old}
          order by pg_catalog.random() limit 1 for update skip locked",
         store.schema
     );
@@ -28,10 +37,23 @@ pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<Taken
     let lease = Duration::from_millis(dead.try_get::<i64, _>("lease_ms")?.max(0) as u64);
     let name: String = dead.try_get("name")?;
     let mut taken = TakenOver { worker, name, pending: 0, in_doubt: 0, dead: 0 };
+    let mut early = None;
+    if planted!("takeover-reads-first") {
+        let sql = format!("select token from {}.lease where worker = $1", store.schema);
+        let tokens: Vec<Uuid> = sqlx::Row::try_get(
+            &store.dynamic(format!("select array({sql}) as tokens")).bind(worker).fetch_one(work.on()).await?,
+            "tokens",
+        )?;
+        early = Some(leftover(store, &mut work, &tokens).await?);
+    }
     let tokens = lock_leases(store, &mut work, worker).await?;
+    let rows = match early {
+        Some(rows) => rows,
+        None => leftover(store, &mut work, &tokens).await?,
+    };
     let mut batches: BTreeMap<Uuid, (LeaseRef, Vec<Move>)> = BTreeMap::new();
     let (mut unseen, mut numbers) = (Vec::new(), Vec::new());
-    for row in leftover(store, &mut work, &tokens).await? {
+    for row in rows {
         let left = left(&row, lease)?;
         let moved = decide::lost(&left, &taken.name, draw).map_err(|e| Error::Refused(e.to_string()))?;
         match moved.standing.state {
