@@ -30,25 +30,36 @@ mod bugs {
     use std::cell::Cell;
     use std::sync::OnceLock;
 
-    /// A bug that can be planted: its name in `POSTBOX_PLANTED`.
+    /// A bug that can be planted.
     #[derive(Debug, Clone, Copy)]
     pub struct Bug {
-        /// Its name.
+        /// Its name in `POSTBOX_PLANTED`.
         pub name: &'static str,
         /// What is wrong with it.
         pub what: &'static str,
-        /// The test binary that catches it, and the test in it: on each store where it can be.
-        pub caught_by: (&'static str, &'static str),
-    }
-
-    const fn bug(name: &'static str, what: &'static str, binary: &'static str, test: &'static str) -> Bug {
-        Bug { name, what, caught_by: (binary, test) }
+        /// The test binary that catches it.
+        pub binary: &'static str,
+        /// The tests in it: one for each store that can have the bug.
+        pub caught_by: &'static [&'static str],
     }
 
     /// In the decisions: seen by the simulation.
     const fn decided(name: &'static str, what: &'static str) -> Bug {
-        bug(name, what, "simulation", "seeds")
+        Bug { name, what, binary: "simulation", caught_by: &["worker::core::simulation::planted_bugs_are_caught"] }
     }
+
+    /// In the stores: seen by a story of these.
+    const fn stored(name: &'static str, what: &'static str, caught_by: &'static [&'static str]) -> Bug {
+        Bug { name, what, binary: "store_suite", caught_by }
+    }
+
+    /// In the stores, where two transactions meet.
+    const fn raced(name: &'static str, what: &'static str, caught_by: &'static [&'static str]) -> Bug {
+        Bug { name, what, binary: "races", caught_by }
+    }
+
+    const SETTLING: &[&str] =
+        &["postgres::a_settle_counts_once_and_needs_its_lease", "sqlite::a_settle_counts_once_and_needs_its_lease"];
 
     /// All of them.
     pub const BUGS: [Bug; 25] = [
@@ -59,78 +70,70 @@ mod bugs {
         decided("unseen-end-retried", "an operation that panicked or timed out is tried again, blindly"),
         decided("not-done-believed-at-once", "the remote's \"not done\" is believed while a call may be on its way"),
         decided("quiet-without-lease", "the quiet period forgets that the old worker may only be paused"),
-        decided("late-outcome-overwrites", "a late outcome ends the doubt of another attempt"),
         decided("unknown-commit-failed", "a flush whose answer was lost is taken for failed and written anew"),
         decided("settled-before-commit", "an outcome is taken for written when it is sent, not when it is committed"),
         decided("attempts-reset-at-release", "what is handed back at a stop begins to count again"),
         decided("lost-counted", "an attempt that nobody knows of is counted when its worker dies"),
         decided("attempts-without-end", "the limit of attempts is not looked at"),
-        decided("disown-what-began", "an unknown lease is handed back though something of it has begun"),
-        bug(
-            "settle-without-lease",
-            "a flush does not look for its lease",
-            "store_suite",
-            "a_settle_counts_once_and_needs_its_lease",
+        stored(
+            "late-outcome-overwrites",
+            "a late outcome ends the doubt of another attempt",
+            &["postgres::late_outcomes_are_evidence", "sqlite::late_outcomes_are_evidence"],
         ),
-        bug(
-            "part-written-twice",
-            "a repeated flush is written again",
-            "store_suite",
-            "a_settle_counts_once_and_needs_its_lease",
-        ),
-        bug(
+        stored("settle-without-lease", "a flush does not look for its lease", SETTLING),
+        stored("part-written-twice", "a flush that is repeated is written again", SETTLING),
+        stored(
             "dedup-conflict-swallowed",
             "another body under the same dedup key is taken for the same",
-            "store_suite",
-            "a_dedup_key_makes_one_row_from_eight_connections",
+            &[
+                "postgres::a_dedup_key_makes_one_row_from_eight_connections",
+                "sqlite::a_dedup_key_makes_one_row_from_eight_connections",
+            ],
         ),
-        bug(
+        stored(
             "due-by-a-clients-clock",
-            "what is due goes by a clock that is an hour fast",
-            "store_suite",
-            "nothing_starts_before_it_is_due",
+            "a delay counts on the publisher's clock, which is an hour slow",
+            &["postgres::nothing_starts_before_it_is_due", "sqlite::nothing_starts_before_it_is_due"],
         ),
-        bug(
-            "takeover-by-age",
-            "a lease is taken over when it is old, not when its worker is dead",
-            "races",
-            "a_slow_worker_that_lives_is_left_alone",
-        ),
-        bug(
-            "takeover-reads-first",
-            "a takeover reads what a lease holds before it has locked it",
-            "races",
-            "a_settle_that_commits_while_a_takeover_waits_is_seen",
-        ),
-        bug(
-            "sequence-as-cursor",
-            "a claim goes on from the highest position it has seen",
-            "races",
-            "what_commits_late_is_not_passed_over",
-        ),
-        bug(
-            "backfill-without-waiting",
-            "history is handed out without waiting for publishers in flight",
-            "races",
-            "history_waits_for_publishers_in_flight",
-        ),
-        bug(
-            "follow-ups-apart",
-            "what follows is published in a transaction of its own",
-            "races",
-            "a_fenced_flush_publishes_nothing",
-        ),
-        bug(
-            "effects-before-outcome",
-            "a handler's transaction commits before its outcome is written",
-            "races",
-            "a_fenced_transaction_leaves_no_effect",
-        ),
-        bug(
+        stored(
             "claim-without-life",
             "a worker that was taken over can claim",
-            "store_suite",
-            "a_taken_over_worker_is_told",
+            &["postgres::a_taken_over_worker_is_told", "sqlite::a_taken_over_worker_is_told"],
+        ),
+        raced(
+            "takeover-by-age",
+            "a lease is taken over when it is old, not when its worker is dead",
+            &["a_slow_worker_that_lives_is_left_alone"],
+        ),
+        raced(
+            "takeover-reads-first",
+            "a takeover reads what a lease holds before it has locked it",
+            &["a_settle_that_commits_while_a_takeover_waits_is_seen"],
+        ),
+        raced(
+            "sequence-as-cursor",
+            "a claim goes on from the highest position that was settled",
+            &["what_commits_late_is_not_passed_over"],
+        ),
+        raced(
+            "backfill-without-waiting",
+            "history is handed out without waiting for publishers in flight",
+            &["history_waits_for_publishers_in_flight"],
+        ),
+        raced(
+            "disown-what-began",
+            "a lease is handed back though something of it has begun",
+            &["postgres::what_has_begun_is_not_handed_back", "sqlite::what_has_begun_is_not_handed_back"],
+        ),
+        raced(
+            "follow-ups-apart",
+            "what follows is published in a transaction of its own",
+            &["postgres::a_fenced_flush_publishes_nothing", "sqlite::a_fenced_flush_publishes_nothing"],
+        ),
+        raced(
+            "effects-before-outcome",
+            "a handler's transaction commits before its outcome is written",
+            &["postgres::a_fenced_transaction_leaves_no_effect", "sqlite::a_fenced_transaction_leaves_no_effect"],
         ),
     ];
 

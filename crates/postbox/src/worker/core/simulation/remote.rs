@@ -29,8 +29,6 @@ struct Call {
     /// When it got there, or was lost.
     over: Option<Duration>,
     applied: bool,
-    /// What operators had allowed when it was sent.
-    allowed: u32,
 }
 
 /// Its log.
@@ -46,26 +44,33 @@ fn allowed(row: &Row) -> u32 {
     row.allowed + words.count() as u32
 }
 
+/// Whether an operator ended the doubt about this attempt, so that others might follow.
+fn spoken(row: &Row, attempt: u32) -> bool {
+    let word = |(number, answer, speaker): &(u32, Answer, Speaker)| {
+        *number == attempt && *answer != Answer::Happened && *speaker == Speaker::Operator
+    };
+    row.resolutions.iter().any(word)
+}
+
 impl Remote {
     /// A call is sent. What must hold then?
     pub(super) fn sent(&mut self, row: &Row, number: u32, now: Duration) -> Checked<usize> {
         let delivery = row.delivery;
-        let allowed = allowed(row);
         let calls = self.calls.entry(delivery).or_default();
         if row.kind() == Kind::Operation {
             ensure!(row.begun.contains(&number), "I3: attempt {number} of {delivery} is called, and not on record");
             ensure!(calls.iter().all(|c| c.number != number), "I7: attempt {number} of {delivery} is called twice");
-            // An operator's word may let them overlap: it is on record whose mistake that was.
-            let open = calls.iter().find(|c| c.over.is_none() && c.allowed == allowed);
+            // Unless an operator's word let them: it is on record whose mistake that was.
+            let open = calls.iter().find(|c| c.over.is_none() && !spoken(row, c.number));
             ensure!(
                 open.is_none(),
                 "I7: attempt {number} of {delivery} overlaps attempt {}",
                 open.map_or(0, |c| c.number)
             );
-            let later = calls.iter().any(|c| c.number > number && c.allowed == allowed);
+            let later = calls.iter().any(|c| c.number > number) && !spoken(row, number);
             ensure!(!later, "I7: attempt {number} of {delivery} is called after a later one");
         }
-        calls.push(Call { number, sent: now, over: None, applied: false, allowed });
+        calls.push(Call { number, sent: now, over: None, applied: false });
         Ok(calls.len() - 1)
     }
 

@@ -1,0 +1,44 @@
+//! Bugs planted on purpose: the tests that ought to catch them are run again with each, and must fail.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+/// Whether one test of this binary passes, with a bug planted in it or without one.
+fn passes(test: &str, bug: Option<&str>) -> bool {
+    let program = std::env::current_exe().expect("the path of this test binary");
+    let mut command = Command::new(program);
+    command.args([test, "--exact", "--test-threads", "1"]).env_remove("POSTBOX_PLANTED");
+    command.envs(bug.map(|bug| ("POSTBOX_PLANTED", bug)));
+    let output = command.stdin(Stdio::null()).output().expect("the test binary runs again");
+    let words = String::from_utf8_lossy(&output.stdout);
+    assert!(words.contains("running 1 test"), "there is no test `{test}` in this binary:\n{words}");
+    output.status.success()
+}
+
+/// Runs, for each planted bug that this binary is to catch, its test without the bug, which passes, and
+/// with it, which fails. The tests run in processes of their own.
+///
+/// # Panics
+/// A bug was not noticed.
+pub fn each_is_caught(binary: &str) {
+    // In a process that runs because of this, there is nothing more to do.
+    if std::env::var_os("POSTBOX_PLANTED").is_some() {
+        return;
+    }
+    let mut missed = Vec::new();
+    let mut whole = std::collections::BTreeMap::new();
+    for bug in postbox::planted::BUGS.iter().filter(|bug| bug.binary == binary) {
+        for test in bug.caught_by {
+            let fine = *whole.entry(*test).or_insert_with(|| passes(test, None));
+            assert!(fine, "`{test}` fails without any bug planted");
+            if passes(test, Some(bug.name)) {
+                missed.push(format!("`{}` ({}) by `{test}`", bug.name, bug.what));
+            } else {
+                // Past the test runner's capture: a run shows who caught what also when it passes.
+                writeln!(std::io::stderr(), "planted {:<28} caught by {binary} {test}", bug.name).ok();
+            }
+        }
+    }
+    assert!(!whole.is_empty(), "no planted bug is to be caught by `{binary}`");
+    assert!(missed.is_empty(), "nobody noticed {}", missed.join(", "));
+}
