@@ -3,8 +3,8 @@
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-/// Whether one test of this binary passes, with a bug planted in it or without one.
-fn passes(test: &str, bug: Option<&str>) -> bool {
+/// How one test of this binary fails, with a bug planted in it or without one; `None` if it passes.
+fn failure(test: &str, bug: Option<&str>) -> Option<String> {
     let program = std::env::current_exe().expect("the path of this test binary");
     let mut command = Command::new(program);
     command.args([test, "--exact", "--test-threads", "1"]).env_remove("POSTBOX_PLANTED");
@@ -12,7 +12,12 @@ fn passes(test: &str, bug: Option<&str>) -> bool {
     let output = command.stdin(Stdio::null()).output().expect("the test binary runs again");
     let words = String::from_utf8_lossy(&output.stdout);
     assert!(words.contains("running 1 test"), "there is no test `{test}` in this binary:\n{words}");
-    output.status.success()
+    if output.status.success() {
+        return None;
+    }
+    let said = format!("{words}{}", String::from_utf8_lossy(&output.stderr));
+    let mut lines = said.lines().skip_while(|line| !line.contains("panicked at"));
+    Some(lines.nth(1).unwrap_or("it fails without a word").to_owned())
 }
 
 /// Runs, for each planted bug that this binary is to catch, its test without the bug, which passes, and
@@ -29,13 +34,14 @@ pub fn each_is_caught(binary: &str) {
     let mut whole = std::collections::BTreeMap::new();
     for bug in postbox::planted::BUGS.iter().filter(|bug| bug.binary == binary) {
         for test in bug.caught_by {
-            let fine = *whole.entry(*test).or_insert_with(|| passes(test, None));
-            assert!(fine, "`{test}` fails without any bug planted");
-            if passes(test, Some(bug.name)) {
-                missed.push(format!("`{}` ({}) by `{test}`", bug.name, bug.what));
-            } else {
+            let alone = whole.entry(*test).or_insert_with(|| failure(test, None));
+            assert_eq!(*alone, None, "`{test}` fails without any bug planted");
+            match failure(test, Some(bug.name)) {
+                None => missed.push(format!("`{}` ({}) by `{test}`", bug.name, bug.what)),
                 // Past the test runner's capture: a run shows who caught what also when it passes.
-                writeln!(std::io::stderr(), "planted {:<28} caught by {binary} {test}", bug.name).ok();
+                Some(how) => {
+                    writeln!(std::io::stderr(), "planted {:<28} caught by {binary} {test}: {how}", bug.name).ok();
+                }
             }
         }
     }

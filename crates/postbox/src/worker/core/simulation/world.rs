@@ -17,8 +17,9 @@ use crate::store::{
 use crate::worker::ran_out;
 
 /// What must have happened in some seed.
-pub(super) const FAULTS: [&str; 16] = [
+pub(super) const FAULTS: [&str; 17] = [
     "crash",
+    "pause before the call",
     "pause past the lease",
     "stall",
     "stop",
@@ -629,6 +630,11 @@ impl World {
             let end = if self.healed() || self.chance(80) { End::Succeeded } else { AGAIN };
             self.after(1..60, Happening::Return(at, hold, end));
             return Ok(());
+        }
+        if kind == Kind::Operation && !self.healed() && self.chance(4) {
+            // The worst moment: the clock was looked at, the call is not sent. As long as is assumed.
+            self.hit("pause before the call");
+            self.nodes[at.0].paused = self.now + self.within(3_500..4_980);
         }
         let wait = if !self.healed() && self.chance(5) { 0..2_400 } else { 0..8 };
         self.after(wait, Happening::Send(at, hold));
