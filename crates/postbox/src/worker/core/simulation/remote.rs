@@ -61,7 +61,7 @@ impl Remote {
             ensure!(row.begun.contains(&number), "I3: attempt {number} of {delivery} is called, and not on record");
             ensure!(calls.iter().all(|c| c.number != number), "I7: attempt {number} of {delivery} is called twice");
             // Unless an operator's word let them: it is on record whose mistake that was.
-            let open = calls.iter().find(|c| c.over.is_none() && !spoken(row, c.number));
+            let open = calls.iter().find(|c| c.over.is_none() && !spoken(row, c.number) && !spoken(row, number));
             ensure!(
                 open.is_none(),
                 "I7: attempt {number} of {delivery} overlaps attempt {}",

@@ -115,6 +115,8 @@ struct Node {
     /// As the decisions know it, and as the heart does.
     worker: Uuid,
     beating: Uuid,
+    /// Whom the heart told the decisions of last.
+    told: Uuid,
     /// The last renewal that came through: of whom, and when it was sent.
     renewed: (Uuid, Duration),
     paused: Duration,
@@ -180,6 +182,7 @@ impl World {
                 origin: Duration::ZERO,
                 worker: Uuid::nil(),
                 beating: Uuid::nil(),
+                told: Uuid::nil(),
                 renewed: (Uuid::nil(), Duration::ZERO),
                 paused: Duration::ZERO,
                 stalled: Duration::ZERO,
@@ -479,7 +482,7 @@ impl World {
             (Verb::Revive { worker, .. }, Context::Sent(sent), said) => match said {
                 Some(_) => {
                     self.hit("reborn");
-                    self.nodes[at.0].renewed = (worker, sent);
+                    (self.nodes[at.0].renewed, self.nodes[at.0].told) = ((worker, sent), worker);
                     self.after(0..1, Happening::Tell(at, Event::Reborn(worker)));
                     self.after(1_000..1_001, Happening::Beat(at));
                 }
@@ -506,7 +509,8 @@ impl World {
         match said {
             Some(Said::Beat(Some(tokens))) => {
                 node.renewed = (worker, sent);
-                let (sent, reborn) = (sent.saturating_sub(node.origin), node.worker != worker);
+                let (sent, reborn) = (sent.saturating_sub(node.origin), node.told != worker);
+                node.told = worker;
                 if reborn {
                     self.after(0..1, Happening::Tell(at, Event::Reborn(worker)));
                 }
@@ -540,7 +544,8 @@ impl World {
         let node = &mut self.nodes[place];
         node.life += 1;
         node.core = Some(Core::new(setup));
-        (node.origin, node.worker, node.beating, node.renewed) = (now, worker, worker, (worker, now));
+        (node.origin, node.worker, node.beating, node.told) = (now, worker, worker, worker);
+        node.renewed = (worker, now);
         (node.paused, node.stalled, node.asleep) = (now, now, false);
         node.tick = Some(now);
         let at = (place, node.life);
