@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// From the bottom up; a module may use modules of lower layers, and of its own.
 const LAYERS: [&[&str]; 9] = [
     // Pure: no clock, no I/O, no SQL.
-    &["content", "json", "pattern", "retry", "crash"],
+    &["content", "json", "pattern", "retry", "crash", "planted"],
     &["lifecycle", "message", "error"],
     &["settings", "context"],
     // The port, and the types that go through it.
@@ -128,10 +128,69 @@ fn the_pure_modules_are_pure() {
         "worker/core.rs",
         "worker/core/wire.rs",
         "worker/core/flush.rs",
+        "store/decide.rs",
     ] {
         let text = code(&std::fs::read_to_string(root.join(name)).expect("a source"));
         for impure in IMPURE {
             assert!(!text.contains(impure), "{name} must not know {impure}");
+        }
+    }
+}
+
+/// What a build for production must not hold: points to be killed at, and planted bugs.
+const FOR_TESTS: [&str; 2] = ["crash-points", "planted-bugs"];
+
+#[test]
+fn what_is_for_tests_is_compiled_for_tests_only() {
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut using = Vec::new();
+    for folder in std::fs::read_dir(&crates).expect("the crates").flatten() {
+        let manifest = std::fs::read_to_string(folder.path().join("Cargo.toml")).expect("a manifest");
+        let (before_dev, _) = manifest.split_once("[dev-dependencies]").unwrap_or((&manifest, ""));
+        let published = !manifest.contains("publish = false");
+        let named = FOR_TESTS.iter().filter(|feature| before_dev.contains(&format!("\"{feature}\""))).count();
+        if named > 0 {
+            assert!(!published, "{} is published, and switches on what is for tests", folder.path().display());
+            using.push(folder.file_name());
+        }
+    }
+    assert!(!using.is_empty(), "the tests run without what is for them");
+    let own = std::fs::read_to_string(library().join("../Cargo.toml")).expect("the manifest");
+    for feature in FOR_TESTS {
+        assert!(own.contains(&format!("\n{feature} = []\n")), "`{feature}` switches on nothing else");
+    }
+    assert!(!own.contains("\ndefault ="), "look here again when there are default features");
+    let planted = std::fs::read_to_string(library().join("planted.rs")).expect("the source");
+    assert!(planted.contains("($bug:literal) => {\n        false\n    };"), "without the feature a bug is `false`");
+}
+
+#[test]
+fn every_planted_bug_is_planted_and_has_its_test() {
+    let bugs = postbox::planted::BUGS;
+    assert!(bugs.len() >= 12);
+    let mut sites: BTreeMap<&str, usize> = bugs.iter().map(|bug| (bug.name, 0)).collect();
+    assert_eq!(sites.len(), bugs.len(), "each has a name of its own");
+    for file in sources(&library()) {
+        if file.ends_with("src/planted.rs") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&file).expect("a source");
+        for (name, places) in &mut sites {
+            *places += text.matches(&format!("\"{name}\"")).count();
+        }
+    }
+    let nowhere: Vec<_> = sites.iter().filter(|(_, places)| **places == 0).collect();
+    assert!(nowhere.is_empty(), "in the list and not in the code: {nowhere:?}");
+    for bug in bugs {
+        let file = match bug.binary {
+            "simulation" => library().join("worker/core/simulation.rs"),
+            binary => library().join(format!("../../../tests/{binary}.rs")),
+        };
+        let text = std::fs::read_to_string(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+        assert!(text.contains("fn planted_bugs_are_caught()"), "{} runs no planted bugs", file.display());
+        for test in bug.caught_by {
+            let name = test.rsplit("::").next().expect("a name");
+            assert!(text.contains(&format!("fn {name}")), "`{}`: there is no {name} in {}", bug.name, file.display());
         }
     }
 }

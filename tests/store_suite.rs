@@ -766,6 +766,11 @@ async fn stranded_deliveries_are_told<Db: Testable>() {
     assert_eq!(status.stranded, stranded);
 }
 
+#[test]
+fn planted_bugs_are_caught() {
+    postbox_testkit::planted::each_is_caught("store_suite");
+}
+
 #[tokio::test]
 async fn a_promoted_standby_makes_open_operations_suspect() {
     type Pg = postbox::Postgres;

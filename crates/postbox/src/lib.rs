@@ -50,6 +50,8 @@ mod json;
 mod message;
 mod operation;
 mod pattern;
+#[cfg(not(feature = "planted-bugs"))]
+mod planted;
 mod postbox;
 mod retry;
 mod router;
@@ -61,6 +63,9 @@ pub mod admin;
 pub mod crash;
 pub mod lifecycle;
 pub mod sql;
+#[cfg(feature = "planted-bugs")]
+#[doc(hidden)]
+pub mod planted;
 #[doc(hidden)]
 pub mod store;
 #[cfg(feature = "tokio-postgres")]

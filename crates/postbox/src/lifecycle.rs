@@ -8,6 +8,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::planted::planted;
 use crate::retry::RetryPolicy;
 
 /// Where a delivery stands.
@@ -277,6 +278,9 @@ pub fn transition(now: Standing, event: Event, policy: &Policy, draw: f64) -> Re
             match end {
                 End::Succeeded => at_once(settled(State::Succeeded)),
                 End::Snoozed { wait } if !now.begun => Ok(Next { standing: to(State::Pending), delay: wait }),
+                End::Panicked | End::TimedOut if operation && planted!("unseen-end-retried") => {
+                    Ok(again(settled(State::Pending), policy, None, draw))
+                }
                 End::InDoubt | End::Panicked | End::TimedOut if repeats => {
                     Ok(again(tried(unseen + 1), policy, None, draw))
                 }
@@ -304,10 +308,14 @@ pub fn transition(now: Standing, event: Event, policy: &Policy, draw: f64) -> Re
         (_, Event::Withheld) => refuse("withheld"),
 
         (State::Running, Event::WorkerLost) => match (operation, now.begun) {
+            (true, true) if planted!("lost-operation-retried") => at_once(to(State::Pending)),
             (true, true) if !repeats => at_once(to(State::InDoubt)),
             (true, false) => at_once(to(State::Pending)),
             // Whether it had started is unknown: no attempt is counted, but the next one is put on
             // record first, so that a message that kills its worker is found out.
+            (false, false) if planted!("lost-counted") => {
+                Ok(again(Standing { attempts: now.attempts + 1, ..to(State::Pending) }, policy, None, draw))
+            }
             (false, false) => at_once(Standing { lost: now.lost + 1, ..to(State::Pending) }),
             (_, true) => {
                 Ok(again(Standing { lost: now.lost + 1, ..to(State::Pending) }, policy, Some(Duration::ZERO), draw))
@@ -341,7 +349,7 @@ pub fn transition(now: Standing, event: Event, policy: &Policy, draw: f64) -> Re
 
 /// Pending again while attempts are left, over otherwise.
 fn again(standing: Standing, policy: &Policy, wait: Option<Duration>, draw: f64) -> Next {
-    if standing.attempts >= policy.retry.max_attempts {
+    if standing.attempts >= policy.retry.max_attempts && !planted!("attempts-without-end") {
         return Next { standing: over(standing, policy, State::Dead), delay: Duration::ZERO };
     }
     let delay = wait.unwrap_or_else(|| policy.retry.backoff(standing.attempts, draw));

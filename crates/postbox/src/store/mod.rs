@@ -18,6 +18,7 @@ use crate::lifecycle::{Answer, Kind, Policy, State};
 use crate::message::{Draft, Envelope};
 use crate::pattern::Pattern;
 
+pub(crate) mod decide;
 pub mod postgres;
 pub mod sqlite;
 

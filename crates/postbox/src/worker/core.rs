@@ -15,6 +15,7 @@ use uuid::Uuid;
 use self::flush::{Batch, FLUSH_AFTER, Slot, due_flush, is_withheld, observation};
 pub(crate) use self::wire::{Cancel, Command, Ended, Event, Flushed, Hold, Lane, Setup};
 use crate::lifecycle::{End, Kind};
+use crate::planted::planted;
 use crate::store::{ClaimRequest, Claimed, Guarded, Item, LeaseRef, SubscriptionId};
 
 /// The most that is claimed at once.
@@ -571,7 +572,13 @@ impl Core {
             batch.again_at = None;
             if let Some(settle) = due_flush(batch, &self.lanes, &mut self.rng, now) {
                 batch.flight = Some(settle.clone());
+                if planted!("call-before-start") {
+                    run_started(batch, &self.lanes, now, commands);
+                }
                 commands.push(Command::Settle(Box::new(settle)));
+                if planted!("settled-before-commit") {
+                    self.settled(token, Flushed::Known(Guarded::Done), now, commands);
+                }
             }
         }
     }
@@ -582,27 +589,27 @@ impl Core {
             return;
         }
         match answer {
+            Flushed::Unknown if planted!("unknown-commit-failed") => batch.unsettled(now),
             Flushed::Unknown => {
                 batch.again_at = Some(now + batch.pause);
                 batch.pause = (batch.pause * 2).min(LONGEST_PAUSE);
             }
             Flushed::Refused(error) => batch.refused(&error, &self.lanes, now),
-            Flushed::Known(Guarded::Fenced) => self.fence(token, commands),
+            Flushed::Known(Guarded::Fenced) => {
+                if planted!("start-without-lease") {
+                    run_started(batch, &self.lanes, now, commands);
+                }
+                self.fence(token, commands);
+            }
             Flushed::Known(Guarded::Done) => {
                 batch.pause = FIRST_PAUSE;
                 let close = batch.flight.take().is_some_and(|f| f.close);
-                for (index, (item, slot)) in batch.items.iter_mut().enumerate() {
-                    match slot {
-                        Slot::Settling(_) => *slot = Slot::Settled,
-                        Slot::Starting => {
-                            let timeout = self.lanes.get(&item.subscription).map_or(Duration::ZERO, |(l, _)| l.timeout);
-                            *slot = Slot::Running { deadline: now.saturating_add(timeout), cancelled: false };
-                            let number = item.attempts + 1;
-                            commands.push(Command::Run((token, index), batch.lease, Box::new(item.clone()), number));
-                        }
-                        _ => {}
+                for (_, slot) in &mut batch.items {
+                    if let Slot::Settling(_) = slot {
+                        *slot = Slot::Settled;
                     }
                 }
+                run_started(batch, &self.lanes, now, commands);
                 if close {
                     self.batches.remove(&token);
                 } else if self.phase == Phase::StoppingNow {
@@ -676,6 +683,23 @@ impl Load {
     }
 }
 
+/// Runs what has its start on record.
+fn run_started(
+    batch: &mut Batch,
+    lanes: &HashMap<SubscriptionId, (Lane, Load)>,
+    now: Duration,
+    commands: &mut Vec<Command>,
+) {
+    for (index, (item, slot)) in batch.items.iter_mut().enumerate() {
+        if let Slot::Starting = slot {
+            let timeout = lanes.get(&item.subscription).map_or(Duration::ZERO, |(l, _)| l.timeout);
+            *slot = Slot::Running { deadline: now.saturating_add(timeout), cancelled: false };
+            let (hold, number) = ((batch.lease.token, index), item.attempts + 1);
+            commands.push(Command::Run(hold, batch.lease, Box::new(item.clone()), number));
+        }
+    }
+}
+
 /// Its last worker died, and may have died of it.
 fn is_suspect(lane: &Lane, item: &Item) -> bool {
     item.lost > 0 && lane.policy.kind != Kind::Operation
@@ -690,5 +714,7 @@ fn ahead(concurrency: u32, ran: Option<Duration>) -> u32 {
     concurrency.saturating_mul(per_handler.max(1)).min(MAX_BATCH.max(concurrency))
 }
 
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;

@@ -55,6 +55,7 @@ async fn beat<S: Store>(
         }
     };
     let mut wait = lease / 3;
+    let mut told = registration.worker;
     loop {
         tokio::select! {
             _ = stopped.changed() => break,
@@ -67,6 +68,11 @@ async fn beat<S: Store>(
         match answer {
             Ok(Ok(Some(pulse))) => {
                 life.extend(registration.worker, sent, lease);
+                // It was registered again though the answer got lost: the decisions must know.
+                if told != registration.worker {
+                    told = registration.worker;
+                    events.send(Event::Reborn(told)).ok();
+                }
                 let at = sent.instant.saturating_duration_since(life.origin);
                 events.send(Event::Pulse(at, pulse.tokens)).ok();
             }
@@ -77,7 +83,8 @@ async fn beat<S: Store>(
                 match own.revive(&registration, &subscriptions).await {
                     Ok(()) => {
                         life.extend(registration.worker, sent, lease);
-                        events.send(Event::Reborn(registration.worker)).ok();
+                        told = registration.worker;
+                        events.send(Event::Reborn(told)).ok();
                     }
                     Err(error) => {
                         tracing::warn!(%error, "cannot register again yet");

@@ -16,6 +16,7 @@ use crate::lifecycle::Answer;
 use crate::operation::{Operation, Receipt, Reconciled, idempotency_key};
 use crate::postbox::Postbox;
 use crate::router::Route;
+use crate::store::decide::believed;
 use crate::store::{Answered, Claimed, Database, Doubtful, Registration, Speaker, Store, SubscriptionId};
 
 /// How often it looks, give or take a fifth.
@@ -177,12 +178,9 @@ async fn settle<Db: Database>(
             (Answer::Happened, receipt, Speaker::Operator, word.actor, Some(word.reason))
         }
         None => {
-            let (answer, receipt) = match context.clone().scope(reconcile(route, &call)).await? {
-                Reconciled::Done(receipt) => (Answer::Happened, receipt),
-                Reconciled::NotDone if doubt.quiet => (Answer::DidNotHappen, Receipt::none()),
-                // A call that was cut off may still be on its way: not believed yet, asked again.
-                Reconciled::NotDone | Reconciled::Unknown => return None,
-            };
+            let word = context.clone().scope(reconcile(route, &call)).await?;
+            let answer = believed(&word, doubt.quiet)?;
+            let receipt = if let Reconciled::Done(receipt) = word { receipt } else { Receipt::none() };
             (answer, receipt, Speaker::Reconcile, format!("reconcile by {worker}"), None)
         }
     };

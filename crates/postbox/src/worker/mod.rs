@@ -17,6 +17,7 @@ use self::attempt::Running;
 use self::core::{Command, Core, Event, Flushed, Hold, Lane, Setup};
 use crate::crash;
 use crate::error::Error;
+use crate::planted::planted;
 use crate::postbox::Postbox;
 use crate::router::{Route, Router};
 use crate::settings::Settings;
@@ -292,8 +293,14 @@ impl Life {
     pub(crate) fn is_over(&self, worker: Uuid) -> bool {
         let Ok(current) = self.current.lock().map(|c| *c) else { return true };
         let wall = current.sent.wall.elapsed().unwrap_or_default();
-        current.worker != worker || current.sent.instant.elapsed() >= current.lease || wall >= current.lease
+        let since = current.sent.instant.elapsed().max(wall);
+        current.worker != worker || ran_out(since, current.lease)
     }
+}
+
+/// Whether a lease must not be believed in any more, this long after its last renewal was sent.
+pub(crate) fn ran_out(since: Duration, lease: Duration) -> bool {
+    since >= lease && !planted!("no-last-look")
 }
 
 /// A moment on both clocks.

@@ -7,8 +7,8 @@ use sqlx::postgres::PgRow;
 
 use super::{PgStore, Work, envelope, millis, settle};
 use crate::error::Error;
-use crate::lifecycle::{Answer, Event, Kind, Next, Standing, State, transition};
-use crate::store::{Answered, DeliveryId, Doubtful, Move, Observation, Speaker, SubscriptionId, policy_of};
+use crate::lifecycle::{Kind, State};
+use crate::store::{Answered, DeliveryId, Doubtful, Observation, SubscriptionId, decide, policy_of};
 
 pub(super) async fn doubts(
     store: &PgStore,
@@ -48,6 +48,30 @@ pub(super) struct Locked {
     pub(super) attempts: u32,
 }
 
+impl Locked {
+    /// What the decision needs to know.
+    fn facts(&self) -> Result<decide::Doubt, Error> {
+        let row = &self.row;
+        let kind: Kind = row.try_get::<String, _>("kind")?.parse().map_err(Error::Refused)?;
+        let policy = policy_of(
+            kind,
+            row.try_get("idempotent")?,
+            row.try_get("max_attempts")?,
+            row.try_get("retry_base_ms")?,
+            row.try_get("retry_cap_ms")?,
+        );
+        Ok(decide::Doubt {
+            message: row.try_get("message")?,
+            subscription: row.try_get("subscription")?,
+            priority: row.try_get("priority")?,
+            attempts: self.attempts,
+            rev: self.rev,
+            word: row.try_get::<Option<String>, _>("word")?.is_some(),
+            policy,
+        })
+    }
+}
+
 pub(super) async fn lock(store: &PgStore, work: &mut Work, delivery: DeliveryId) -> Result<Option<Locked>, Error> {
     let row = store.query(store.sql.doubt_for_update).bind(delivery).fetch_optional(work.on()).await?;
     row.map(|row| {
@@ -61,17 +85,8 @@ pub(super) async fn lock(store: &PgStore, work: &mut Work, delivery: DeliveryId)
 /// Ends a locked doubt: the resolution, the move, and on success the follow-ups. The state after.
 pub(super) async fn end(store: &PgStore, work: &mut Work, doubt: &Locked, answered: &Answered) -> Result<State, Error> {
     let row = &doubt.row;
-    let kind: Kind = row.try_get::<String, _>("kind")?.parse().map_err(Error::Refused)?;
-    let policy = policy_of(
-        kind,
-        row.try_get("idempotent")?,
-        row.try_get("max_attempts")?,
-        row.try_get("retry_base_ms")?,
-        row.try_get("retry_cap_ms")?,
-    );
-    let now = Standing { state: State::InDoubt, attempts: doubt.attempts, begun: false, lost: 0 };
-    let Next { standing, delay } = transition(now, Event::Resolved(answered.answer), &policy, answered.draw)
-        .map_err(|e| Error::Refused(e.to_string()))?;
+    let moved = decide::end_of_doubt(&doubt.facts()?, answered).map_err(|e| Error::Refused(e.to_string()))?;
+    let state = moved.standing.state;
     store
         .query(store.sql.resolution)
         .bind(answered.delivery)
@@ -84,31 +99,15 @@ pub(super) async fn end(store: &PgStore, work: &mut Work, doubt: &Locked, answer
         .bind(&answered.actor)
         .bind(&answered.reason)
         .bind(answered.receipt.as_ref().map(|r| r.to_string()))
-        .bind(standing.state.as_str())
+        .bind(state.as_str())
         .execute(work.on())
         .await?;
-    let note = match answered.answer {
-        Answer::Abandoned => "abandoned: outcome never known".to_owned(),
-        _ => format!("{} said that it {}", answered.actor, answered.answer.as_str().replace('_', " ")),
-    };
-    if standing.state == State::Succeeded {
+    if state == State::Succeeded {
         settle::follow(store, work.on(), &answered.follow_ups).await?;
     } else {
-        let moved = Move {
-            delivery: answered.delivery,
-            message: row.try_get("message")?,
-            subscription: row.try_get("subscription")?,
-            priority: row.try_get("priority")?,
-            rev: doubt.rev + 1,
-            standing,
-            delay,
-            quiet: Duration::ZERO,
-            note,
-            outcome: None,
-        };
         settle::apply(store, work.on(), &[moved], None).await?;
     }
-    Ok(standing.state)
+    Ok(state)
 }
 
 pub(super) async fn answer(store: &PgStore, answered: &Answered) -> Result<bool, Error> {
@@ -126,22 +125,10 @@ pub(super) async fn observe(store: &PgStore, observations: &[Observation]) -> Re
     for seen in observations {
         let mut work = store.durable().await?;
         keep(store, &mut work, seen).await?;
-        if let Some(evidence) = &seen.evidence
-            && let Some(doubt) = lock(store, &mut work, seen.delivery).await?.filter(|d| d.attempts == seen.number)
-            // An operator's "happened" that waits to be carried out is not overruled.
-            && (evidence.answer == Answer::Happened || doubt.row.try_get::<Option<String>, _>("word")?.is_none())
+        if seen.evidence.is_some()
+            && let Some(doubt) = lock(store, &mut work, seen.delivery).await?
+            && let Some(answered) = decide::evidence(seen, &doubt.facts()?)
         {
-            let answered = Answered {
-                delivery: seen.delivery,
-                rev: doubt.rev,
-                answer: evidence.answer,
-                speaker: Speaker::Evidence,
-                actor: format!("worker {}", seen.worker),
-                reason: Some("its outcome came after its lease had run out".into()),
-                receipt: evidence.receipt.clone(),
-                follow_ups: evidence.follow_ups.clone(),
-                draw: 1.0,
-            };
             end(store, &mut work, &doubt, &answered).await?;
         }
         work.commit().await?;

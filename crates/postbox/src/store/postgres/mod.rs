@@ -5,6 +5,8 @@ mod claim;
 mod doubt;
 mod migrate;
 mod operate;
+#[cfg(feature = "planted-bugs")]
+mod planted;
 mod publish;
 mod register;
 mod replay;
@@ -44,7 +46,12 @@ macro_rules! statements {
 
         impl Sql {
             fn render(schema: &str) -> Sql {
-                Sql { $($name: include_str!(concat!(stringify!($name), ".sql")).replace("{schema}", schema).leak(),)* }
+                Sql { $($name: {
+                    let sql = include_str!(concat!(stringify!($name), ".sql"));
+                    #[cfg(feature = "planted-bugs")]
+                    let sql = planted::vary(stringify!($name), sql);
+                    sql.replace("{schema}", schema).leak()
+                },)* }
             }
         }
     };

@@ -6,6 +6,7 @@ use uuid::Uuid;
 use super::{PgStore, micros, millis};
 use crate::error::PublishError;
 use crate::message::{Draft, Due};
+use crate::planted::planted;
 use crate::store::Stored;
 
 /// The columns of a batch, as `publish.sql` takes them.
@@ -39,6 +40,9 @@ impl<'a> Columns<'a> {
             };
             let (delay_ms, due_us) = match draft.due {
                 Due::Now => (None, None),
+                Due::After(delay) if planted!("due-by-a-clients-clock") => {
+                    (None, Some(jiff::Timestamp::now().as_microsecond() - 3_600_000_000 + micros(delay)))
+                }
                 Due::After(delay) => (Some(millis(delay)), None),
                 Due::At(time) => (None, Some(time.as_microsecond())),
             };
@@ -137,7 +141,8 @@ async fn duplicates(
     for row in rows {
         let ord: i64 = row.try_get("ord")?;
         let existing: Uuid = row.try_get("message")?;
-        found.push((taken[ord as usize - 1], Stored::Duplicate { existing, same_body: row.try_get("same_body")? }));
+        let same_body = row.try_get::<bool, _>("same_body")? || planted!("dedup-conflict-swallowed");
+        found.push((taken[ord as usize - 1], Stored::Duplicate { existing, same_body }));
     }
     Ok(found)
 }

@@ -9,12 +9,20 @@ use uuid::Uuid;
 use super::{BEGIN_DURABLE, PgStore, Work, doubt, micros, millis, publish};
 use crate::crash;
 use crate::error::Error;
-use crate::lifecycle::{Standing, State};
 use crate::message::{Draft, MAX_WAIT};
-use crate::store::{DeliveryId, Guarded, Item, LeaseRef, Move, Settle, Stored};
+use crate::planted::planted;
+use crate::store::{DeliveryId, Guarded, LeaseRef, Move, Settle, Stored, decide};
+
+/// Which transaction a connection is in.
+const OWN_XID: &str = "select pg_catalog.pg_current_xact_id()::pg_catalog.text as xid";
 
 pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, Error> {
     let lease = settle.lease;
+    if planted!("follow-ups-apart") {
+        let mut apart = store.work().await?;
+        follow(store, apart.on(), &settle.follow_ups).await?;
+        apart.commit().await?;
+    }
     let mut work = store.durable().await?;
     // What left the lease without an outcome: the lease does not hold it any more.
     let left = settle.moves.iter().filter(|m| m.outcome.is_none()).map(|m| m.delivery);
@@ -37,18 +45,20 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         work.rollback().await?;
         return Ok(if found.try_get("found")? { Guarded::Done } else { Guarded::Fenced });
     }
-    if held.try_get::<i64, _>("written")? == 0 {
+    if held.try_get::<i64, _>("written")? == 0 && !planted!("part-written-twice") {
         // The answer to an earlier try was lost; it had committed.
         work.rollback().await?;
         return Ok(Guarded::Done);
     }
     let mut moves: Vec<Move> = settle.moves.clone();
-    moves.extend(settle.released.iter().map(released));
+    moves.extend(settle.released.iter().map(decide::released));
     apply(store, work.on(), &moves, Some(lease)).await?;
     for seen in &settle.seen {
         doubt::keep(store, &mut work, seen).await?;
     }
-    follow(store, work.on(), &settle.follow_ups).await?;
+    if !planted!("follow-ups-apart") {
+        follow(store, work.on(), &settle.follow_ups).await?;
+    }
     if !settle.starts.is_empty() {
         let (deliveries, numbers): (Vec<i64>, Vec<i32>) = settle.starts.iter().map(|(d, n)| (*d, *n as i32)).unzip();
         store
@@ -70,22 +80,6 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         crash::commit("outcome-commit-sent", work.commit()).await?;
     }
     Ok(Guarded::Done)
-}
-
-/// What was leased and never started goes back as it was.
-fn released(item: &Item) -> Move {
-    Move {
-        delivery: item.delivery,
-        message: item.message,
-        subscription: item.subscription,
-        priority: item.priority,
-        rev: item.rev + 1,
-        standing: Standing { state: State::Pending, attempts: item.attempts, begun: false, lost: item.lost },
-        delay: Duration::ZERO,
-        quiet: Duration::ZERO,
-        note: String::new(),
-        outcome: None,
-    }
 }
 
 /// Writes moves, under a lease or outside of one.
@@ -148,8 +142,7 @@ pub(super) async fn open(store: &PgStore, lease: LeaseRef, timeout: Duration) ->
     let idle = millis(timeout).clamp(1, i64::from(i32::MAX));
     let begin = format!("{BEGIN_DURABLE}; SET LOCAL idle_in_transaction_session_timeout = {idle}");
     let mut work = Work::begin(&store.pool, &begin).await?;
-    let row =
-        store.query("select pg_catalog.pg_current_xact_id()::pg_catalog.text as xid").fetch_one(work.on()).await?;
+    let row = store.query(OWN_XID).fetch_one(work.on()).await?;
     work.xid = Some(row.try_get("xid")?);
     Ok(work)
 }
@@ -161,15 +154,19 @@ pub(super) async fn settle_open(
     outcome: &Move,
     follow_ups: &[Draft],
 ) -> Result<Guarded, Error> {
-    let xid = work.xid.clone().unwrap_or_default();
+    let mut xid = work.xid.clone().unwrap_or_default();
+    if planted!("effects-before-outcome") {
+        work.commit().await?;
+        work = store.durable().await?;
+        xid = store.query(OWN_XID).fetch_one(work.on()).await?.try_get("xid")?;
+    }
     let record = outcome.outcome.as_ref();
     let ended = Error::Refused(
         "the handler ended its own transaction (COMMIT or ROLLBACK in raw SQL); what it did before that is not undone, and the attempt counts as failed".into(),
     );
     if !follow_ups.is_empty() {
         // Not outside of the handler's transaction, if that is over.
-        let row =
-            store.query("select pg_catalog.pg_current_xact_id()::pg_catalog.text as xid").fetch_one(work.on()).await?;
+        let row = store.query(OWN_XID).fetch_one(work.on()).await?;
         if row.try_get::<String, _>("xid")? != xid {
             work.rollback().await?;
             return Err(ended);

@@ -9,13 +9,23 @@ use uuid::Uuid;
 
 use super::{PgStore, Work, settle};
 use crate::error::Error;
-use crate::lifecycle::{Event, Kind, Standing, State, transition};
-use crate::store::{LeaseRef, Move, OutcomeRecord, TakenOver, policy_of};
+use crate::lifecycle::{Kind, Standing, State};
+use crate::planted::planted;
+use crate::store::decide::{self, Left};
+use crate::store::{LeaseRef, Move, TakenOver, policy_of};
 
 pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<TakenOver>, Error> {
     let mut work = store.durable().await?;
+    let old = match planted!("takeover-by-age") {
+        true => format!(
+            "or id in (select l.worker from {}.lease l
+                 where l.claimed_at < pg_catalog.clock_timestamp() - interval '1 millisecond' * lease_ms::double precision)",
+            store.schema
+        ),
+        false => String::new(),
+    };
     let sql = format!(
-        "select id, name, lease_ms, idempotent from {}.worker where expires_at < pg_catalog.clock_timestamp()
+        "select id, name, lease_ms, idempotent from {}.worker where expires_at < pg_catalog.clock_timestamp() {old}
          order by pg_catalog.random() limit 1 for update skip locked",
         store.schema
     );
@@ -28,17 +38,31 @@ pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<Taken
     let name: String = dead.try_get("name")?;
     let idempotent: Vec<i32> = dead.try_get("idempotent")?;
     let mut taken = TakenOver { worker, name, pending: 0, in_doubt: 0, dead: 0 };
+    let mut early = None;
+    if planted!("takeover-reads-first") {
+        let sql = format!("select token from {}.lease where worker = $1", store.schema);
+        let tokens: Vec<Uuid> = sqlx::Row::try_get(
+            &store.dynamic(format!("select array({sql}) as tokens")).bind(worker).fetch_one(work.on()).await?,
+            "tokens",
+        )?;
+        early = Some(leftover(store, &mut work, &tokens).await?);
+    }
     let tokens = lock_leases(store, &mut work, worker).await?;
+    let rows = match early {
+        Some(rows) => rows,
+        None => leftover(store, &mut work, &tokens).await?,
+    };
     let mut batches: BTreeMap<Uuid, (LeaseRef, Vec<Move>)> = BTreeMap::new();
     let (mut unseen, mut numbers) = (Vec::new(), Vec::new());
-    for row in leftover(store, &mut work, &tokens).await? {
-        let moved = lost(&row, &taken.name, &idempotent, lease, draw)?;
+    for row in rows {
+        let left = left(&row, &idempotent, lease)?;
+        let moved = decide::lost(&left, &taken.name, draw).map_err(|e| Error::Refused(e.to_string()))?;
         match moved.standing.state {
             State::InDoubt => taken.in_doubt += 1,
             State::Dead => taken.dead += 1,
             _ => taken.pending += 1,
         }
-        if moved.outcome.is_none() && row.try_get::<String, _>("kind")? != Kind::Operation.as_str() {
+        if decide::unseen(&left, &moved) {
             unseen.push(moved.delivery);
             numbers.push(moved.standing.attempts as i32 + 1);
         }
@@ -89,8 +113,8 @@ async fn forget(store: &PgStore, work: &mut Work, tokens: &[Uuid]) -> Result<(),
     Ok(())
 }
 
-/// Where a dead worker's delivery goes.
-fn lost(row: &PgRow, worker: &str, idempotent: &[i32], lease: Duration, draw: f64) -> Result<Move, Error> {
+/// What the decision needs to know of a delivery in a lease.
+fn left(row: &PgRow, idempotent: &[i32], lease: Duration) -> Result<Left, Error> {
     let kind: Kind = row.try_get::<String, _>("kind")?.parse().map_err(Error::Refused)?;
     // By what it was begun under, whatever was declared since.
     let declared = idempotent.contains(&row.try_get("subscription")?);
@@ -103,31 +127,22 @@ fn lost(row: &PgRow, worker: &str, idempotent: &[i32], lease: Duration, draw: f6
     );
     let begun: bool = row.try_get("begun")?;
     let attempts = row.try_get::<i32, _>("attempt")?.max(0) as u32 + u32::from(begun);
-    let now = Standing { state: State::Running, attempts, begun, lost: row.try_get::<i32, _>("lost")?.max(0) as u32 };
-    let next = transition(now, Event::WorkerLost, &policy, draw).map_err(|e| Error::Refused(e.to_string()))?;
-    // The worker may only be paused: its lease, its handler's timeout, and what is still on its way.
     let later = |column| row.try_get::<i64, _>(column).map(|ms| Duration::from_millis(ms.max(0) as u64));
-    let quiet = lease + later("timeout_ms")? + later("quiet_ms")?;
-    let words = format!("worker {worker} was lost during the attempt");
-    let outcome = begun.then(|| OutcomeRecord {
-        number: attempts,
-        kind: if kind == Kind::Operation && !declared { "in_doubt" } else { "lost" },
-        error: Some(words.clone()),
-        receipt: None,
-        ran: Duration::from_micros(row.try_get::<i64, _>("ran_us").unwrap_or(0).max(0) as u64),
-        ago: Duration::ZERO,
-    });
-    Ok(Move {
+    Ok(Left {
         delivery: row.try_get("delivery")?,
         message: row.try_get("message")?,
         subscription: row.try_get("subscription")?,
         priority: row.try_get("priority")?,
-        rev: row.try_get::<i32, _>("rev")? + 1,
-        standing: next.standing,
-        delay: next.delay,
-        quiet,
-        note: words,
-        outcome,
+        rev: row.try_get("rev")?,
+        standing: Standing {
+            state: State::Running,
+            attempts,
+            begun,
+            lost: row.try_get::<i32, _>("lost")?.max(0) as u32,
+        },
+        policy,
+        ran: Duration::from_micros(row.try_get::<i64, _>("ran_us").unwrap_or(0).max(0) as u64),
+        quiet: decide::quiet_after_loss(lease, later("timeout_ms")?, later("quiet_ms")?),
     })
 }
 
@@ -144,29 +159,13 @@ pub(super) async fn disown(store: &PgStore, worker: Uuid, token: Uuid) -> Result
 async fn hand_back(store: &PgStore, work: &mut Work, tokens: &[Uuid]) -> Result<(), Error> {
     let mut moves = Vec::new();
     for row in leftover(store, work, tokens).await? {
-        if row.try_get("begun")? {
-            return Err(Error::Refused(format!(
+        let left = left(&row, &[], Duration::ZERO)?;
+        moves.push(decide::handed_back(&left).map_err(|_| {
+            Error::Refused(format!(
                 "delivery {} has begun and cannot be handed back; it is taken over when the lease runs out",
-                row.try_get::<i64, _>("delivery")?
-            )));
-        }
-        moves.push(Move {
-            delivery: row.try_get("delivery")?,
-            message: row.try_get("message")?,
-            subscription: row.try_get("subscription")?,
-            priority: row.try_get("priority")?,
-            rev: row.try_get::<i32, _>("rev")? + 1,
-            standing: Standing {
-                state: State::Pending,
-                attempts: row.try_get::<i32, _>("attempt")?.max(0) as u32,
-                begun: false,
-                lost: row.try_get::<i32, _>("lost")?.max(0) as u32,
-            },
-            delay: Duration::ZERO,
-            quiet: Duration::ZERO,
-            note: String::new(),
-            outcome: None,
-        });
+                left.delivery
+            ))
+        })?);
     }
     settle::apply(store, work.on(), &moves, None).await?;
     forget(store, work, tokens).await

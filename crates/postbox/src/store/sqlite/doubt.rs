@@ -8,8 +8,8 @@ use uuid::Uuid;
 use super::work::Work;
 use super::{SqliteStore, json_of, messages, millis, publish, settle};
 use crate::error::Error;
-use crate::lifecycle::{Answer, Event, Kind, Standing, State, transition};
-use crate::store::{Answered, DeliveryId, Doubtful, Move, Observation, Speaker, SubscriptionId, Word, policy_of};
+use crate::lifecycle::{Kind, State};
+use crate::store::{Answered, DeliveryId, Doubtful, Observation, SubscriptionId, Word, decide, policy_of};
 
 row! {
     struct Due {
@@ -84,6 +84,22 @@ row! {
     }
 }
 
+impl Doubt {
+    /// What the decision needs to know.
+    fn facts(&self) -> Result<decide::Doubt, Error> {
+        let kind: Kind = self.kind.parse().map_err(Error::Refused)?;
+        Ok(decide::Doubt {
+            message: self.message,
+            subscription: self.subscription,
+            priority: self.priority,
+            attempts: self.attempt,
+            rev: self.rev,
+            word: self.word.is_some(),
+            policy: policy_of(kind, self.idempotent, self.max_attempts, self.retry_base_ms, self.retry_cap_ms),
+        })
+    }
+}
+
 pub(super) async fn find(db: &mut SqliteConnection, delivery: DeliveryId) -> Result<Option<Doubt>, Error> {
     let found = sqlx::query_as(
         "select d.message, d.subscription, d.priority, d.attempt, d.rev, d.word, s.kind, s.idempotent,
@@ -101,11 +117,8 @@ pub(super) async fn find(db: &mut SqliteConnection, delivery: DeliveryId) -> Res
 
 /// Ends a doubt: the resolution, the move, and on success the follow-ups. The state after.
 pub(super) async fn end(work: &mut Work, doubt: &Doubt, answered: &Answered) -> Result<State, Error> {
-    let kind: Kind = doubt.kind.parse().map_err(Error::Refused)?;
-    let policy = policy_of(kind, doubt.idempotent, doubt.max_attempts, doubt.retry_base_ms, doubt.retry_cap_ms);
-    let now = Standing { state: State::InDoubt, attempts: doubt.attempt, begun: false, lost: 0 };
-    let next = transition(now, Event::Resolved(answered.answer), &policy, answered.draw)
-        .map_err(|e| Error::Refused(e.to_string()))?;
+    let moved = decide::end_of_doubt(&doubt.facts()?, answered).map_err(|e| Error::Refused(e.to_string()))?;
+    let state = moved.standing.state;
     let receipt = answered.receipt.as_ref().map(serde_json::Value::to_string);
     sqlx::query(
         "insert into postbox_resolution (delivery, rev, number, subscription, message, answer, source, actor, reason,
@@ -122,30 +135,14 @@ pub(super) async fn end(work: &mut Work, doubt: &Doubt, answered: &Answered) -> 
     .bind(&answered.actor)
     .bind(&answered.reason)
     .bind(&receipt)
-    .bind(next.standing.state.as_str())
+    .bind(state.as_str())
     .execute(work.on())
     .await?;
-    let note = match answered.answer {
-        Answer::Abandoned => "abandoned: outcome never known".to_owned(),
-        _ => format!("{} said that it {}", answered.actor, answered.answer.as_str().replace('_', " ")),
-    };
-    let moved = Move {
-        delivery: answered.delivery,
-        message: doubt.message,
-        subscription: doubt.subscription,
-        priority: doubt.priority,
-        rev: doubt.rev + 1,
-        standing: next.standing,
-        delay: next.delay,
-        quiet: Duration::ZERO,
-        note,
-        outcome: None,
-    };
     settle::apply(work.on(), &[moved], None).await?;
-    if next.standing.state == State::Succeeded {
+    if state == State::Succeeded {
         publish::follow(work.on(), &answered.follow_ups).await?;
     }
-    Ok(next.standing.state)
+    Ok(state)
 }
 
 pub(super) async fn answer(store: &SqliteStore, answered: &Answered) -> Result<bool, Error> {
@@ -167,24 +164,12 @@ pub(super) async fn observe(store: &SqliteStore, observations: &[Observation]) -
     let mut work = store.write().await?;
     for seen in observations {
         keep(work.on(), seen).await?;
-        let Some(evidence) = &seen.evidence else { continue };
-        let Some(doubt) = find(work.on(), seen.delivery).await?.filter(|d| d.attempt == seen.number) else { continue };
-        if doubt.word.is_some() && evidence.answer != Answer::Happened {
-            // An operator has said the opposite, which is about to be carried out; both are on record.
-            continue;
+        if seen.evidence.is_some()
+            && let Some(doubt) = find(work.on(), seen.delivery).await?
+            && let Some(answered) = decide::evidence(seen, &doubt.facts()?)
+        {
+            end(&mut work, &doubt, &answered).await?;
         }
-        let answered = Answered {
-            delivery: seen.delivery,
-            rev: doubt.rev,
-            answer: evidence.answer,
-            speaker: Speaker::Evidence,
-            actor: format!("worker {}", seen.worker),
-            reason: Some("its outcome came after its lease had run out".into()),
-            receipt: evidence.receipt.clone(),
-            follow_ups: evidence.follow_ups.clone(),
-            draw: 1.0,
-        };
-        end(&mut work, &doubt, &answered).await?;
     }
     work.commit().await?;
     store.shared.bell.ring();

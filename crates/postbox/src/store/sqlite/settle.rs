@@ -1,7 +1,5 @@
 //! Settling: one flush of a batch, a transactional handler's end, and moves in general.
 
-use std::time::Duration;
-
 use serde_json::{Value, json};
 use sqlx::SqliteConnection;
 use uuid::Uuid;
@@ -12,12 +10,18 @@ use super::work::Work;
 use super::{SqliteStore, json_of, millis, millis_up};
 use crate::crash;
 use crate::error::Error;
-use crate::lifecycle::{Standing, State};
+use crate::lifecycle::State;
 use crate::message::Draft;
-use crate::store::{DeliveryId, Guarded, Item, LeaseRef, Move, Settle, Success};
+use crate::planted::planted;
+use crate::store::{DeliveryId, Guarded, LeaseRef, Move, Settle, Success, decide};
 
 pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guarded, Error> {
     let lease = settle.lease;
+    if planted!("follow-ups-apart") {
+        let mut apart = store.write().await?;
+        follow(apart.on(), &settle.follow_ups).await?;
+        apart.commit().await?;
+    }
     let mut work = store.write().await?;
     let part: u64 = sqlx::query(
         "insert into postbox_part (batch, part, at) select ?1, ?2, now from postbox_clock where true on conflict do nothing",
@@ -27,7 +31,7 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
     .execute(work.on())
     .await?
     .rows_affected();
-    if part == 0 {
+    if part == 0 && !planted!("part-written-twice") {
         // The answer to an earlier try was lost; it had committed.
         work.rollback().await?;
         return Ok(Guarded::Done);
@@ -38,12 +42,14 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
     }
     succeed(work.on(), lease, &settle.successes).await?;
     let mut moves: Vec<Move> = settle.moves.clone();
-    moves.extend(settle.released.iter().map(released));
+    moves.extend(settle.released.iter().map(decide::released));
     apply(work.on(), &moves, Some(lease)).await?;
     for seen in &settle.seen {
         keep(work.on(), seen).await?;
     }
-    follow(work.on(), &settle.follow_ups).await?;
+    if !planted!("follow-ups-apart") {
+        follow(work.on(), &settle.follow_ups).await?;
+    }
     begin(work.on(), lease, &settle.starts).await?;
     if settle.close {
         close(work.on(), lease.token).await?;
@@ -60,7 +66,7 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
 }
 
 async fn holds(db: &mut SqliteConnection, lease: LeaseRef) -> Result<bool, Error> {
-    let held = sqlx::query_scalar(
+    let held: bool = sqlx::query_scalar(
         "select exists (select 1 from postbox_lease where token = ?1 and batch = ?2 and worker = ?3)",
     )
     .bind(lease.token)
@@ -68,7 +74,7 @@ async fn holds(db: &mut SqliteConnection, lease: LeaseRef) -> Result<bool, Error
     .bind(lease.worker)
     .fetch_one(db)
     .await?;
-    Ok(held)
+    Ok(held || planted!("settle-without-lease"))
 }
 
 /// A lease ends when it holds nothing: what would be left behind would be nobody's.
@@ -120,22 +126,6 @@ async fn succeed(db: &mut SqliteConnection, lease: LeaseRef, successes: &[Succes
     .execute(db)
     .await?;
     all(moved.rows_affected(), successes.len())
-}
-
-/// What was leased and never started goes back as it was.
-fn released(item: &Item) -> Move {
-    Move {
-        delivery: item.delivery,
-        message: item.message,
-        subscription: item.subscription,
-        priority: item.priority,
-        rev: item.rev + 1,
-        standing: Standing { state: State::Pending, attempts: item.attempts, begun: false, lost: item.lost },
-        delay: Duration::ZERO,
-        quiet: Duration::ZERO,
-        note: String::new(),
-        outcome: None,
-    }
 }
 
 /// Writes moves, under a lease or outside of one.
@@ -228,6 +218,10 @@ pub(super) async fn settle_open(
         return Err(Error::Refused(
             "the handler ended its own transaction (COMMIT or ROLLBACK in raw SQL); what it committed before that is not undone, and the attempt counts as failed".into(),
         ));
+    }
+    if planted!("effects-before-outcome") {
+        work.commit().await?;
+        work = store.write().await?;
     }
     let held: bool = holds(work.on(), lease).await?
         && sqlx::query_scalar("select exists (select 1 from postbox_delivery where id = ?1 and token = ?2)")

@@ -8,8 +8,9 @@ use uuid::Uuid;
 use super::work::Work;
 use super::{SqliteStore, settle};
 use crate::error::Error;
-use crate::lifecycle::{Event, Kind, Standing, State, transition};
-use crate::store::{DeliveryId, LeaseRef, Move, OutcomeRecord, SubscriptionId, TakenOver, policy_of};
+use crate::lifecycle::{Kind, Standing, State};
+use crate::store::decide::{self, Left};
+use crate::store::{DeliveryId, LeaseRef, SubscriptionId, TakenOver, policy_of};
 
 row! {
     /// A delivery that a lease still holds.
@@ -78,13 +79,14 @@ async fn settle_leftover(
 ) -> Result<TakenOver, Error> {
     let mut taken = TakenOver { worker, name, pending: 0, in_doubt: 0, dead: 0 };
     for left in leftover(work.on(), worker, None).await? {
-        let moved = left.lost(&taken.name, idempotent, lease, draw)?;
+        let facts = left.facts(idempotent, lease)?;
+        let moved = decide::lost(&facts, &taken.name, draw).map_err(|e| Error::Refused(e.to_string()))?;
         match moved.standing.state {
             State::InDoubt => taken.in_doubt += 1,
             State::Dead => taken.dead += 1,
             _ => taken.pending += 1,
         }
-        if !left.begun && left.kind != Kind::Operation.as_str() {
+        if decide::unseen(&facts, &moved) {
             sqlx::query(
                 "insert into postbox_observation (delivery, number, worker, kind, detail, at)
                  select ?1, ?2, ?3, 'lost', ?4, now from postbox_clock",
@@ -105,48 +107,23 @@ async fn settle_leftover(
 }
 
 impl Leftover {
-    /// Where a dead worker's delivery goes.
-    fn lost(&self, worker: &str, idempotent: &[SubscriptionId], lease: Duration, draw: f64) -> Result<Move, Error> {
+    /// What the decision needs to know. The process is gone, and its timeout with it; what it had sent
+    /// may still be on its way.
+    fn facts(&self, idempotent: &[SubscriptionId], lease: Duration) -> Result<Left, Error> {
         let kind: Kind = self.kind.parse().map_err(Error::Refused)?;
         // By what it was begun under, whatever was declared since.
         let declared = idempotent.contains(&self.subscription);
-        let policy = policy_of(kind, declared, self.max_attempts, self.retry_base_ms, self.retry_cap_ms);
-        let now = Standing { state: State::Running, attempts: self.attempt, begun: self.begun, lost: self.lost };
-        let next = transition(now, Event::WorkerLost, &policy, draw).map_err(|e| Error::Refused(e.to_string()))?;
-        let words = format!("worker {worker} was lost during the attempt");
-        let outcome = self.begun.then(|| OutcomeRecord {
-            number: self.attempt,
-            kind: if kind == Kind::Operation && !declared { "in_doubt" } else { "lost" },
-            error: Some(words.clone()),
-            receipt: None,
-            ran: duration(self.ran_ms),
-            ago: Duration::ZERO,
-        });
-        // The process is gone, and its timeout with it; what it had sent may still be on its way.
-        let quiet = lease.saturating_add(duration(self.quiet_ms));
-        Ok(self.moved(next.standing, next.delay, quiet, words, outcome))
-    }
-
-    fn moved(
-        &self,
-        standing: Standing,
-        delay: Duration,
-        quiet: Duration,
-        note: String,
-        outcome: Option<OutcomeRecord>,
-    ) -> Move {
-        Move {
+        Ok(Left {
             delivery: self.id,
             message: self.message,
             subscription: self.subscription,
             priority: self.priority,
-            rev: self.rev + 1,
-            standing,
-            delay,
-            quiet,
-            note,
-            outcome,
-        }
+            rev: self.rev,
+            standing: Standing { state: State::Running, attempts: self.attempt, begun: self.begun, lost: self.lost },
+            policy: policy_of(kind, declared, self.max_attempts, self.retry_base_ms, self.retry_cap_ms),
+            ran: duration(self.ran_ms),
+            quiet: decide::quiet_after_loss(lease, Duration::ZERO, duration(self.quiet_ms)),
+        })
     }
 }
 
@@ -164,15 +141,16 @@ pub(super) async fn disown(store: &SqliteStore, worker: Uuid, token: Uuid) -> Re
     };
     let mut moves = Vec::new();
     for left in leftover(work.on(), worker, Some(token)).await? {
-        if left.begun {
-            work.rollback().await?;
-            return Err(Error::Refused(format!(
-                "delivery {} has begun and cannot be handed back; it is taken over when its worker ends",
-                left.id
-            )));
+        match decide::handed_back(&left.facts(Duration::ZERO)?) {
+            Ok(moved) => moves.push(moved),
+            Err(_) => {
+                work.rollback().await?;
+                return Err(Error::Refused(format!(
+                    "delivery {} has begun and cannot be handed back; it is taken over when its worker ends",
+                    left.id
+                )));
+            }
         }
-        let standing = Standing { state: State::Pending, attempts: left.attempt, begun: false, lost: left.lost };
-        moves.push(left.moved(standing, Duration::ZERO, Duration::ZERO, String::new(), None));
     }
     settle::apply(work.on(), &moves, Some(LeaseRef { worker, batch, token })).await?;
     settle::close(work.on(), token).await?;

@@ -74,6 +74,19 @@ impl Batch {
         }
     }
 
+    /// Takes the flush under way for one that was not written: what a planted bug believes.
+    pub(super) fn unsettled(&mut self, now: Duration) {
+        self.flight = None;
+        for (_, slot) in &mut self.items {
+            match std::mem::replace(slot, Slot::Settled) {
+                Slot::Settling(Some(ended)) => *slot = Slot::Ended(ended, now),
+                Slot::Settling(None) => *slot = Slot::Released,
+                Slot::Starting => *slot = Slot::Reserved,
+                other => *slot = other,
+            }
+        }
+    }
+
     /// The database refused a flush for what is in it. Nothing of it was written: its slots go back,
     /// and are settled one by one; the one that is refused alone is settled as what could not be.
     pub(super) fn refused(&mut self, error: &str, lanes: &HashMap<SubscriptionId, (Lane, Load)>, now: Duration) {
