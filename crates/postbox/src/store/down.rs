@@ -37,7 +37,7 @@ impl Holdings {
         }
         (self.messages > 0 || self.unfinished > 0).then(|| {
             Error::Refused(format!(
-                "the schema `{schema}` holds {} messages, with {} unfinished deliveries ({} of them in doubt); at version {to} all of it would be gone, the record of what was done and the audit, too. Nothing was changed; if it may go, say so: `postbox migrate down --to {to} --and-lose-data`",
+                "the schema `{schema}` is not empty (messages: {}, unfinished deliveries: {}, of them in doubt: {}); at version {to} all of it would be gone, and with it the record of what was done. Nothing was changed; if it may go, say so: `postbox migrate down --to {to} --and-lose-data`",
                 capped(self.messages),
                 capped(self.unfinished),
                 capped(self.in_doubt),
@@ -62,8 +62,11 @@ mod tests {
         assert!(Holdings::default().refusal("shop", 0).is_none());
         let words = |held: Holdings| held.refusal("shop", 0).map(|e| e.to_string()).unwrap_or_default();
         let words_of_two = words(Holdings { messages: 3, unfinished: 2, in_doubt: 1, ..Holdings::default() });
-        assert!(words_of_two.contains("3 messages, with 2 unfinished deliveries (1 of them in doubt)"), "{words_of_two}");
-        assert!(words(Holdings { messages: 100_001, ..Holdings::default() }).contains("more than 100000 messages"));
+        assert!(
+            words_of_two.contains("(messages: 3, unfinished deliveries: 2, of them in doubt: 1)"),
+            "{words_of_two}"
+        );
+        assert!(words(Holdings { messages: 100_001, ..Holdings::default() }).contains("messages: more than 100000,"));
         assert!(words(Holdings { workers: 1, messages: 3, ..Holdings::default() }).contains("1 worker is"));
     }
 }

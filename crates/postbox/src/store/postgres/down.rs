@@ -50,7 +50,8 @@ async fn refusal(store: &PgStore, work: &mut Work, to: u32, holds_data: bool) ->
     let sql = format!(
         "select pg_catalog.count(*) as alive from {schema}.worker w where w.expires_at > pg_catalog.clock_timestamp()"
     );
-    let mut held = Holdings { workers: store.dynamic(sql).fetch_one(work.on()).await?.try_get("alive")?, ..Holdings::default() };
+    let mut held =
+        Holdings { workers: store.dynamic(sql).fetch_one(work.on()).await?.try_get("alive")?, ..Holdings::default() };
     if holds_data && held.workers == 0 {
         // In the order in which publishing locks them.
         let sql = format!("lock table {schema}.routing, {schema}.dedup, {schema}.message in access exclusive mode");

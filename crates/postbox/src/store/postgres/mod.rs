@@ -29,8 +29,8 @@ use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, minted_at};
 use crate::settings::Settings;
 use crate::store::{
-    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Guarded, HandlerTx, LeaseRef, Loss, Move,
-    Observation, Pulse, Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
+    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Guarded, HandlerTx, LeaseRef, Loss, Move, Observation,
+    Pulse, Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
 };
 
 pub use migrate::{migrations_down_sql, migrations_sql};
