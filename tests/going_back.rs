@@ -65,7 +65,7 @@ async fn down_leaves_nothing_and_up_brings_it_back<Db: Testable>() {
 /// Whatever postbox makes in a database.
 async fn things<Db: Testable>(fresh: &Fresh<Db>) -> i64 {
     let schema = fresh.schema();
-    let sql = match Db::NAME {
+    let sql = match <Db as Testable>::NAME {
         "sqlite" => "select count(*) from sqlite_schema where name like 'postbox%'".to_owned(),
         _ => format!(
             "select (select count(*) from pg_namespace where nspname = '{schema}')
