@@ -18,6 +18,9 @@ use uuid::Uuid;
 const RECORD: [&str; 8] =
     ["message", "late_delivery", "attempt", "outcome", "outcome_part", "resolution", "observation", "audit"];
 
+/// How long to wait for what a worker does.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 async fn open(login: &Login) -> Postbox<Postgres> {
     Postbox::open(login.settings.clone()).await.expect("open as the login")
 }
@@ -188,14 +191,17 @@ async fn a_worker_works_and_the_record_stays_as_it_is() {
             .named("ship"),
         );
     let worker = postbox.worker(app).poll_interval(Duration::from_millis(20)).start().await.expect("start");
-    loop {
-        let done = all_states(&fresh.postbox).await;
-        assert!(done.iter().all(|(_, state)| state != "dead"), "{done:?}");
-        if done.iter().filter(|(_, state)| state == "succeeded").count() == 8 {
-            break;
+    let waited = async {
+        loop {
+            let done = all_states(&fresh.postbox).await;
+            assert!(done.iter().all(|(_, state)| state != "dead"), "{done:?}");
+            if done.iter().filter(|(_, state)| state == "succeeded").count() == 8 {
+                break;
+            }
+            tokio::task::yield_now().await;
         }
-        tokio::task::yield_now().await;
-    }
+    };
+    tokio::time::timeout(PATIENCE, waited).await.expect("all of it is done");
     worker.stop(None).await.expect("stop");
 
     // Another one dies with an operation begun, and a plain delivery in its hands.
@@ -297,14 +303,17 @@ async fn troubled(fresh: &Fresh<Postgres>) -> (i64, i64) {
         .on("t", handler(async || Err::<(), Failure>(Failure::permanent("no"))).named("plain"));
     let worker = fresh.postbox.worker(app).poll_interval(Duration::from_millis(20)).start().await.expect("start");
     fresh.postbox.publish_now([Envelope::json("t", &1)]).await.expect("publish");
-    let found = loop {
-        let rows = fresh.postbox.admin().list(&Filter::default(), 10).await.expect("list");
-        let of = |state: &str| rows.iter().find(|r| r.state.to_string() == state).map(|r| r.id);
-        if let (Some(doubt), Some(dead)) = (of("in_doubt"), of("dead")) {
-            break (doubt, dead);
+    let found = async {
+        loop {
+            let rows = fresh.postbox.admin().list(&Filter::default(), 10).await.expect("list");
+            let of = |state: &str| rows.iter().find(|r| r.state.to_string() == state).map(|r| r.id);
+            if let (Some(doubt), Some(dead)) = (of("in_doubt"), of("dead")) {
+                break (doubt, dead);
+            }
+            tokio::task::yield_now().await;
         }
-        tokio::task::yield_now().await;
     };
+    let found = tokio::time::timeout(PATIENCE, found).await.expect("a doubt and a dead letter");
     worker.stop(None).await.expect("stop");
     found
 }
