@@ -76,6 +76,14 @@ pub(crate) enum Command {
     /// The settings in force
     #[command(subcommand)]
     Config(Config),
+    /// Completions for a shell, to be put where it looks for them
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// The manual page, for `man`
+    #[command(hide = true)]
+    Manual,
     /// The payment provider of the demo, a process of its own
     #[command(hide = true)]
     DemoProvider,
@@ -97,8 +105,29 @@ pub(crate) enum Migrate {
     Up,
     /// Which migrations there are, and which were applied
     Status,
+    /// Take migrations back, the newest first
+    Down(Down),
+    /// Make the roles for programs (PostgreSQL), and give them their rights; can be repeated
+    Roles,
     /// The migrations as plain SQL (PostgreSQL), for a migration tool of your own
-    Print,
+    Print {
+        /// What takes them back, instead
+        #[arg(long)]
+        down: bool,
+    },
+}
+
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Down {
+    /// The version to go down to; 0 leaves nothing [default: one below the schema's]
+    #[arg(long, value_name = "VERSION")]
+    pub(crate) to: Option<u32>,
+    /// Also if messages, deliveries and the record of what was done are lost, and workers are alive
+    #[arg(long)]
+    pub(crate) and_lose_data: bool,
+    /// Does not ask
+    #[arg(long, short)]
+    pub(crate) yes: bool,
 }
 
 #[derive(Debug, Args)]

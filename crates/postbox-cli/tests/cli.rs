@@ -438,3 +438,50 @@ fn a_reader_that_leaves_is_no_panic() {
     let ran = Ran::of(&child.wait_with_output().expect("ends")).ends(0);
     assert_eq!(ran.err, "");
 }
+
+#[test]
+fn migrations_are_taken_back() {
+    let place = Place::new();
+    place.with_a_message();
+    // Not without being asked, and not with messages.
+    place.run(&["migrate", "down", "--to", "0"]).ends(5);
+    let refused = place.run(&["migrate", "down", "--to", "0", "--yes"]).ends(5);
+    assert!(refused.err.contains("messages: 1,") && refused.err.contains("--and-lose-data"), "{}", refused.err);
+    assert_eq!(place.run(&["status", "--json"]).ends(0).json()["unrouted"], 1);
+    place.run(&["migrate", "down", "--to", "9", "--yes"]).ends(5);
+    let gone = place.run(&["migrate", "down", "--to", "0", "--yes", "--and-lose-data", "--json"]).ends(0).json();
+    assert_eq!((gone["version"].as_u64(), gone["gone"][0].as_str()), (Some(0), Some("0001 engine")));
+    let sql = place.run(&["migrate", "print", "--down", "--schema", "shop_events"]).ends(0).out;
+    assert!(sql.contains("drop table shop_events.audit") && !sql.contains("cascade"), "{sql}");
+    assert!(place.run(&["migrate", "roles"]).ends(0).err.contains("no roles"));
+}
+
+#[test]
+fn shells_can_complete_it() {
+    let place = Place::new();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = place.run(&["completions", shell]).ends(0).out;
+        // Every verb that the help names.
+        let help = place.run(&["--help"]).ends(0).out;
+        let verbs = help.lines().skip_while(|l| *l != "Commands:").skip(1).take_while(|l| !l.is_empty());
+        let mut seen = 0;
+        for verb in verbs.filter_map(|line| line.split_whitespace().next()).filter(|v| *v != "help") {
+            assert!(script.contains(verb), "{shell} does not know {verb}");
+            seen += 1;
+        }
+        assert!(seen >= 10, "{help}");
+    }
+    let script = place.run(&["completions", "bash"]).out;
+    let file = place.file("postbox.bash");
+    std::fs::write(&file, script).expect("written");
+    assert!(Command::new("bash").arg("-n").arg(&file).status().expect("bash runs").success());
+    // What bash would offer.
+    let offered = format!(
+        "source {}; COMP_WORDS=(postbox migrate d); COMP_CWORD=2; _postbox postbox d migrate; echo \"${{COMPREPLY[@]}}\"",
+        file.display()
+    );
+    let offered = Ran::of(&Command::new("bash").args(["-c", &offered]).output().expect("bash runs"));
+    assert_eq!(offered.out.trim(), "down", "{}", offered.err);
+    place.run(&["completions", "tcsh"]).ends(2);
+    assert!(place.run(&["manual"]).ends(0).out.contains(".SH NAME"));
+}

@@ -5,6 +5,7 @@
 
 pub mod bad_input;
 mod child;
+mod login;
 pub mod planted;
 mod postgres;
 mod remote;
@@ -14,6 +15,7 @@ use std::future::Future;
 use postbox::{Database, Postbox, Postgres, Settings, Sqlite};
 
 pub use child::WorkerProcess;
+pub use login::Login;
 pub use postgres::{Server, shared_url};
 pub use remote::Remote;
 
@@ -25,6 +27,7 @@ pub struct Fresh<Db: Database> {
     pub pool: sqlx::Pool<Db>,
     /// What to pass to a child process or a second `open`.
     pub settings: Settings,
+    login: Option<Login>,
     cleanup: Cleanup,
 }
 
@@ -56,20 +59,31 @@ impl<Db: Database> Fresh<Db> {
 impl<Db: Database> Drop for Fresh<Db> {
     fn drop(&mut self) {
         let Cleanup::Schema { url, schema } = &self.cleanup else { return };
-        let (url, schema) = (url.clone(), schema.clone());
-        // A thread of its own: a test's runtime may be gone by now.
-        let dropped = std::thread::spawn(move || {
-            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-            runtime.block_on(async {
-                use sqlx::Connection;
-                if let Ok(mut connection) = sqlx::PgConnection::connect(&url).await {
-                    let sql = format!("set lock_timeout = '2s'; drop schema if exists {schema} cascade");
-                    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut connection).await.ok();
-                }
-            });
-        });
-        dropped.join().ok();
+        // Roles are the whole server's: what is granted to a login goes before what grants it.
+        drop(self.login.take());
+        let mut statements = vec![format!("set lock_timeout = '2s'; drop schema if exists {schema} cascade")];
+        // A role that something else depends on stays.
+        for role in ["publisher", "worker", "operator", "viewer"] {
+            statements.push(format!("drop role if exists {schema}_{role}"));
+        }
+        clean_up(url.clone(), statements);
     }
+}
+
+/// Runs each statement, whether the one before succeeded or not, and waits for it.
+pub(crate) fn clean_up(url: String, statements: Vec<String>) {
+    // A thread of its own: a test's runtime may be gone by now.
+    let done = std::thread::spawn(move || {
+        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+        runtime.block_on(async {
+            use sqlx::Connection;
+            let Ok(mut connection) = sqlx::PgConnection::connect(&url).await else { return };
+            for sql in statements {
+                sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut connection).await.ok();
+            }
+        });
+    });
+    done.join().ok();
 }
 
 /// A database that tests can have fresh.
@@ -111,7 +125,19 @@ impl Testable for Postgres {
         let settings = adjust(settings);
         let postbox = Postbox::migrate(settings.clone()).await.expect("a fresh schema on the test server");
         let pool = sqlx::PgPool::connect(&url).await.expect("a pool on the test server");
-        Fresh { postbox, pool, settings, cleanup: Cleanup::Schema { url, schema } }
+        let cleanup = Cleanup::Schema { url, schema };
+        let mut fresh = Fresh { postbox, pool, settings, cleanup, login: None };
+        // The same tests, by programs that own nothing and have the roles only.
+        if std::env::var_os("POSTBOX_TEST_AS_ROLES").is_some() {
+            let login = Login::with(&fresh, &["worker", "operator"]).await;
+            let sql =
+                format!("alter default privileges in schema {} grant all on tables to {}", fresh.schema(), login.name);
+            Postgres::execute(&fresh, &sql).await;
+            fresh.settings = login.settings.clone();
+            fresh.postbox = Postbox::open(login.settings.clone()).await.expect("open as the roles");
+            fresh.login = Some(login);
+        }
+        fresh
     }
 
     async fn execute(fresh: &Fresh<Postgres>, sql: &str) {
@@ -142,7 +168,7 @@ impl Testable for Sqlite {
         let options: sqlx::sqlite::SqliteConnectOptions = url.parse().expect("a SQLite URL");
         let options = options.busy_timeout(std::time::Duration::from_secs(30));
         let pool = sqlx::SqlitePool::connect_with(options).await.expect("a pool on the SQLite file");
-        Fresh { postbox, pool, settings, cleanup: Cleanup::File(folder) }
+        Fresh { postbox, pool, settings, login: None, cleanup: Cleanup::File(folder) }
     }
 
     async fn execute(fresh: &Fresh<Sqlite>, sql: &str) {

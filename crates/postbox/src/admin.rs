@@ -297,6 +297,16 @@ pub struct MigrationStatus {
     pub migrations: Vec<(u32, String, Option<Timestamp>)>,
 }
 
+/// A role that programs can be given in PostgreSQL.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct RoleRow {
+    /// Its name, like `postbox_worker`.
+    pub name: String,
+    /// Whether the server has it.
+    pub exists: bool,
+}
+
 /// An operator's wish to try again.
 #[derive(Debug, Clone)]
 pub struct Retry {

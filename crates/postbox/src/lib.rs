@@ -90,7 +90,7 @@ pub use retry::RetryPolicy;
 pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation};
 pub use settings::{Backend, SETTINGS, Settings, hide_password};
 pub use sqlx::{Postgres, Sqlite};
-pub use store::postgres::migrations_sql;
+pub use store::postgres::{migrations_down_sql, migrations_sql};
 pub use store::{AsConnection, Database};
 pub use worker::{Worker, WorkerBuilder};
 

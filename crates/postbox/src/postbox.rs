@@ -1,12 +1,12 @@
 //! The handle: connect, publish, operate, start workers.
 
-use crate::admin::{Admin, MigrationStatus};
+use crate::admin::{Admin, MigrationStatus, RoleRow};
 use crate::context;
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, IntoDraft, minted_at};
 use crate::router::Router;
 use crate::settings::Settings;
-use crate::store::{AsConnection, Database, HandlerTx, Store, Stored};
+use crate::store::{AsConnection, Database, HandlerTx, Loss, Store, Stored};
 use crate::worker::WorkerBuilder;
 
 /// A postbox in a database. Cheap to clone; clones share their connections.
@@ -126,6 +126,42 @@ impl<Db: Database> Postbox<Db> {
     /// The database did not answer.
     pub async fn migration_status(&self) -> Result<MigrationStatus, Error> {
         self.store.migration_status().await
+    }
+
+    /// Takes migrations back, newest first, down to a version; 0 leaves nothing of the schema but what
+    /// others put into it. Each commits whole or not at all. The names of those taken back.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if messages would be lost, workers are alive, or the schema is below that
+    /// version already; the role may not; or the database did not answer.
+    pub async fn migrate_down(&self, to: u32) -> Result<Vec<String>, Error> {
+        self.store.migrate_down(to, Loss::Refused).await
+    }
+
+    /// The same, whatever is lost, and whoever works on it: all messages, and the whole record.
+    ///
+    /// # Errors
+    /// As [`migrate_down`](Self::migrate_down), but for the messages and the workers.
+    pub async fn migrate_down_and_lose_data(&self, to: u32) -> Result<Vec<String>, Error> {
+        self.store.migrate_down(to, Loss::Accepted).await
+    }
+
+    /// The roles that programs can be given on PostgreSQL, and which of them are there; none on SQLite.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn roles(&self) -> Result<Vec<RoleRow>, Error> {
+        self.store.roles().await
+    }
+
+    /// Makes the roles that are not there and gives all of them their rights, as the migration does
+    /// where it may. It can be repeated.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the names of those that could not be made; those that are there have
+    /// their rights then. Or this login does not own the schema.
+    pub async fn grant_roles(&self) -> Result<Vec<RoleRow>, Error> {
+        self.store.grant_roles().await
     }
 
     /// The settings it was opened with.

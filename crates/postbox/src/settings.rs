@@ -25,6 +25,7 @@ use crate::message::MAX_PAYLOAD_BYTES;
 /// | `max_payload_bytes` | `POSTBOX_MAX_PAYLOAD_BYTES` | 1048576 |
 /// | `wake_ups` | `POSTBOX_WAKE_UPS` | `true`; `false` polls only (pgbouncer) |
 /// | `prepared_statements` | `POSTBOX_PREPARED_STATEMENTS` | `true`; `false` behind pgbouncer |
+/// | `publish_through_function` | `POSTBOX_PUBLISH_THROUGH_FUNCTION` | `false`: only when the role may not insert |
 /// | `pool_size` | `POSTBOX_POOL_SIZE` | concurrency + 5 |
 /// | `busy_timeout` | `POSTBOX_BUSY_TIMEOUT` | `30s`: how long SQLite waits for another writer |
 #[derive(Debug, Clone)]
@@ -33,7 +34,7 @@ pub struct Settings {
 }
 
 /// Every setting's name, in the order in which they are shown.
-pub const SETTINGS: [&str; 17] = [
+pub const SETTINGS: [&str; 18] = [
     "database_url",
     "host",
     "port",
@@ -49,6 +50,7 @@ pub const SETTINGS: [&str; 17] = [
     "max_payload_bytes",
     "wake_ups",
     "prepared_statements",
+    "publish_through_function",
     "pool_size",
     "busy_timeout",
 ];
@@ -216,6 +218,7 @@ impl Settings {
             "lease" => "30s".into(),
             "max_payload_bytes" => MAX_PAYLOAD_BYTES.to_string(),
             "wake_ups" | "prepared_statements" => "true".into(),
+            "publish_through_function" => "false".into(),
             "pool_size" => self.concurrency().map_or_else(|_| "10".into(), |c| (c + 5).to_string()),
             "busy_timeout" => "30s".into(),
             _ => String::new(),
@@ -399,6 +402,15 @@ impl Settings {
     /// Neither true nor false.
     pub fn prepared_statements(&self) -> Result<bool, Error> {
         self.switch("prepared_statements")
+    }
+
+    /// Whether PostgreSQL's function publishes, whatever the role of the postbox may do itself: for
+    /// connections that belong to another one.
+    ///
+    /// # Errors
+    /// Neither true nor false.
+    pub fn publish_through_function(&self) -> Result<bool, Error> {
+        self.switch("publish_through_function")
     }
 
     /// Connections at most, the heartbeat's and the listener's not counted.

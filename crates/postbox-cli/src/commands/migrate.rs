@@ -1,21 +1,23 @@
-//! `postbox migrate up|status|print`.
+//! `postbox migrate up|down|status|roles|print`.
 
 use postbox::{Database, Postbox};
 use serde_json::json;
 
 use crate::commands::Ended;
+use crate::confirm::confirm;
 use crate::desk::Desk;
 use crate::failure::Failure;
-use crate::flags::Migrate;
+use crate::flags::{Down, Migrate};
 use crate::output::Tone;
 use crate::text::plain;
 
 /// The SQL for the user's own migration tool. No database is needed.
-pub(super) fn print(desk: &Desk<'_>) -> Ended {
+pub(super) fn print(desk: &Desk<'_>, down: bool) -> Ended {
     let next = || desk.command("migrate print --schema postbox");
     let failed = |e| Failure::of(&e, "print the migrations", next());
     let schema = desk.settings.schema().map_err(failed)?;
-    let sql = postbox::migrations_sql(&schema).map_err(failed)?;
+    let text = if down { postbox::migrations_down_sql } else { postbox::migrations_sql };
+    let sql = text(&schema).map_err(failed)?;
     if desk.output.json {
         desk.output.object(&json!({"schema": schema, "sql": sql}))?;
     } else {
@@ -28,7 +30,9 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, command: Migrate) -> Ende
     match command {
         Migrate::Up => up::<Db>(desk).await,
         Migrate::Status => status::<Db>(desk).await,
-        Migrate::Print => print(desk),
+        Migrate::Down(wish) => down::<Db>(desk, wish).await,
+        Migrate::Roles => roles::<Db>(desk).await,
+        Migrate::Print { down } => print(desk, down),
     }
 }
 
@@ -38,9 +42,12 @@ async fn up<Db: Database>(desk: &Desk<'_>) -> Ended {
     let failed = |e| Failure::of(&e, tried, desk.command("migrate status"));
     let applied = postbox.migrate_up().await.map_err(failed)?;
     let status = postbox.migration_status().await.map_err(failed)?;
+    let missing = missing(&postbox).await.map_err(failed)?;
     if desk.output.json {
         let version = status.migrations.last().map_or(0, |(version, ..)| *version);
-        desk.output.object(&json!({"schema": status.schema, "version": version, "applied": applied}))?;
+        desk.output.object(
+            &json!({"schema": status.schema, "version": version, "applied": applied, "missing_roles": missing}),
+        )?;
         return Ok(0);
     }
     for name in &applied {
@@ -48,6 +55,76 @@ async fn up<Db: Database>(desk: &Desk<'_>) -> Ended {
     }
     let words = if applied.is_empty() { "was current already" } else { "is current now" };
     desk.output.prose(&format!("the schema {} {words}", plain(&status.schema)));
+    if !missing.is_empty() {
+        desk.output.prose(&format!("not there: the roles {}", plain(&missing.join(", "))));
+        desk.output.prose(&format!("next, as a role that may create roles: {}", desk.command("migrate roles")));
+    }
+    Ok(0)
+}
+
+/// The roles that programs could be given, and that the server does not have.
+async fn missing<Db: Database>(postbox: &Postbox<Db>) -> Result<Vec<String>, postbox::Error> {
+    Ok(postbox.roles().await?.into_iter().filter(|r| !r.exists).map(|r| r.name).collect())
+}
+
+async fn down<Db: Database>(desk: &Desk<'_>, wish: Down) -> Ended {
+    let postbox = desk.open_as_it_is::<Db>().await?;
+    let tried = "take migrations back";
+    let failed = |e| Failure::of(&e, tried, desk.command("migrate status"));
+    let status = postbox.migration_status().await.map_err(failed)?;
+    let found = status.migrations.iter().filter(|(_, _, at)| at.is_some()).count() as u32;
+    let to = wish.to.unwrap_or(found.saturating_sub(1));
+    let lose = if wish.and_lose_data { " --and-lose-data" } else { "" };
+    for (version, name, _) in status.migrations.iter().rev().filter(|(version, _, at)| at.is_some() && *version > to) {
+        desk.output.prose(&format!("takes back {version:04} {}", plain(name)));
+    }
+    if wish.and_lose_data {
+        desk.output.prose("all messages go with the tables, and the record of what was done");
+    }
+    confirm(wish.yes, tried, &desk.command(&format!("migrate down --to {to}{lose}")))?;
+    let gone = match wish.and_lose_data {
+        true => postbox.migrate_down_and_lose_data(to).await,
+        false => postbox.migrate_down(to).await,
+    };
+    let gone = gone.map_err(failed)?;
+    let kept: Vec<String> =
+        postbox.roles().await.map_err(failed)?.into_iter().filter(|r| r.exists).map(|r| r.name).collect();
+    if desk.output.json {
+        desk.output.object(&json!({"schema": status.schema, "version": to, "gone": gone, "roles": kept}))?;
+        return Ok(0);
+    }
+    for name in &gone {
+        desk.output.line(&format!("{} {}", desk.output.paint(Tone::Good, "-"), plain(name)))?;
+    }
+    if gone.is_empty() {
+        desk.output.prose(&format!("the schema {} was at version {to} already", plain(&status.schema)));
+    }
+    if gone.iter().any(|name| name.ends_with(" roles")) && !kept.is_empty() {
+        let kept = plain(&kept.join(", "));
+        desk.output.prose(&format!(
+            "these roles have members or other rights, or are not this login's to drop, and stay: {kept}"
+        ));
+    }
+    Ok(0)
+}
+
+async fn roles<Db: Database>(desk: &Desk<'_>) -> Ended {
+    let postbox = desk.open::<Db>().await?;
+    let roles = postbox
+        .grant_roles()
+        .await
+        .map_err(|e| Failure::of(&e, "give the roles their rights", desk.command("migrate status")))?;
+    if desk.output.json {
+        let names: Vec<&str> = roles.iter().map(|r| r.name.as_str()).collect();
+        desk.output.object(&json!({"roles": names}))?;
+        return Ok(0);
+    }
+    for role in &roles {
+        desk.output.line(&format!("{} {}", desk.output.paint(Tone::Good, "+"), plain(&role.name)))?;
+    }
+    if roles.is_empty() {
+        desk.output.prose("SQLite has no roles: who may read and write the file may do everything");
+    }
     Ok(0)
 }
 

@@ -2,6 +2,7 @@
 
 mod audit;
 mod cancel;
+mod completions;
 mod config;
 mod jsonl;
 mod list;
@@ -30,12 +31,14 @@ pub(crate) async fn run(flags: Flags, output: &Output) -> Ended {
     match flags.command {
         Command::Demo(demo) => return demo::run(demo, output).await,
         Command::DemoProvider => return demo::provider::run().await,
+        Command::Completions { shell } => return completions::print(shell),
+        Command::Manual => return completions::manual(),
         _ => {}
     }
     let desk = Desk::new(flags.global, output)?;
     match flags.command {
         Command::Config(command) => config::run(&desk, command),
-        Command::Migrate(Migrate::Print) => migrate::print(&desk),
+        Command::Migrate(Migrate::Print { down }) => migrate::print(&desk, down),
         command => match desk.backend()? {
             Backend::Postgres => on::<Postgres>(&desk, command).await,
             Backend::Sqlite => on::<Sqlite>(&desk, command).await,
@@ -57,6 +60,10 @@ async fn on<Db: Database>(desk: &Desk<'_>, command: Command) -> Ended {
         Command::Subscriptions(subscriptions) => subscriptions::run::<Db>(desk, subscriptions).await,
         Command::Audit(audit) => audit::run::<Db>(desk, audit).await,
         // These need no database and were served above.
-        Command::Config(_) | Command::Demo(_) | Command::DemoProvider => Ok(0),
+        Command::Config(_)
+        | Command::Demo(_)
+        | Command::DemoProvider
+        | Command::Completions { .. }
+        | Command::Manual => Ok(0),
     }
 }

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::admin::{
     AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
-    Resolution, Retry, Status, SubscriptionRow,
+    Resolution, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::{Answer, Kind, Policy, State};
@@ -19,8 +19,11 @@ use crate::message::{Draft, Envelope};
 use crate::pattern::Pattern;
 
 pub(crate) mod decide;
+pub(crate) mod down;
 pub mod postgres;
 pub mod sqlite;
+
+pub use down::Loss;
 
 /// A subscription's number in the database.
 pub type SubscriptionId = i32;
@@ -489,6 +492,12 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn migrate(&self) -> impl Verb<Vec<String>>;
     /// Which migrations there are, and which were applied.
     fn migration_status(&self) -> impl Verb<MigrationStatus>;
+    /// Takes migrations back, down to a version. The names of those, newest first.
+    fn migrate_down(&self, to: u32, loss: Loss) -> impl Verb<Vec<String>>;
+    /// The roles for programs; none where the database has no roles.
+    fn roles(&self) -> impl Verb<Vec<RoleRow>>;
+    /// Makes the roles that are not there, and gives all of them their rights.
+    fn grant_roles(&self) -> impl Verb<Vec<RoleRow>>;
 
     /// Stores and fans out checked messages, in the caller's transaction; in order.
     fn publish(

@@ -7,13 +7,33 @@ use crate::admin::MigrationStatus;
 use crate::error::Error;
 use crate::settings::plain_name;
 
-/// Version and name are the position and the file's.
-const MIGRATIONS: [(&str, &str); 1] = [("engine", include_str!("migrations/0001_engine.sql"))];
+/// A numbered migration: its version is its place, from 1.
+pub(super) struct Migration {
+    pub(super) name: &'static str,
+    up: &'static str,
+    pub(super) down: &'static str,
+    /// Messages and deliveries are lost with it.
+    pub(super) holds_data: bool,
+}
+
+macro_rules! migration {
+    ($number:literal, $name:literal, holds_data: $holds_data:literal) => {
+        Migration {
+            name: $name,
+            up: include_str!(concat!("migrations/", $number, "_", $name, ".sql")),
+            down: include_str!(concat!("migrations/", $number, "_", $name, ".down.sql")),
+            holds_data: $holds_data,
+        }
+    };
+}
+
+pub(super) const MIGRATIONS: [Migration; 2] =
+    [migration!("0001", "engine", holds_data: true), migration!("0002", "roles", holds_data: false)];
 
 fn render(text: &str, schema: &str, channel: &str) -> String {
-    let (publish, duplicates) = (include_str!("publish.sql"), include_str!("duplicates.sql"));
-    text.replace("{publish}", publish)
-        .replace("{duplicates}", duplicates)
+    text.replace("{publish}", include_str!("publish.sql"))
+        .replace("{duplicates}", include_str!("duplicates.sql"))
+        .replace("{roles}", include_str!("roles.sql"))
         .replace("{schema}", schema)
         .replace("{channel}", channel)
 }
@@ -37,19 +57,64 @@ fn record(schema: &str, version: usize, name: &str) -> String {
 /// # Errors
 /// The schema's name is not `^[a-z_][a-z0-9_]{0,47}$`.
 pub fn migrations_sql(schema: &str) -> Result<String, Error> {
-    if !plain_name(schema) {
-        return Err(Error::Settings(format!(
-            "the schema name `{}` must be 1 to 48 of a-z 0-9 _, not starting with a digit",
-            schema.escape_debug()
-        )));
-    }
+    checked(schema)?;
     let mut text = head(schema);
-    for (version, (name, migration)) in (1..).zip(MIGRATIONS) {
-        text.push_str(&format!("\n-- {version:04} {name}\n"));
-        text.push_str(&render(migration, schema, schema));
-        text.push_str(&record(schema, version, name));
+    for (version, migration) in (1..).zip(&MIGRATIONS) {
+        text.push_str(&format!("\n-- {version:04} {}\n", migration.name));
+        text.push_str(&render(migration.up, schema, schema));
+        text.push_str(&record(schema, version, migration.name));
     }
     Ok(text)
+}
+
+/// What takes all migrations back, newest first, as one SQL text. It asks nobody whether the messages
+/// may go.
+///
+/// # Errors
+/// As [`migrations_sql`].
+pub fn migrations_down_sql(schema: &str) -> Result<String, Error> {
+    checked(schema)?;
+    let mut text = String::new();
+    for (version, migration) in (1..).zip(&MIGRATIONS).collect::<Vec<(usize, _)>>().into_iter().rev() {
+        text.push_str(&format!("-- {version:04} {}, down\n", migration.name));
+        text.push_str(&down(migration, schema));
+        text.push_str(&format!("delete from {schema}.migration where version = {version};\n\n"));
+    }
+    text.push_str(&tail(schema));
+    Ok(text)
+}
+
+fn checked(schema: &str) -> Result<(), Error> {
+    if plain_name(schema) {
+        return Ok(());
+    }
+    Err(Error::Settings(format!(
+        "the schema name `{}` must be 1 to 48 of a-z 0-9 _, not starting with a digit",
+        schema.escape_debug()
+    )))
+}
+
+pub(super) fn down(migration: &Migration, schema: &str) -> String {
+    migration.down.replace("{schema}", schema)
+}
+
+/// What is left at version 0: the list of migrations, and the schema if nobody else uses it.
+pub(super) fn tail(schema: &str) -> String {
+    format!(
+        "drop table {schema}.migration;\n\
+         do $tail$ begin\n    \
+             drop schema {schema};\n\
+         exception when dependent_objects_still_exist or insufficient_privilege then\n    \
+             raise notice 'postbox: the schema {schema} stays: %', sqlerrm;\n\
+         end $tail$;\n"
+    )
+}
+
+/// One migrator at a time, released with the transaction (pgbouncer has no sessions).
+pub(super) async fn lock(store: &PgStore, work: &mut Work) -> Result<(), Error> {
+    let lock = "select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('postbox.migrate.' || $1, 0))";
+    store.query(lock).bind(&store.schema).execute(work.on()).await?;
+    Ok(())
 }
 
 async fn exists(store: &PgStore, work: &mut Work) -> Result<bool, Error> {
@@ -59,20 +124,24 @@ async fn exists(store: &PgStore, work: &mut Work) -> Result<bool, Error> {
     Ok(row.try_get("found")?)
 }
 
-async fn applied(store: &PgStore, work: &mut Work) -> Result<Vec<(i32, String, i64)>, Error> {
+pub(super) async fn applied(store: &PgStore, work: &mut Work) -> Result<Vec<(i32, String, i64)>, Error> {
     if !exists(store, work).await? {
         return Ok(Vec::new());
     }
+    // A publisher may not read the table, only what the function tells.
+    let table = format!("{}.migration", store.schema);
+    let may = "select pg_catalog.has_table_privilege($1, 'select') as may";
+    let may: bool = store.query(may).bind(&table).fetch_one(work.on()).await?.try_get("may")?;
+    let source = if may { table } else { format!("{}.schema_version()", store.schema) };
     let sql = format!(
-        "select version, name, (extract(epoch from applied_at) * 1000000::numeric)::bigint as at_us
-         from {}.migration order by version",
-        store.schema
+        "select m.version, m.name, (extract(epoch from m.applied_at) * 1000000::numeric)::bigint as at_us
+         from {source} m order by m.version"
     );
     let rows = store.dynamic(sql).fetch_all(work.on()).await?;
     rows.iter().map(|r| Ok((r.try_get("version")?, r.try_get("name")?, r.try_get("at_us")?))).collect()
 }
 
-fn newer(store: &PgStore, found: usize) -> Error {
+pub(super) fn newer(store: &PgStore, found: usize) -> Error {
     Error::Schema {
         schema: store.schema.clone(),
         found: found as u32,
@@ -88,9 +157,9 @@ pub(super) async fn status(store: &PgStore) -> Result<MigrationStatus, Error> {
     if done.len() > MIGRATIONS.len() {
         return Err(newer(store, done.len()));
     }
-    let migrations = (1..).zip(MIGRATIONS).map(|(version, (name, _))| {
+    let migrations = (1..).zip(&MIGRATIONS).map(|(version, migration)| {
         let at = done.iter().find(|(v, ..)| *v == version).map(|(_, _, at)| timestamp(*at));
-        (version as u32, name.to_owned(), at)
+        (version as u32, migration.name.to_owned(), at)
     });
     Ok(MigrationStatus { schema: store.schema.clone(), migrations: migrations.collect() })
 }
@@ -99,14 +168,12 @@ pub(super) async fn up(store: &PgStore) -> Result<Vec<String>, Error> {
     let mut names = Vec::new();
     loop {
         let mut work = store.work().await?;
-        // One migrator at a time, released with the transaction (pgbouncer has no sessions).
-        let lock = "select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('postbox.migrate.' || $1, 0))";
-        store.query(lock).bind(&store.schema).execute(work.on()).await?;
+        lock(store, &mut work).await?;
         let done = applied(store, &mut work).await?.len();
         if done > MIGRATIONS.len() {
             return Err(newer(store, done));
         }
-        let Some((name, migration)) = MIGRATIONS.get(done) else {
+        let Some(migration) = MIGRATIONS.get(done) else {
             work.rollback().await?;
             return Ok(names);
         };
@@ -116,11 +183,11 @@ pub(super) async fn up(store: &PgStore) -> Result<Vec<String>, Error> {
             true => head(&store.schema).split_once('\n').map_or_else(String::new, |(_, rest)| rest.to_owned()),
             false => head(&store.schema),
         };
-        sql.push_str(&render(migration, &store.schema, &store.channel));
-        sql.push_str(&record(&store.schema, version, name));
+        sql.push_str(&render(migration.up, &store.schema, &store.channel));
+        sql.push_str(&record(&store.schema, version, migration.name));
         sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(work.on()).await?;
         work.commit().await?;
-        names.push(format!("{version:04} {name}"));
+        names.push(format!("{version:04} {}", migration.name));
     }
 }
 
@@ -141,10 +208,15 @@ mod tests {
     fn prints_what_it_applies_and_refuses_odd_names() {
         let text = migrations_sql("shop_box").expect("a plain name");
         assert!(text.contains("create table shop_box.message"));
-        assert!(["{schema}", "{publish}", "{duplicates}", "{channel}"].iter().all(|blank| !text.contains(blank)));
+        let blanks = ["{schema}", "{publish}", "{duplicates}", "{channel}", "{roles}"];
+        assert!(blanks.iter().all(|blank| !text.contains(blank)));
         assert!(text.contains("insert into shop_box.migration (version, name) values (1, 'engine')"));
+        let text = migrations_down_sql("shop_box").expect("a plain name");
+        let [roles, engine] = ["drop function shop_box.record_action", "shop_box.message"].map(|t| text.find(t));
+        assert!(roles.is_some() && roles < engine, "newest first: {text}");
+        assert!(!text.contains("{schema}") && !text.contains("cascade"), "{text}");
         for odd in ["x\"; drop", "", "Shop", &"x".repeat(49)] {
-            assert!(migrations_sql(odd).is_err(), "{odd}");
+            assert!(migrations_sql(odd).is_err() && migrations_down_sql(odd).is_err(), "{odd}");
         }
     }
 }

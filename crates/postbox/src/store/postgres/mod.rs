@@ -3,6 +3,7 @@
 mod admin;
 mod claim;
 mod doubt;
+mod down;
 mod migrate;
 mod operate;
 #[cfg(feature = "planted-bugs")]
@@ -10,6 +11,7 @@ mod planted;
 mod publish;
 mod register;
 mod replay;
+mod roles;
 mod settle;
 mod takeover;
 
@@ -25,18 +27,18 @@ use uuid::Uuid;
 
 use crate::admin::{
     AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
-    Resolution, Retry, Status, SubscriptionRow,
+    Resolution, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::content::Content;
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, minted_at};
 use crate::settings::Settings;
 use crate::store::{
-    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Ended, Guarded, HandlerTx, LeaseRef, Move,
+    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Ended, Guarded, HandlerTx, LeaseRef, Loss, Move,
     Observation, Pulse, Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
 };
 
-pub use migrate::migrations_sql;
+pub use migrate::{migrations_down_sql, migrations_sql};
 
 /// Every statement, with the schema's name filled in.
 macro_rules! statements {
@@ -58,7 +60,8 @@ macro_rules! statements {
 }
 statements! {
     audit, beat, claim, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
-    moves, next_due, part_exists, promote, publish, replay, resolution, settle_open, settle_part, starts, suspects, unrouted,
+    moves, next_due, part_exists, promote, publish, publish_checked, replay, resolution, roles, settle_open, settle_part,
+    starts, suspects, unrouted,
     list, show_attempts, show_records, subscriptions, stranded,
 }
 
@@ -84,6 +87,8 @@ pub struct PgStore {
     channel: String,
     prepared: bool,
     wake_ups: bool,
+    /// Publishes with the function, one by one: the role may do no more.
+    through_function: bool,
     bell: Arc<Bell>,
 }
 
@@ -267,7 +272,7 @@ impl Store for PgStore {
             .acquire_timeout(Duration::from_secs(30))
             .connect_with(options.clone())
             .await?;
-        Ok(PgStore {
+        let mut store = PgStore {
             pool,
             options,
             sql: Sql::of(&schema),
@@ -275,8 +280,11 @@ impl Store for PgStore {
             schema,
             prepared: settings.prepared_statements()?,
             wake_ups: settings.wake_ups()?,
+            through_function: settings.publish_through_function()?,
             bell: Arc::default(),
-        })
+        };
+        store.through_function |= !roles::may_insert(&store).await?;
+        Ok(store)
     }
 
     async fn alone(&self) -> Result<Self, Error> {
@@ -297,6 +305,18 @@ impl Store for PgStore {
 
     async fn migration_status(&self) -> Result<MigrationStatus, Error> {
         migrate::status(self).await
+    }
+
+    async fn migrate_down(&self, to: u32, loss: Loss) -> Result<Vec<String>, Error> {
+        down::to(self, to, loss).await
+    }
+
+    async fn roles(&self) -> Result<Vec<RoleRow>, Error> {
+        roles::roles(self).await
+    }
+
+    async fn grant_roles(&self) -> Result<Vec<RoleRow>, Error> {
+        roles::grant(self).await
     }
 
     async fn publish(

@@ -6,6 +6,8 @@ with moved as materialized (
         number int, kind pg_catalog.text, error pg_catalog.text, receipt pg_catalog.json, ran_us bigint, ago_us bigint,
         batch bigint, worker pg_catalog.uuid)
 ),
+-- Left out when no attempt ended: an operator may move deliveries, and write no attempt's outcome.
+-- {ended
 ended as (
     insert into {schema}.outcome (delivery, number, kind, state_after, rev, subscription, message, batch, worker,
         started_at, finished_at, error, receipt)
@@ -14,6 +16,7 @@ ended as (
         pg_catalog.clock_timestamp() - interval '1 microsecond' * m.ago_us::double precision, m.error, m.receipt
     from moved m where m.kind is not null
 ),
+-- ended}
 readied as (
     insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
     select r.subscription, r.priority, pg_catalog.nextval('{schema}.delivery_id'), r.delivery, r.message, r.attempts, r.lost, r.rev

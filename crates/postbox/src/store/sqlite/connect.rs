@@ -6,14 +6,17 @@ use std::time::{Duration, Instant};
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{SqliteConnection, SqlitePool};
+use uuid::Uuid;
 
 use super::{PREFIX, SqliteStore, timestamp};
 use crate::admin::MigrationStatus;
 use crate::error::Error;
 use crate::settings::Settings;
+use crate::store::down::{Holdings, Loss, too_far};
 
-/// Version and name are the position and the file's.
-const MIGRATIONS: [(&str, &str); 1] = [("engine", include_str!("migrations/0001_engine.sql"))];
+/// Version and name are the position and the file's; up and down.
+const MIGRATIONS: [(&str, &str, &str); 1] =
+    [("engine", include_str!("migrations/0001_engine.sql"), include_str!("migrations/0001_engine.down.sql"))];
 
 const HEAD: &str = "create table if not exists postbox_migration (
     version    integer primary key,
@@ -145,7 +148,7 @@ pub(super) async fn status(store: &SqliteStore) -> Result<MigrationStatus, Error
     let mut work = store.read().await?;
     let done = applied(work.on()).await?;
     work.rollback().await?;
-    let migrations = (1..).zip(MIGRATIONS).map(|(version, (name, _))| {
+    let migrations = (1..).zip(MIGRATIONS).map(|(version, (name, ..))| {
         let at = done.iter().find(|(v, ..)| *v == version).map(|(_, _, at)| timestamp(*at));
         (version as u32, name.to_owned(), at)
     });
@@ -165,7 +168,7 @@ pub(super) async fn migrate(store: &SqliteStore) -> Result<Vec<String>, Error> {
         let mut work = store.write().await?;
         // Somebody else may have migrated meanwhile.
         let done = applied(work.on()).await?.len();
-        let Some((name, migration)) = MIGRATIONS.get(done) else {
+        let Some((name, migration, _)) = MIGRATIONS.get(done) else {
             work.rollback().await?;
             return Ok(names);
         };
@@ -178,10 +181,52 @@ pub(super) async fn migrate(store: &SqliteStore) -> Result<Vec<String>, Error> {
     }
 }
 
+/// Each migration is taken back whole, or not at all. Opening the file migrates it again.
+pub(super) async fn migrate_down(store: &SqliteStore, to: u32, loss: Loss) -> Result<Vec<String>, Error> {
+    let mut names = Vec::new();
+    loop {
+        let mut work = store.write().await?;
+        let done = applied(work.on()).await?.len();
+        if names.is_empty() && to as usize > done {
+            work.rollback().await?;
+            return Err(too_far(PREFIX, done as u32, to));
+        }
+        let migration = done.checked_sub(1).filter(|_| done > to as usize).and_then(|n| MIGRATIONS.get(n));
+        let Some((name, _, down)) = migration else {
+            work.rollback().await?;
+            return Ok(names);
+        };
+        if loss == Loss::Refused
+            && let Some(refused) = holdings(store, work.on()).await?.refusal(PREFIX, to)
+        {
+            work.rollback().await?;
+            return Err(refused);
+        }
+        sqlx::raw_sql(*down).execute(work.on()).await?;
+        let last = match done {
+            1 => "drop table postbox_migration".to_owned(),
+            _ => format!("delete from postbox_migration where version = {done}"),
+        };
+        sqlx::raw_sql(sqlx::AssertSqlSafe(last)).execute(work.on()).await?;
+        work.commit().await?;
+        names.push(format!("{done:04} {name}"));
+    }
+}
+
+async fn holdings(store: &SqliteStore, connection: &mut SqliteConnection) -> Result<Holdings, Error> {
+    let sql = "select (select count(*) from (select 1 from postbox_message limit 100001)),
+        (select count(*) from (select 1 from postbox_delivery where state in ('pending', 'running', 'in_doubt') limit 100001)),
+        (select count(*) from (select 1 from postbox_delivery where state = 'in_doubt' limit 100001))";
+    let (messages, unfinished, in_doubt) = sqlx::query_as(sql).fetch_one(&mut *connection).await?;
+    let workers: Vec<Uuid> = sqlx::query_scalar("select id from postbox_worker").fetch_all(connection).await?;
+    let workers = workers.into_iter().filter(|id| store.shared.alive.lives(*id)).count() as i64;
+    Ok(Holdings { workers, messages, unfinished, in_doubt })
+}
+
 /// All migrations as one SQL text, for the user's own migration tool.
 pub fn migrations_sql() -> String {
     let mut text = HEAD.to_owned();
-    for (version, (name, migration)) in (1..).zip(MIGRATIONS) {
+    for (version, (name, migration, _)) in (1..).zip(MIGRATIONS) {
         text.push_str(&format!("\n-- {version:04} {name}\n{migration}"));
         text.push_str(&format!(
             "insert into postbox_migration (version, name, applied_at) select {version}, '{name}', now from postbox_clock;\n"

@@ -45,14 +45,14 @@ use uuid::Uuid;
 
 use crate::admin::{
     AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
-    Resolution, Retry, Status, SubscriptionRow,
+    Resolution, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::content::Content;
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};
 use crate::settings::Settings;
 use crate::store::{
-    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Ended, Guarded, LeaseRef, Move, Observation, Pulse,
+    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Ended, Guarded, LeaseRef, Loss, Move, Observation, Pulse,
     Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
 };
 
@@ -183,6 +183,19 @@ impl Store for SqliteStore {
 
     async fn migration_status(&self) -> Result<MigrationStatus, Error> {
         connect::status(self).await
+    }
+
+    async fn migrate_down(&self, to: u32, loss: Loss) -> Result<Vec<String>, Error> {
+        connect::migrate_down(self, to, loss).await
+    }
+
+    // A file has no logins, and so no roles.
+    async fn roles(&self) -> Result<Vec<RoleRow>, Error> {
+        Ok(Vec::new())
+    }
+
+    async fn grant_roles(&self) -> Result<Vec<RoleRow>, Error> {
+        Ok(Vec::new())
     }
 
     async fn publish(

@@ -284,7 +284,9 @@ create table {schema}.audit (
     state_before text,
     state_after  text,
     reason       text,
-    detail       json
+    detail       json,
+    -- Who was logged in to the database: the actor is what they said.
+    login        text        not null default session_user
 );
 create index audit_delivery on {schema}.audit (delivery) where delivery is not null;
 
@@ -346,24 +348,25 @@ set search_path = pg_catalog, pg_temp as $publish_duplicates$
 {duplicates}
 $publish_duplicates$;
 
--- For any language: the same checks as the library's, one message, in the caller's transaction.
-create function {schema}.publish(
+-- One message, checked as the library checks it, in the caller's transaction. The only door that the
+-- publisher role has; who has the dedup key is told in the row, so that it costs no transaction.
+create function {schema}.publish_checked(
     topic text, payload jsonb default null, key text default null, headers jsonb default null,
     after interval default null, at timestamptz default null,
     dedup_key text default null, dedup_window interval default '1 day',
     max_attempts int default null, external_id text default null, source text default null,
     correlation_id text default null, causation_id text default null,
     occurred_at timestamptz default null, body bytea default null, content_type text default null
-) returns uuid
+) returns table (id uuid, stored boolean, same_body boolean)
 language plpgsql volatile
-set search_path = pg_catalog, pg_temp as $publish$
+set search_path = pg_catalog, pg_temp as $publish_checked$
 #variable_conflict use_variable
 declare
-    text_payload pg_catalog.text := publish.payload::pg_catalog.text;
+    text_payload pg_catalog.text := publish_checked.payload::pg_catalog.text;
     new_id pg_catalog.uuid;
     is_stored boolean;
     first_id pg_catalog.uuid;
-    same_body boolean;
+    same boolean;
 begin
     perform {schema}.check_message(topic, payload, key, headers, after, dedup_key, dedup_window,
         max_attempts, external_id, source, correlation_id, causation_id, body, content_type);
@@ -382,20 +385,46 @@ begin
             array[dedup_key], array[(extract(epoch from dedup_window) * 1000::numeric)::bigint],
             array[body], array[content_type]) b;
         if is_stored then
-            return new_id;
+            return query select new_id, true, true;
+            return;
         end if;
-        select d.message, d.body_hash = {schema}.body_hash(nullif(publish.key, ''), text_payload, publish.body, publish.content_type)
-        into first_id, same_body
-        from {schema}.dedup d where d.topic = publish.topic and d.key = publish.dedup_key;
-        if same_body then
-            return first_id;
-        elsif first_id is not null then
-            raise exception using errcode = '23505',
-                message = pg_catalog.format('postbox: the dedup key `%s` of topic `%s` is taken by message %s, which has another body; nothing was published',
-                    dedup_key, topic, first_id);
+        select d.message, d.body_hash = {schema}.body_hash(nullif(publish_checked.key, ''), text_payload,
+            publish_checked.body, publish_checked.content_type)
+        into first_id, same
+        from {schema}.dedup d where d.topic = publish_checked.topic and d.key = publish_checked.dedup_key;
+        if first_id is not null then
+            return query select first_id, false, same;
+            return;
         end if;
     end loop;
     raise exception using errcode = '40001', message = 'postbox: the dedup key keeps changing hands; try again';
+end
+$publish_checked$;
+
+-- The same for any language: the message's id, or that of the one with this dedup key and the same body.
+create function {schema}.publish(
+    topic text, payload jsonb default null, key text default null, headers jsonb default null,
+    after interval default null, at timestamptz default null,
+    dedup_key text default null, dedup_window interval default '1 day',
+    max_attempts int default null, external_id text default null, source text default null,
+    correlation_id text default null, causation_id text default null,
+    occurred_at timestamptz default null, body bytea default null, content_type text default null
+) returns uuid
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $publish$
+#variable_conflict use_variable
+declare
+    told record;
+begin
+    select p.id, p.stored or p.same_body as kept into told
+    from {schema}.publish_checked(topic, payload, key, headers, after, at, dedup_key, dedup_window,
+        max_attempts, external_id, source, correlation_id, causation_id, occurred_at, body, content_type) p;
+    if told.kept then
+        return told.id;
+    end if;
+    raise exception using errcode = '23505',
+        message = pg_catalog.format('postbox: the dedup key `%s` of topic `%s` is taken by message %s, which has another body; nothing was published',
+            dedup_key, topic, told.id);
 end
 $publish$;
 

@@ -1,0 +1,114 @@
+-- Makes the four roles where it may, and gives them what they need and no more; may be run again.
+-- Nobody else may run the functions; those that act for their owner are marked here.
+do $roles$
+declare
+    kind pg_catalog.text;
+    named pg_catalog.text;
+    made pg_catalog.text[] := '{}';
+    given pg_catalog.text[];
+    thing pg_catalog.text;
+    door record;
+    holder pg_catalog.text;
+    records constant pg_catalog.text[] := array['attempt', 'outcome', 'outcome_part', 'resolution', 'observation'];
+begin
+    foreach kind in array array['publisher', 'worker', 'operator', 'viewer'] loop
+        named := pg_catalog.concat('{schema}_', kind);
+        if not exists (select from pg_catalog.pg_roles r where r.rolname = named::pg_catalog.name) then
+            begin
+                execute pg_catalog.format('create role %I nologin', named);
+            exception
+                when duplicate_object or unique_violation then
+                    null; -- Somebody else made it meanwhile.
+                when insufficient_privilege then
+                    raise notice 'postbox: % may not create the role %; when it is there, run `postbox migrate roles`', current_user, named;
+            end;
+        end if;
+        if exists (select from pg_catalog.pg_roles r where r.rolname = named::pg_catalog.name) then
+            made := pg_catalog.array_append(made, kind);
+            execute pg_catalog.format('grant usage on schema {schema} to %I', named);
+        end if;
+    end loop;
+
+    -- The functions: whether each acts for its owner, and who may run it.
+    for door in
+        select p.oid::pg_catalog.regprocedure as name, f.definer, f.kinds
+        from pg_catalog.pg_proc p
+        join (values
+            ('publish', false, array['publisher', 'worker']),
+            ('publish_checked', true, array['publisher', 'worker']),
+            ('schema_version', true, array['publisher', 'worker', 'operator', 'viewer']),
+            ('record_action', true, array['operator']),
+            ('retain', true, array['worker']),
+            ('next', false, array['worker']),
+            ('failed', false, array['worker']),
+            ('subscribe', false, array['worker']),
+            ('uuid7', false, array['worker']),
+            ('body_hash', false, array['worker']),
+            ('minted_at', false, array['worker', 'operator', 'viewer']),
+            ('publish_batch', false, array[]::pg_catalog.text[]),
+            ('publish_duplicates', false, array[]::pg_catalog.text[]),
+            ('check_message', false, array[]::pg_catalog.text[])
+        ) as f(name, definer, kinds) on p.proname = f.name::pg_catalog.name
+        where p.pronamespace = '{schema}'::pg_catalog.regnamespace::pg_catalog.oid
+    loop
+        execute pg_catalog.format('revoke execute on function %s from public', door.name);
+        if door.definer then
+            execute pg_catalog.format('alter function %s security definer', door.name);
+        end if;
+        foreach kind in array door.kinds loop
+            if kind = any (made) then
+                execute pg_catalog.format('grant execute on function %s to %I', door.name, pg_catalog.concat('{schema}_', kind));
+            end if;
+        end loop;
+    end loop;
+
+    if 'worker' = any (made) then
+        given := array[
+            'select on {schema}.migration, {schema}.leased',
+            'usage on sequence {schema}.delivery_id, {schema}.batch_id',
+            'select, update on {schema}.routing',
+            'select, insert, update on {schema}.subscription',
+            'select, insert, delete on {schema}.route, {schema}.unrouted',
+            'select, insert, update, delete on {schema}.dedup, {schema}.worker, {schema}.doubt',
+            'select, insert on {schema}.message, {schema}.late_delivery, {schema}.dead_letter',
+            -- A row lock needs the right to update some column.
+            'select, insert, delete, update (rev) on {schema}.ready, {schema}.scheduled',
+            'select, insert, delete, update (claimed_at) on {schema}.lease'];
+        -- The record: written once.
+        foreach thing in array records loop
+            given := pg_catalog.array_append(given, pg_catalog.concat('select, insert on {schema}.', thing));
+        end loop;
+        foreach thing in array given loop
+            execute pg_catalog.format('grant %s to %I', thing, '{schema}_worker');
+        end loop;
+    end if;
+
+    if 'operator' = any (made) then
+        foreach thing in array array[
+            'usage on sequence {schema}.delivery_id',
+            'update (epoch) on {schema}.routing',
+            'update (removed_at) on {schema}.subscription',
+            'insert, delete on {schema}.ready, {schema}.scheduled, {schema}.dead_letter',
+            'insert, update, delete on {schema}.doubt',
+            'insert on {schema}.late_delivery, {schema}.resolution, {schema}.observation']
+        loop
+            execute pg_catalog.format('grant %s to %I', thing, '{schema}_operator');
+        end loop;
+    end if;
+
+    -- Reading everything.
+    foreach holder in array array['operator', 'viewer'] loop
+        continue when not holder = any (made);
+        for door in
+            select c.oid::pg_catalog.regclass as name from pg_catalog.pg_class c
+            where c.relnamespace = '{schema}'::pg_catalog.regnamespace::pg_catalog.oid
+                and c.relname = any (array['migration', 'routing', 'subscription', 'route', 'message', 'late_delivery',
+                    'unrouted', 'dedup', 'ready', 'scheduled', 'worker', 'lease', 'attempt', 'outcome', 'outcome_part',
+                    'doubt', 'dead_letter', 'resolution', 'observation', 'audit_counter', 'audit',
+                    'attempts', 'leased', 'delivery']::pg_catalog.name[])
+        loop
+            execute pg_catalog.format('grant select on %s to %I', door.name, pg_catalog.concat('{schema}_', holder));
+        end loop;
+    end loop;
+end
+$roles$;

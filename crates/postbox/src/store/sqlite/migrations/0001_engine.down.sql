@@ -1,0 +1,20 @@
+-- Drops what 0001_engine made, and nothing else.
+drop view postbox_publish;
+drop view postbox_match;
+drop view postbox_last;
+drop table postbox_audit;
+drop table postbox_audit_counter;
+drop table postbox_observation;
+drop table postbox_resolution;
+drop table postbox_outcome;
+drop table postbox_attempt;
+drop table postbox_part;
+drop table postbox_lease;
+drop table postbox_worker;
+drop table postbox_delivery;
+drop table postbox_dedup;
+drop table postbox_unrouted;
+drop table postbox_message;
+drop table postbox_subscription;
+drop table postbox_routing;
+drop view postbox_clock;
