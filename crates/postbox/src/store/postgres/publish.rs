@@ -133,7 +133,7 @@ async fn through_function(
     drafts: &[Draft],
 ) -> Result<Vec<Stored>, PublishError> {
     // Refused here, because a refusal by the function would end the caller's transaction.
-    if let Some(large) = drafts.iter().map(|d| d.payload.get().len()).find(|bytes| *bytes > FUNCTION_LIMIT) {
+    if let Some(large) = drafts.iter().map(|d| d.payload.bytes().len()).find(|bytes| *bytes > FUNCTION_LIMIT) {
         return Err(PublishError::PayloadTooLarge { bytes: large, limit: FUNCTION_LIMIT });
     }
     let columns = Columns::of(drafts.iter())?;
