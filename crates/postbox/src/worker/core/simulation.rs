@@ -141,7 +141,8 @@ fn planted_bugs_are_caught() {
     use crate::planted::{BUGS, with};
     let mut missed = Vec::new();
     for bug in BUGS.iter().filter(|bug| bug.binary == "simulation") {
-        let found = (0..3000).find_map(|seed| with(bug.name, || run(seed, false)).0.err().map(|broken| (seed, broken)));
+        let found =
+            (0..10_000).find_map(|seed| with(bug.name, || run(seed, false)).0.err().map(|broken| (seed, broken)));
         match found {
             Some((seed, broken)) => {
                 assert!(run(seed, false).0.is_ok(), "seed {seed} is fine without `{}`", bug.name);

@@ -437,6 +437,11 @@ impl Model {
         Ok(Said::Guarded(Guarded::Done))
     }
 
+    /// An earlier try of this flush has committed.
+    pub(super) fn written(&self, settle: &Settle) -> bool {
+        self.parts.contains(&(settle.lease.batch, settle.part))
+    }
+
     fn let_go(&mut self, token: Uuid, delivery: DeliveryId) -> Checked<Item> {
         let Some(lease) = self.leases.get_mut(&token) else { return Err("I6: settled without a lease".into()) };
         lease.begun.remove(&delivery);

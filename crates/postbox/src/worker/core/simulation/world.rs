@@ -406,6 +406,8 @@ impl World {
                 open.answered = false;
             } else if let Verb::Settle(settle) = &open.request.verb
                 && !(settle.moves.is_empty() && settle.successes.is_empty())
+                // One that has committed is not written again, whatever is in it.
+                && !self.store.written(settle)
                 && self.dice.u32(..400) == 0
             {
                 let (from, token) = (open.request.from, settle.lease.token);
