@@ -210,3 +210,29 @@ async fn a_strict_snapshot_that_is_older_than_the_routing_is_refused() {
     drop(tx);
     worker.stop(None).await.expect("stop");
 }
+
+#[tokio::test]
+async fn content_types_are_judged_alike_in_rust_and_in_sql() {
+    let fresh = Postgres::fresh().await;
+    let sql = format!("select {}.publish('t', body => '', content_type => $1)", fresh.schema());
+    // What the rule has a word for, in every order, from a fixed seed.
+    let signs =
+        ["a", "a/b", "/", ";", " ; ", "=", "x=y", "\"", "\\", "\\\"", "[", "]", "^", "~", "!", "\n", "\u{7f}", "é"];
+    let mut seed = 42_u64;
+    let mut draw = |below: usize| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) as usize % below
+    };
+    let mut taken = 0;
+    for _ in 0..400 {
+        let start = if draw(2) == 0 { "a/b;x=\"" } else { "a/b" };
+        let rest: String = (0..draw(6)).map(|_| signs[draw(signs.len())]).collect();
+        let end = if draw(2) == 0 { "\"" } else { "" };
+        let content_type = format!("{start}{rest}{end}");
+        let rust = fresh.postbox.publish_now([Envelope::bytes("t", content_type.as_str(), *b"")]).await.is_ok();
+        let asked = sqlx::query(sqlx::AssertSqlSafe(sql.as_str())).bind(&content_type).execute(&fresh.pool).await;
+        assert_eq!(rust, asked.is_ok(), "{content_type:?}: {asked:?}");
+        taken += usize::from(rust);
+    }
+    assert!((50..350).contains(&taken), "{taken} were taken: both sides are tried");
+}
