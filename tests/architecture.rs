@@ -13,7 +13,7 @@ const LAYERS: [&[&str]; 7] = [
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
     &["handler", "router"],
-    &["postbox", "worker"],
+    &["postbox", "pull", "worker"],
     &["lib"],
 ];
 

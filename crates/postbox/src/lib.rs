@@ -50,6 +50,7 @@ mod message;
 mod operation;
 mod pattern;
 mod postbox;
+mod pull;
 mod retry;
 mod router;
 mod settings;
@@ -76,6 +77,7 @@ pub use operation::{Done, FollowUps, Operation, OperationFailure, Receipt, Recon
 pub use pattern::{MAX_NAME_BYTES, Pattern, TopicError, check_topic};
 pub use postbox::{Postbox, Published};
 pub use postbox_macros::Message;
+pub use pull::{PullSubscription, Pulled};
 pub use retry::RetryPolicy;
 pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation};
 pub use settings::{Backend, SETTINGS, Settings, hide_password};
@@ -95,6 +97,8 @@ mod docs {
     mod lifecycle {}
     #[doc = include_str!("../../../docs/operations.md")]
     mod operations {}
+    #[doc = include_str!("../../../docs/pull.md")]
+    mod pull {}
     #[doc = include_str!("../../../docs/settings.md")]
     mod settings {}
 }

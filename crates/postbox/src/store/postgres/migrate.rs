@@ -8,7 +8,8 @@ use crate::error::Error;
 use crate::settings::plain_name;
 
 /// Version and name are the position and the file's.
-const MIGRATIONS: [(&str, &str); 1] = [("engine", include_str!("migrations/0001_engine.sql"))];
+const MIGRATIONS: [(&str, &str); 2] =
+    [("engine", include_str!("migrations/0001_engine.sql")), ("pull", include_str!("migrations/0002_pull.sql"))];
 
 fn render(text: &str, schema: &str, channel: &str) -> String {
     let publish = include_str!("publish.sql");

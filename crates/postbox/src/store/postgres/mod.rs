@@ -5,6 +5,7 @@ mod claim;
 mod doubt;
 mod migrate;
 mod publish;
+mod pull;
 mod register;
 mod settle;
 mod takeover;
@@ -23,11 +24,13 @@ use crate::admin::{
     AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
+use crate::lifecycle::Kind;
 use crate::message::{Draft, Envelope, minted_at};
 use crate::settings::Settings;
 use crate::store::{
-    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Guarded, HandlerTx, LeaseRef, Move, Observation,
-    Pulse, Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
+    Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Fate, Guarded, HandlerTx,
+    LeaseRef, Move, Observation, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored, Stranded,
+    SubscriptionId, TakenOver,
 };
 
 pub use migrate::migrations_sql;
@@ -46,9 +49,9 @@ macro_rules! statements {
     };
 }
 statements! {
-    audit, beat, claim, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
-    moves, next_due, part_exists, promote, publish, resolution, settle_open, settle_part, starts, suspects, unrouted,
-    list, show_attempts, show_records, subscriptions, stranded,
+    audit, beat, claim, complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
+    moves, next_due, part_exists, promote, publish, pull, resolution, settle_open, settle_part, starts, suspects, unrouted,
+    list, show_attempts, show_records, subscriptions, stranded, waiting,
 }
 
 impl Sql {
@@ -191,6 +194,8 @@ impl PgStore {
                         // A broken connection is mended inside; what was missed meanwhile is looked for.
                         listener.try_recv().await?;
                         let Some(bell) = bell.upgrade() else { return Ok::<(), sqlx::Error>(()) };
+                        // Those who wait now, and the next one who comes.
+                        bell.rung.notify_waiters();
                         bell.rung.notify_one();
                     }
                 };
@@ -320,6 +325,21 @@ impl Store for PgStore {
         Ok(work.commit().await?)
     }
 
+    async fn declare(&self, application: &str, subscriptions: &[Declared]) -> Result<Vec<SubscriptionId>, Error> {
+        register::declare(self, application, subscriptions).await
+    }
+
+    async fn stored(&self, application: &str, name: &str) -> Result<Option<(SubscriptionId, Kind)>, Error> {
+        pull::stored(self, application, name).await
+    }
+
+    async fn attend(&self, worker: Uuid, subscriptions: &[SubscriptionId]) -> Result<(), Error> {
+        let mut work = self.work().await?;
+        let sql = format!("update {}.worker set subscriptions = $2 where id = $1", self.schema);
+        self.dynamic(sql).bind(worker).bind(subscriptions.to_vec()).execute(work.on()).await?;
+        Ok(work.commit().await?)
+    }
+
     async fn beat(&self, beat: Beat) -> Result<Option<Pulse>, Error> {
         let mut work = self.work().await?;
         let row =
@@ -376,6 +396,31 @@ impl Store for PgStore {
 
     async fn disown(&self, worker: Uuid, token: Uuid) -> Result<(), Error> {
         takeover::disown(self, worker, token).await
+    }
+
+    async fn waiting(&self, subscription: SubscriptionId) -> Result<(bool, Option<Duration>), Error> {
+        pull::waiting(self, subscription).await
+    }
+
+    async fn pull(&self, caller: &mut PgConnection, request: PullRequest) -> Result<Option<PulledOne>, Error> {
+        pull::pull(self, caller, request).await
+    }
+
+    async fn complete(
+        &self,
+        caller: &mut PgConnection,
+        lease: LeaseRef,
+        outcome: &Move,
+    ) -> Result<Completion, Error> {
+        pull::complete(self, caller, lease, outcome).await
+    }
+
+    async fn fates(&self, tokens: &[Uuid]) -> Result<Vec<(Uuid, Fate)>, Error> {
+        pull::fates(self, tokens).await
+    }
+
+    async fn forgo(&self, worker: Uuid, token: Uuid) -> Result<(), Error> {
+        takeover::forgo(self, worker, token).await
     }
 
     async fn take_over(&self, draw: f64) -> Result<Option<TakenOver>, Error> {
