@@ -7,6 +7,7 @@ use postbox::lifecycle::State;
 use postbox::{Envelope, Pattern, Postgres, RetryPolicy};
 use postbox_testkit::{Fresh, Testable};
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
 use sqlx::{PgConnection, Row};
 
 async fn declared(attempts: i32) -> Fresh<Postgres> {

@@ -249,6 +249,11 @@ impl<Db: Database> Postbox<Db> {
         PullSubscription::new(self, name.into())
     }
 
+    /// The same, if it was started already.
+    pub(crate) async fn running_puller(&self) -> Option<Arc<Shared<Db::Store>>> {
+        self.puller.lock().await.as_ref().filter(|p| !p.is_over()).map(Puller::shared)
+    }
+
     /// What stands behind this process's pulls; started with the first one.
     pub(crate) async fn puller(&self) -> Result<Arc<Shared<Db::Store>>, Error> {
         let mut puller = self.puller.lock().await;

@@ -207,10 +207,19 @@ impl<Db: Database> PullSubscription<Db> {
     where
         C: AsConnection<Db> + ?Sized,
     {
-        let subscription = self.id().await?;
-        let puller = self.postbox.puller().await?;
-        puller.attend(subscription).await?;
         let caller = transaction.as_connection();
+        let running = self.postbox.running_puller().await;
+        let known = self.known().and_then(|id| running.filter(|p| p.attends(id)).map(|p| (id, p)));
+        self.postbox.store().admit(caller, known.is_none()).await?;
+        let (subscription, puller) = match known {
+            Some(known) => known,
+            None => {
+                let subscription = self.id().await?;
+                let puller = self.postbox.puller().await?;
+                puller.attend(subscription).await?;
+                (subscription, puller)
+            }
+        };
         loop {
             let claiming = puller.claiming();
             let request = PullRequest { worker: claiming.worker, token: claiming.token, subscription };
@@ -331,12 +340,15 @@ impl<Db: Database> PullSubscription<Db> {
         }
     }
 
+    /// Its number, if it was looked up lately.
+    fn known(&self) -> Option<SubscriptionId> {
+        let known = self.known.lock().ok().and_then(|known| *known);
+        known.filter(|(_, at)| at.elapsed() < FRESH).map(|(id, _)| id)
+    }
+
     /// Its number; declares it if it is not stored and can be.
     async fn id(&self) -> Result<SubscriptionId, Error> {
-        let known = self.known.lock().ok().and_then(|known| *known);
-        if let Some((id, at)) = known
-            && at.elapsed() < FRESH
-        {
+        if let Some(id) = self.known() {
             return Ok(id);
         }
         let application = self.of()?;
@@ -351,10 +363,7 @@ impl<Db: Database> PullSubscription<Db> {
             }
             None if self.pattern.is_some() => {
                 self.declare().await?;
-                match self.known.lock().ok().and_then(|known| *known) {
-                    Some((id, _)) => Ok(id),
-                    None => Err(Error::NotFound(format!("the subscription `{name}` was not stored"))),
-                }
+                self.known().ok_or_else(|| Error::NotFound(format!("the subscription `{name}` was not stored")))
             }
             None => Err(Error::NotFound(format!(
                 "the application `{}` has no subscription `{name}`; give it a pattern (`.pattern(\"orders.*\")`) and call `declare`, or name its application",

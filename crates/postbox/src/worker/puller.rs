@@ -215,6 +215,10 @@ impl<S: Store> Shared<S> {
         Claiming { shared: self.clone(), worker, token, open: true }
     }
 
+    pub(crate) fn attends(&self, subscription: SubscriptionId) -> bool {
+        lock(&self.subscriptions).contains(&subscription)
+    }
+
     /// Says in the worker's row that it stands behind this subscription, too.
     pub(crate) async fn attend(&self, subscription: SubscriptionId) -> Result<(), Error> {
         let (worker, all) = {
@@ -248,23 +252,27 @@ impl<S: Store> Shared<S> {
     pub(crate) async fn failed(&self, token: Uuid, seen: Observation, failure: Failure) -> Result<Told, Error> {
         let give_up = Instant::now() + LEAST_PATIENCE;
         let words = clean(failure.error.clone());
+        let mut said = false;
         loop {
             let looked = self.looking.lock().await;
             let known = match lock(&self.held).get_mut(&token) {
                 Some(held) => {
                     held.failure.get_or_insert_with(|| failure.clone());
+                    said = true;
                     true
                 }
                 None => false,
             };
             if !known {
-                let shown = self.store.show(seen.delivery).await?;
-                let succeeded = shown.is_some_and(|detail| {
-                    let this = detail.attempts.iter().find(|a| a.number == seen.number);
-                    this.is_some_and(|a| a.outcome.as_deref() == Some("succeeded"))
-                });
-                if succeeded {
-                    return Ok(Told::Committed);
+                let attempts = self.store.show(seen.delivery).await?.map(|detail| detail.attempts).unwrap_or_default();
+                if let Some(this) = attempts.into_iter().find(|a| a.number == seen.number) {
+                    if this.outcome.as_deref() == Some("succeeded") {
+                        return Ok(Told::Committed);
+                    }
+                    // The keeper has used the words meanwhile.
+                    if said && this.error.as_deref() == Some(&*words) {
+                        return Ok(Told::Recorded);
+                    }
                 }
                 self.store.observe(&[Observation { detail: Some(words), ..seen }]).await?;
                 return Ok(Told::Observed);

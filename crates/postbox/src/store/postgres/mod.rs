@@ -402,8 +402,12 @@ impl Store for PgStore {
         pull::waiting(self, subscription).await
     }
 
-    async fn pull(&self, caller: &mut PgConnection, request: PullRequest) -> Result<Option<PulledOne>, Error> {
-        pull::pull(self, caller, request).await
+    async fn admit(&self, caller: &mut PgConnection, _: bool) -> Result<(), Error> {
+        pull::admit(caller).await
+    }
+
+    async fn pull(&self, _: &mut PgConnection, request: PullRequest) -> Result<Option<PulledOne>, Error> {
+        pull::pull(self, request).await
     }
 
     async fn complete(

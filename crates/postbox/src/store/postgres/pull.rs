@@ -38,20 +38,18 @@ pub(super) async fn waiting(
     Ok((row.try_get::<bool, _>("ready")? || due, wait.map(|ms| Duration::from_millis(ms.max(0) as u64))))
 }
 
-pub(super) async fn pull(
-    store: &PgStore,
-    caller: &mut PgConnection,
-    request: PullRequest,
-) -> Result<Option<PulledOne>, Error> {
-    // A savepoint is refused outside of a transaction, where the success would commit by itself.
-    sqlx::raw_sql("SAVEPOINT postbox_next; RELEASE SAVEPOINT postbox_next").execute(caller).await.map_err(|error| {
-        match error.as_database_error().and_then(|e| e.code()).as_deref() {
-            Some("25P01") => Error::Refused(
-                "`next` needs a transaction: what it leases is completed by that one's commit; begin one, and pass it".into(),
-            ),
-            _ => Error::from(error),
-        }
-    })?;
+/// A savepoint is refused outside of a transaction, where the success would commit by itself.
+pub(super) async fn admit(caller: &mut PgConnection) -> Result<(), Error> {
+    let looked = sqlx::raw_sql("SAVEPOINT postbox_next; RELEASE SAVEPOINT postbox_next").execute(caller).await;
+    looked.map(|_| ()).map_err(|error| match error.as_database_error().and_then(|e| e.code()).as_deref() {
+        Some("25P01") => Error::Refused(
+            "`next` needs a transaction: what it leases is completed by that one's commit; begin one, and pass it".into(),
+        ),
+        _ => Error::from(error),
+    })
+}
+
+pub(super) async fn pull(store: &PgStore, request: PullRequest) -> Result<Option<PulledOne>, Error> {
     let mut work = store.work().await?;
     store.query(store.sql.promote).execute(work.on()).await?;
     let row = store

@@ -281,6 +281,10 @@ impl Store for SqliteStore {
         pull::waiting(self, subscription).await
     }
 
+    async fn admit(&self, caller: &mut SqliteConnection, writes: bool) -> Result<(), Error> {
+        pull::admit(caller, writes).await
+    }
+
     async fn pull(&self, caller: &mut SqliteConnection, request: PullRequest) -> Result<Option<PulledOne>, Error> {
         pull::pull(self, caller, request).await
     }

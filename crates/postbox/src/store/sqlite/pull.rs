@@ -43,17 +43,31 @@ pub(super) async fn waiting(
     Ok((due, wait.map(|ms| Duration::from_millis(ms.max(0) as u64))))
 }
 
-pub(super) async fn pull(
-    store: &SqliteStore,
-    caller: &mut SqliteConnection,
-    request: PullRequest,
-) -> Result<Option<PulledOne>, Error> {
+pub(super) async fn admit(caller: &mut SqliteConnection, writes: bool) -> Result<(), Error> {
     // Refused inside of a transaction, where it stops before the ROLLBACK.
     if sqlx::raw_sql("BEGIN; ROLLBACK").execute(&mut *caller).await.is_ok() {
         return Err(Error::Refused(
             "`next` needs a transaction: what it leases is completed by that one's commit; begin one, and pass it".into(),
         ));
     }
+    if writes { untouched(caller).await } else { Ok(()) }
+}
+
+/// Whether a transaction has neither read nor written yet.
+async fn untouched(caller: &mut SqliteConnection) -> Result<(), Error> {
+    // A checkpoint is refused (SQLITE_LOCKED) to a connection that reads or writes.
+    let looked = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").fetch_one(caller).await;
+    looked.map(|_| ()).map_err(|error| match error.as_database_error().and_then(|e| e.code()).as_deref() {
+        Some("6") => Error::BusyTransaction(error),
+        _ => Error::from(error),
+    })
+}
+
+pub(super) async fn pull(
+    store: &SqliteStore,
+    caller: &mut SqliteConnection,
+    request: PullRequest,
+) -> Result<Option<PulledOne>, Error> {
     // Looking does not need the writer.
     if !waiting(store, request.subscription).await?.0 {
         return Ok(None);
@@ -105,13 +119,7 @@ async fn write(store: &SqliteStore, caller: &mut SqliteConnection) -> Result<Wor
         if let Some(work) = Work::write_soon(&store.writer, SOON, store.shared.busy).await? {
             return Ok(work);
         }
-        // A checkpoint is refused (SQLITE_LOCKED) to a connection that reads or writes.
-        if let Err(error) = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").fetch_one(&mut *caller).await {
-            return Err(match error.as_database_error().and_then(|e| e.code()).as_deref() {
-                Some("6") => Error::BusyTransaction(error),
-                _ => Error::from(error),
-            });
-        }
+        untouched(caller).await?;
         if Instant::now() >= give_up {
             return Err(Error::Busy(sqlx::Error::PoolTimedOut));
         }
