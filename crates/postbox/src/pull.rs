@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 
 use crate::context::Context;
+use crate::crash;
 use crate::error::Error;
 use crate::handler::Failure;
 use crate::lifecycle::{Kind, Policy};
@@ -228,6 +229,7 @@ impl<Db: Database> PullSubscription<Db> {
                 return Ok(None);
             };
             claiming.leased(&one);
+            crash::point("pull-leased");
             let Some(envelope) = one.item.envelope.clone() else {
                 claiming.bury(&one).await?;
                 continue;
@@ -237,6 +239,7 @@ impl<Db: Database> PullSubscription<Db> {
                     let token = claiming.token;
                     let worker = claiming.worker;
                     let alive = claiming.hand_out();
+                    crash::point("pulled");
                     Ok(Some(Pulled {
                         delivery: one.item.delivery,
                         attempt: one.item.attempts + 1,

@@ -168,9 +168,9 @@ begin
                 returning g.delivery, g.message, g.priority, g.attempt + 1, g.rev + 2
                 into delivery, taken_message, taken_priority, attempt, taken_rev;
             end if;
-            exit when found;
+            exit when delivery is not null;
         end loop;
-        if not found then
+        if delivery is null then
             return;
         end if;
         select m.id, m.topic, m.key, m.payload::pg_catalog.jsonb, m.headers::pg_catalog.jsonb,
