@@ -154,7 +154,11 @@ async fn a_rollback_counts_and_poison_ends_dead<Db: Testable>() {
         ]
     );
     let shown = fresh.postbox.admin().show(delivery).await.expect("show");
-    assert!(shown.records.iter().any(|r| format!("{r:?}").contains("again")), "late words are kept: {:?}", shown.records);
+    assert!(
+        shown.records.iter().any(|r| format!("{r:?}").contains("again")),
+        "late words are kept: {:?}",
+        shown.records
+    );
 }
 
 async fn a_failure_says_what_comes_next<Db: Testable>() {
@@ -185,9 +189,9 @@ async fn a_dropped_next_costs_no_attempt<Db: Testable>() {
     for n in 0..40_u64 {
         // Cut off at another moment each time.
         let mut tx = fresh.pool.begin().await.expect("begin");
-        match tokio::time::timeout(Duration::from_micros(n * 150), orders.next(&mut tx)).await {
-            Ok(pulled) => handed_out += u32::from(pulled.expect("next").is_some()),
-            Err(_) => {}
+        let cut = tokio::time::timeout(Duration::from_micros(n * 150), orders.next(&mut tx)).await;
+        if let Ok(pulled) = cut {
+            handed_out += u32::from(pulled.expect("next").is_some());
         }
         drop(tx);
     }
@@ -327,7 +331,8 @@ async fn a_takeover_leaves_what_an_open_transaction_completes() {
     let (tx, pulled) = take(&fresh, &orders).await;
     let store = fresh.postbox.store();
     // The process is paused for longer than its lease; another one has died.
-    Postgres::execute(&fresh, &format!("update {}.worker set expires_at = now() - interval '1 s'", fresh.schema())).await;
+    Postgres::execute(&fresh, &format!("update {}.worker set expires_at = now() - interval '1 s'", fresh.schema()))
+        .await;
     let registration = Registration {
         worker: uuid::Uuid::now_v7(),
         name: "dead".into(),

@@ -211,7 +211,8 @@ async fn wrong_uses_are_told() {
         let (found, message) = refused(&fresh, sql).await;
         assert!(found == code && message.contains(words), "{sql}: {found} {message}");
     }
-    Postgres::execute(&fresh, &format!("select {}.subscribe('orders', 'a', application => 'shop')", fresh.schema())).await;
+    Postgres::execute(&fresh, &format!("select {}.subscribe('orders', 'a', application => 'shop')", fresh.schema()))
+        .await;
     let (code, message) = refused(&fresh, "select * from {schema}.next('orders')").await;
     assert!(code == "22023" && message.contains("shop, sql"), "{code} {message}");
     let operation = format!("update {}.subscription set kind = 'operation' where application = 'shop'", fresh.schema());
@@ -279,7 +280,8 @@ async fn patterns_mean_the_same_in_sql_as_in_the_library() {
     for (n, text) in texts().iter().enumerate() {
         let parsed = text.parse::<Pattern>();
         let sql = format!("select {schema}.subscribe($1, $2)");
-        let told = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(format!("s{n}")).bind(text).execute(&mut *connection).await;
+        let told =
+            sqlx::query(sqlx::AssertSqlSafe(sql)).bind(format!("s{n}")).bind(text).execute(&mut *connection).await;
         assert_eq!(parsed.is_ok(), told.is_ok(), "{text}: {parsed:?} {told:?}");
         let Ok(pattern) = parsed else { continue };
         accepted += 1;
@@ -309,7 +311,11 @@ async fn the_backoff_is_the_librarys() {
         for attempt in [1, 2, 3, 10, 11, 31, 32, 33, 1000] {
             let sql = format!("select {schema}.backoff_ceiling_ms({base}, {cap}, {attempt})");
             let ceiling = Postgres::count(&fresh, &sql).await;
-            assert_eq!(ceiling as u128, policy.ceiling(attempt).as_millis(), "base {base}, cap {cap}, attempt {attempt}");
+            assert_eq!(
+                ceiling as u128,
+                policy.ceiling(attempt).as_millis(),
+                "base {base}, cap {cap}, attempt {attempt}"
+            );
         }
     }
     // What `failed` draws lies below it, and is not always the same.
@@ -347,6 +353,7 @@ async fn objects_of_the_session_change_nothing() {
     let sql = format!("select {schema}.subscribe('other', 'a.*.c+d.>')");
     sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut *tx).await.expect("subscribe");
     tx.commit().await.expect("commit");
-    let same = format!("select count(*) from {schema}.subscription where matcher = E'^a\\\\.[^.]+\\\\.c\\\\+d\\\\..+$'");
+    let same =
+        format!("select count(*) from {schema}.subscription where matcher = E'^a\\\\.[^.]+\\\\.c\\\\+d\\\\..+$'");
     assert_eq!(Postgres::count(&fresh, &same).await, 1);
 }

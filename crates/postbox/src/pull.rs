@@ -58,7 +58,10 @@ impl<Db: Database> Clone for PullSubscription<Db> {
 
 impl<Db: Database> fmt::Debug for PullSubscription<Db> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PullSubscription").field("name", &self.name).field("pattern", &self.pattern).finish_non_exhaustive()
+        f.debug_struct("PullSubscription")
+            .field("name", &self.name)
+            .field("pattern", &self.pattern)
+            .finish_non_exhaustive()
     }
 }
 

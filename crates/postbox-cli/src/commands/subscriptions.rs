@@ -90,13 +90,18 @@ async fn add<Db: Database>(desk: &Desk<'_>, wish: Add) -> Ended {
     let Some(application) = &desk.application else {
         // The command's own name would be the default, and nobody would look there.
         let why = "whose subscription it is has to be said; programs pull from it under that application";
-        return Err(usage(&tried, why, desk.command(&format!(
-            "subscriptions add {} {} --application shop",
-            quoted(&wish.name),
-            quoted(&wish.pattern)
-        ))));
+        return Err(usage(
+            &tried,
+            why,
+            desk.command(&format!(
+                "subscriptions add {} {} --application shop",
+                quoted(&wish.name),
+                quoted(&wish.pattern)
+            )),
+        ));
     };
-    let pattern: Pattern = wish.pattern.parse().map_err(|e: postbox::TopicError| usage(&tried, &e.to_string(), next()))?;
+    let pattern: Pattern =
+        wish.pattern.parse().map_err(|e: postbox::TopicError| usage(&tried, &e.to_string(), next()))?;
     let postbox = desk.open::<Db>().await?;
     let subscription = postbox.subscription(&wish.name).application(application).max_attempts(wish.max_attempts);
     let subscription = subscription.listening_to(pattern.clone());

@@ -559,11 +559,7 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn waiting(&self, subscription: SubscriptionId) -> impl Verb<(bool, Option<Duration>)>;
     /// Refuses a caller's connection that is in no transaction. With `writes`, the store is about to
     /// write on connections of its own: one that would be in their way is refused, too.
-    fn admit(
-        &self,
-        caller: &mut <Self::Db as sqlx::Database>::Connection,
-        writes: bool,
-    ) -> impl Verb<()>;
+    fn admit(&self, caller: &mut <Self::Db as sqlx::Database>::Connection, writes: bool) -> impl Verb<()>;
     /// Leases one delivery and puts its attempt on record, in a transaction of its own. The caller's
     /// connection is only looked at.
     fn pull(

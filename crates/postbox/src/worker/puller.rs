@@ -203,14 +203,8 @@ impl<S: Store> Shared<S> {
     /// Mints a token, and remembers it before anything is asked for under it.
     pub(crate) fn claiming(self: &Arc<Self>) -> Claiming<S> {
         let (worker, token) = (*lock(&self.worker), Uuid::now_v7());
-        let held = Held {
-            worker,
-            one: None,
-            stage: Stage::Claiming,
-            since: Instant::now(),
-            rolled_back: None,
-            failure: None,
-        };
+        let held =
+            Held { worker, one: None, stage: Stage::Claiming, since: Instant::now(), rolled_back: None, failure: None };
         lock(&self.held).insert(token, held);
         Claiming { shared: self.clone(), worker, token, open: true }
     }
@@ -409,7 +403,8 @@ fn ended(one: &PulledOne, ran: Duration, failure: Failure) -> Result<Settle, Err
     let event = Happening::Ended(End::Failed { permanent, retry_after });
     let next = transition(now, event, &one.policy, fastrand::f64()).map_err(refused)?;
     let words = clean(error);
-    let record = OutcomeRecord { number, kind: "failed", error: Some(words.clone()), receipt: None, ran, ago: Duration::ZERO };
+    let record =
+        OutcomeRecord { number, kind: "failed", error: Some(words.clone()), receipt: None, ran, ago: Duration::ZERO };
     Ok(Settle {
         lease: one.lease,
         part: 0,

@@ -410,12 +410,7 @@ impl Store for PgStore {
         pull::pull(self, request).await
     }
 
-    async fn complete(
-        &self,
-        caller: &mut PgConnection,
-        lease: LeaseRef,
-        outcome: &Move,
-    ) -> Result<Completion, Error> {
+    async fn complete(&self, caller: &mut PgConnection, lease: LeaseRef, outcome: &Move) -> Result<Completion, Error> {
         pull::complete(self, caller, lease, outcome).await
     }
 

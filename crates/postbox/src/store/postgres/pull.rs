@@ -26,10 +26,7 @@ pub(super) async fn stored(
         .transpose()
 }
 
-pub(super) async fn waiting(
-    store: &PgStore,
-    subscription: SubscriptionId,
-) -> Result<(bool, Option<Duration>), Error> {
+pub(super) async fn waiting(store: &PgStore, subscription: SubscriptionId) -> Result<(bool, Option<Duration>), Error> {
     let mut work = store.work().await?;
     let row = store.query(store.sql.waiting).bind(subscription).fetch_one(work.on()).await?;
     work.rollback().await?;
@@ -43,7 +40,8 @@ pub(super) async fn admit(caller: &mut PgConnection) -> Result<(), Error> {
     let looked = sqlx::raw_sql("SAVEPOINT postbox_next; RELEASE SAVEPOINT postbox_next").execute(caller).await;
     looked.map(|_| ()).map_err(|error| match error.as_database_error().and_then(|e| e.code()).as_deref() {
         Some("25P01") => Error::Refused(
-            "`next` needs a transaction: what it leases is completed by that one's commit; begin one, and pass it".into(),
+            "`next` needs a transaction: what it leases is completed by that one's commit; begin one, and pass it"
+                .into(),
         ),
         _ => Error::from(error),
     })
@@ -83,17 +81,14 @@ pub(super) async fn pull(store: &PgStore, request: PullRequest) -> Result<Option
             rev: row.try_get("rev")?,
             envelope: envelope(&row)?,
         },
-        policy: policy_of(
-            kind,
-            row.try_get("max_tries")?,
-            row.try_get("retry_base_ms")?,
-            row.try_get("retry_cap_ms")?,
-        ),
+        policy: policy_of(kind, row.try_get("max_tries")?, row.try_get("retry_base_ms")?, row.try_get("retry_cap_ms")?),
     }))
 }
 
 fn taken_over() -> Error {
-    Error::Conflict("this process was silent for longer than its lease; its heartbeat registers it again, try then".into())
+    Error::Conflict(
+        "this process was silent for longer than its lease; its heartbeat registers it again, try then".into(),
+    )
 }
 
 pub(super) async fn complete(

@@ -157,8 +157,11 @@ pub(super) async fn forgo(store: &PgStore, worker: Uuid, token: Uuid) -> Result<
     let mut work = store.work().await?;
     let sql = format!("select batch from {}.lease where token = $1 and worker = $2 for update", store.schema);
     if let Some(row) = store.dynamic(sql).bind(token).bind(worker).fetch_optional(work.on()).await? {
-        let sql = format!("delete from {0}.attempt where batch = $1 and worker = $2 and delivery = any (
-             select pg_catalog.unnest(l.deliveries) from {0}.lease l where l.token = $3)", store.schema);
+        let sql = format!(
+            "delete from {0}.attempt where batch = $1 and worker = $2 and delivery = any (
+             select pg_catalog.unnest(l.deliveries) from {0}.lease l where l.token = $3)",
+            store.schema
+        );
         store.dynamic(sql).bind(row.try_get::<i64, _>("batch")?).bind(worker).bind(token).execute(work.on()).await?;
         hand_back(store, &mut work, &[token]).await?;
     }

@@ -12,9 +12,7 @@ use super::work::Work;
 use super::{SqliteStore, claim, json_of, settle};
 use crate::error::Error;
 use crate::lifecycle::Kind;
-use crate::store::{
-    ClaimRequest, Completion, Fate, LeaseRef, Move, PullRequest, PulledOne, SubscriptionId, policy_of,
-};
+use crate::store::{ClaimRequest, Completion, Fate, LeaseRef, Move, PullRequest, PulledOne, SubscriptionId, policy_of};
 
 /// How long to wait for the write lock before asking whether it is the caller who holds it.
 const SOON: Duration = Duration::from_millis(50);
@@ -47,7 +45,8 @@ pub(super) async fn admit(caller: &mut SqliteConnection, writes: bool) -> Result
     // Refused inside of a transaction, where it stops before the ROLLBACK.
     if sqlx::raw_sql("BEGIN; ROLLBACK").execute(&mut *caller).await.is_ok() {
         return Err(Error::Refused(
-            "`next` needs a transaction: what it leases is completed by that one's commit; begin one, and pass it".into(),
+            "`next` needs a transaction: what it leases is completed by that one's commit; begin one, and pass it"
+                .into(),
         ));
     }
     if writes { untouched(caller).await } else { Ok(()) }
