@@ -13,7 +13,7 @@ const LAYERS: [&[&str]; 9] = [
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
     &["handler", "router"],
-    &["postbox", "worker"],
+    &["postbox", "pull", "worker"],
     &["sql"],
     &["tokio_postgres"],
     &["lib"],
@@ -206,7 +206,7 @@ fn the_command_knows_the_library_by_its_doors_only() {
 
 /// Words before a parenthesis that the grammar knows itself, so that no schema can hold another.
 const SYNTAX: &str = "array any bit coalesce exists extract greatest least nullif \
-    and as check conflict filter from in join key lateral materialized not on or select table values where with";
+    and as check conflict filter from in join key lateral materialized not on or select table using values where with";
 
 /// Types that are keywords: all others are looked up, in the session's temporary schema first.
 const KEYWORD_TYPES: [&str; 7] =

@@ -16,6 +16,7 @@ on_both_stores!(
     nothing_is_stranded,
     a_signal_stops_gracefully,
     a_second_signal_stops_at_once,
+    a_puller_killed_in_its_transaction,
 );
 
 const WORKER: &str = env!("CARGO_BIN_EXE_postbox-test-worker");
@@ -253,4 +254,24 @@ async fn a_second_signal_stops_at_once<Db: Testable>() {
     assert_eq!(worker.ended().await, Some(0));
     assert_eq!(standing(&fresh).await, [(State::Pending, 2), (State::InDoubt, 1)].into());
     assert_eq!(remote.calls().len(), 1);
+}
+
+async fn a_puller_killed_in_its_transaction<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let poison = fresh.postbox.subscription("poison").pattern("poison.>").max_attempts(3);
+    poison.declare().await.expect("declare");
+    publish(&fresh.postbox, "poison.pill", 1).await;
+    // Once with the attempt on record and not yet in the caller's transaction, then in it.
+    for point in ["pull-leased", "pulled", "pulled"] {
+        let variables = [("TEST_PULL", "poison"), ("POSTBOX_LEASE", "1s"), ("POSTBOX_CRASH_POINT", point)];
+        WorkerProcess::start(WORKER, &fresh, &variables).kill_at(point).await;
+    }
+    // The last one is taken over by whoever lives.
+    let heir = fresh.postbox.worker(postbox::Router::<Db>::new()).start().await.expect("start");
+    until(&fresh, "dead", |counts| *counts == [(State::Dead, 1)].into()).await;
+    let row = fresh.postbox.admin().list(&Filter::default(), 1).await.expect("list").remove(0);
+    let shown = fresh.postbox.admin().show(row.id).await.expect("show");
+    let lost: Vec<_> = shown.attempts.iter().map(|a| (a.number, a.outcome.as_deref())).collect();
+    assert_eq!(lost, [(1, Some("lost")), (2, Some("lost")), (3, Some("lost"))], "poison ends as a dead letter");
+    heir.stop(None).await.expect("stop");
 }

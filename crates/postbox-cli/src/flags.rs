@@ -71,6 +71,8 @@ pub(crate) enum Command {
     Resolve(Resolve),
     /// Who listens to what
     Subscriptions(Subscriptions),
+    /// Keep house for programs without a Rust worker: takeover, history of new subscriptions, tidying
+    Maintain,
     /// What operators did, newest first
     Audit(Audit),
     /// The settings in force
@@ -304,8 +306,33 @@ pub(crate) struct Subscriptions {
 pub(crate) enum SubscriptionsCommand {
     /// Who listens to what, and what waits for them
     List,
+    /// Declare a subscription that programs pull from; or change its pattern
+    Add(Add),
     /// Stop fanning out to a subscription; the deliveries it has stay as they are
     Remove(Remove),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Add {
+    /// The subscription's name; --application says whose
+    pub(crate) name: String,
+    /// What it listens to: orders.placed, orders.* or orders.>
+    pub(crate) pattern: String,
+    /// What it takes of the past when it is new: now (nothing), beginning, or a time [default: what
+    /// nobody was subscribed to]
+    #[arg(long, value_name = "now|beginning|TIME", value_parser = from)]
+    pub(crate) from: Option<From>,
+    /// Attempts in all, the first included
+    #[arg(long, default_value_t = 4, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) max_attempts: u32,
+}
+
+/// How much of the past a new subscription takes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum From {
+    Now,
+    Beginning,
+    Time(Timestamp),
 }
 
 #[derive(Debug, Args)]
@@ -349,6 +376,14 @@ fn duration(text: &str) -> Result<Duration, String> {
 fn time(text: &str) -> Result<Timestamp, String> {
     text.parse()
         .map_err(|_| "write it with its offset, like 2027-01-31T09:00:00+01:00 or 2027-01-31T08:00:00Z".to_owned())
+}
+
+fn from(text: &str) -> Result<From, String> {
+    match text {
+        "now" => Ok(From::Now),
+        "beginning" => Ok(From::Beginning),
+        _ => time(text).map(From::Time).map_err(|e| format!("say now, beginning or a time; {e}")),
+    }
 }
 
 fn header(text: &str) -> Result<(String, String), String> {

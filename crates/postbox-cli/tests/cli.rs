@@ -485,3 +485,25 @@ fn shells_can_complete_it() {
     place.run(&["completions", "tcsh"]).ends(2);
     assert!(place.run(&["manual"]).ends(0).out.contains(".SH NAME"));
 }
+
+#[test]
+fn subscriptions_are_declared_for_programs_that_pull() {
+    let place = Place::new();
+    place.with_a_message();
+    let refused = place.run(&["subscriptions", "add", "reserve", "orders.placed"]).ends(2);
+    assert!(refused.err.contains("--application"), "{}", refused.err);
+    let refused = place.run(&["subscriptions", "add", "reserve", "orders..placed", "--application", "shop"]).ends(2);
+    assert!(refused.err.contains("empty segment"), "{}", refused.err);
+    place.run(&["subscriptions", "add", "reserve", "orders.placed", "--application", "shop", "--from", "soon"]).ends(2);
+    let add = ["subscriptions", "add", "reserve", "orders.placed", "--application", "shop", "--max-attempts", "7"];
+    let told = place.run(&add).ends(0);
+    assert!(told.out.contains("reserve of shop listens to orders.placed"), "{}", told.out);
+    place.run(&add).ends(0); // again: nothing new
+    let rows = place.run(&["subscriptions", "list", "--json"]).ends(0).json_lines();
+    assert_eq!(rows.len(), 1);
+    assert_eq!(
+        (&rows[0]["max_attempts"], &rows[0]["pending"]),
+        (&7.into(), &1.into()),
+        "what nobody was subscribed to"
+    );
+}

@@ -161,6 +161,12 @@ pub enum Error {
         "the SQLite database is busy: another connection holds its write lock; begin your transaction with BEGIN IMMEDIATE, or try again"
     )]
     Busy(#[source] sqlx::Error),
+    /// SQLite: a delivery cannot be leased beside the caller's transaction, because that has read or
+    /// written already. Nothing was leased.
+    #[error(
+        "this SQLite transaction has read or written already, so that no delivery can be leased beside it; call `next` before the first statement of a transaction that was begun with BEGIN (not BEGIN IMMEDIATE), once in each"
+    )]
+    BusyTransaction(#[source] sqlx::Error),
     /// The database refused or did not answer.
     #[error("the database did not answer as it should: {}", Plain(.0))]
     Database(#[source] sqlx::Error),

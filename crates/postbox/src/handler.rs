@@ -16,7 +16,7 @@ use crate::operation::{Done, FollowUps, Operation, OperationFailure, Receipt, Re
 use crate::store::{AsConnection, Database, HandlerTx, Store};
 
 /// How a plain or transactional handler's attempt did not succeed. `?` on any error gives a retry.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Failure {
     pub(crate) error: String,
     pub(crate) end: End,

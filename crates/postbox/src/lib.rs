@@ -53,6 +53,7 @@ mod pattern;
 #[cfg(not(feature = "planted-bugs"))]
 mod planted;
 mod postbox;
+mod pull;
 mod retry;
 mod router;
 mod settings;
@@ -86,6 +87,7 @@ pub use operation::{Done, FollowUps, Operation, OperationFailure, Receipt, Recon
 pub use pattern::{MAX_NAME_BYTES, Pattern, TopicError, check_topic};
 pub use postbox::{Postbox, Published};
 pub use postbox_macros::Message;
+pub use pull::{PullSubscription, Pulled};
 pub use retry::RetryPolicy;
 pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation};
 pub use settings::{Backend, SETTINGS, Settings, hide_password};
@@ -107,6 +109,8 @@ mod docs {
     mod operations {}
     #[doc = include_str!("../../../docs/publishing.md")]
     mod publishing {}
+    #[doc = include_str!("../../../docs/pull.md")]
+    mod pull {}
     #[doc = include_str!("../../../docs/settings.md")]
     mod settings {}
 }

@@ -1,13 +1,17 @@
 //! The handle: connect, publish, operate, start workers.
 
+use std::sync::Arc;
+
 use crate::admin::{Admin, MigrationStatus, RoleRow};
 use crate::context;
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, IntoDraft, minted_at};
+use crate::pull::PullSubscription;
 use crate::router::Router;
 use crate::settings::Settings;
 use crate::store::{AsConnection, Database, HandlerTx, Loss, Store, Stored};
 use crate::worker::WorkerBuilder;
+use crate::worker::puller::{Puller, Shared};
 
 /// A postbox in a database. Cheap to clone; clones share their connections.
 #[derive(Debug)]
@@ -15,6 +19,7 @@ pub struct Postbox<Db: Database> {
     store: Db::Store,
     settings: Settings,
     max_payload_bytes: usize,
+    puller: Arc<tokio::sync::Mutex<Option<Puller<Db::Store>>>>,
 }
 
 impl<Db: Database> Clone for Postbox<Db> {
@@ -23,6 +28,7 @@ impl<Db: Database> Clone for Postbox<Db> {
             store: self.store.clone(),
             settings: self.settings.clone(),
             max_payload_bytes: self.max_payload_bytes,
+            puller: self.puller.clone(),
         }
     }
 }
@@ -94,7 +100,7 @@ impl<Db: Database> Postbox<Db> {
     pub async fn open_unchecked(settings: Settings) -> Result<Self, Error> {
         let max_payload_bytes = settings.max_payload_bytes()?;
         let store = Db::Store::connect(&settings).await?;
-        Ok(Postbox { store, settings, max_payload_bytes })
+        Ok(Postbox { store, settings, max_payload_bytes, puller: Arc::default() })
     }
 
     async fn check_schema(&self) -> Result<(), Error> {
@@ -274,8 +280,31 @@ impl<Db: Database> Postbox<Db> {
         WorkerBuilder::new(self, router)
     }
 
-    /// Closes its connections, and those of its clones.
+    /// A subscription to pull from, one delivery at a time, each in a transaction of the caller's.
+    pub fn subscription(&self, name: impl Into<String>) -> PullSubscription<Db> {
+        PullSubscription::new(self, name.into())
+    }
+
+    /// The same, if it was started already.
+    pub(crate) async fn running_puller(&self) -> Option<Arc<Shared<Db::Store>>> {
+        self.puller.lock().await.as_ref().filter(|p| !p.is_over()).map(Puller::shared)
+    }
+
+    /// What stands behind this process's pulls; started with the first one.
+    pub(crate) async fn puller(&self) -> Result<Arc<Shared<Db::Store>>, Error> {
+        let mut puller = self.puller.lock().await;
+        if let Some(running) = puller.as_ref().filter(|p| !p.is_over()) {
+            return Ok(running.shared());
+        }
+        let started = Puller::start(self.store.clone(), &self.settings).await?;
+        Ok(puller.insert(started).shared())
+    }
+
+    /// Closes its connections, and those of its clones. What was pulled and rolled back is settled first.
     pub async fn close(&self) {
+        if let Some(puller) = self.puller.lock().await.take() {
+            puller.stop().await;
+        }
         self.store.close().await;
     }
 }

@@ -6,6 +6,7 @@ mod completions;
 mod config;
 mod jsonl;
 mod list;
+mod maintain;
 mod migrate;
 mod publish;
 mod replay;
@@ -58,6 +59,7 @@ async fn on<Db: Database>(desk: &Desk<'_>, command: Command) -> Ended {
         Command::Replay(replay) => replay::run::<Db>(desk, replay).await,
         Command::Resolve(resolve) => resolve::run::<Db>(desk, resolve).await,
         Command::Subscriptions(subscriptions) => subscriptions::run::<Db>(desk, subscriptions).await,
+        Command::Maintain => maintain::run::<Db>(desk).await,
         Command::Audit(audit) => audit::run::<Db>(desk, audit).await,
         // These need no database and were served above.
         Command::Config(_)

@@ -1,13 +1,15 @@
-//! `postbox subscriptions [list]` and `postbox subscriptions remove NAME`.
+//! `postbox subscriptions [list]`, `postbox subscriptions add NAME PATTERN` and `postbox subscriptions
+//! remove NAME`.
 
 use postbox::admin::SubscriptionRow;
-use postbox::{Database, Postbox};
+use postbox::{Database, Pattern, Postbox};
+use serde_json::json;
 
 use crate::commands::Ended;
 use crate::confirm::confirm;
 use crate::desk::{Desk, usage};
 use crate::failure::{Failure, NOT_FOUND};
-use crate::flags::{Remove, Subscriptions, SubscriptionsCommand};
+use crate::flags::{Add, From, Remove, Subscriptions, SubscriptionsCommand};
 use crate::output::Tone;
 use crate::table::{Columns, text, toned};
 use crate::text::{capped, plain, quoted};
@@ -15,6 +17,7 @@ use crate::text::{capped, plain, quoted};
 pub(super) async fn run<Db: Database>(desk: &Desk<'_>, subscriptions: Subscriptions) -> Ended {
     match subscriptions.command {
         None | Some(SubscriptionsCommand::List) => list::<Db>(desk).await,
+        Some(SubscriptionsCommand::Add(wish)) => add::<Db>(desk, wish).await,
         Some(SubscriptionsCommand::Remove(wish)) => remove::<Db>(desk, wish).await,
     }
 }
@@ -79,6 +82,49 @@ async fn rows<Db: Database>(
     tried: &str,
 ) -> Result<Vec<SubscriptionRow>, Failure> {
     postbox.admin().subscriptions().await.map_err(|e| Failure::of(&e, tried, desk.command("status")))
+}
+
+async fn add<Db: Database>(desk: &Desk<'_>, wish: Add) -> Ended {
+    let tried = format!("add the subscription {}", wish.name);
+    let next = || desk.command("subscriptions add orders 'orders.*' --application shop");
+    let Some(application) = &desk.application else {
+        // The command's own name would be the default, and nobody would look there.
+        let why = "whose subscription it is has to be said; programs pull from it under that application";
+        return Err(usage(
+            &tried,
+            why,
+            desk.command(&format!(
+                "subscriptions add {} {} --application shop",
+                quoted(&wish.name),
+                quoted(&wish.pattern)
+            )),
+        ));
+    };
+    let pattern: Pattern =
+        wish.pattern.parse().map_err(|e: postbox::TopicError| usage(&tried, &e.to_string(), next()))?;
+    let postbox = desk.open::<Db>().await?;
+    let subscription = postbox.subscription(&wish.name).application(application).max_attempts(wish.max_attempts);
+    let subscription = subscription.listening_to(pattern.clone());
+    let subscription = match wish.from {
+        None => subscription,
+        Some(From::Now) => subscription.from_now(),
+        Some(From::Beginning) => subscription.from_beginning(),
+        Some(From::Time(time)) => subscription.from(time),
+    };
+    subscription.declare().await.map_err(|e| Failure::of(&e, &tried, desk.command("subscriptions")))?;
+    if desk.output.json {
+        let added = json!({"application": application, "name": wish.name, "pattern": pattern.as_str(), "max_attempts": wish.max_attempts});
+        desk.output.object(&added)?;
+    } else {
+        let plus = desk.output.paint(Tone::Good, "+");
+        desk.output.line(&format!(
+            "{plus} {} of {} listens to {}",
+            plain(&wish.name),
+            plain(application),
+            plain(pattern.as_str())
+        ))?;
+    }
+    Ok(0)
 }
 
 async fn remove<Db: Database>(desk: &Desk<'_>, wish: Remove) -> Ended {

@@ -1,7 +1,7 @@
 //! A worker in a process of its own, for tests that kill it. Everything comes from the environment:
 //! the store as for any postbox, `TEST_REMOTE` (host:port of the remote), `TEST_CONCURRENCY`,
 //! `TEST_BATCH`, `TEST_RENAMED` (the plain handler has a new name), `TEST_RECONCILE` (the operation
-//! asks the remote about doubts).
+//! asks the remote about doubts), `TEST_PULL` (pulls from this subscription instead).
 
 use std::time::Duration;
 
@@ -106,6 +106,19 @@ fn number(name: &str, default: u32) -> u32 {
     std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
 }
 
+/// Pulls for ever, one delivery a transaction.
+async fn pull<Db: Database>(settings: Settings, pool: sqlx::Pool<Db>, name: &str) -> Result<(), postbox::Error> {
+    let postbox = Postbox::<Db>::open(settings).await?;
+    let subscription = postbox.subscription(name);
+    loop {
+        subscription.ready().await?;
+        let mut tx = pool.begin().await?;
+        if subscription.next(&mut tx).await?.is_some() {
+            tx.commit().await?;
+        }
+    }
+}
+
 async fn work<Db: Database>(settings: Settings, more: Router<Db, Remote>) -> Result<(), postbox::Error> {
     let remote = Remote(std::env::var("TEST_REMOTE").unwrap_or_default());
     let postbox = Postbox::<Db>::open(settings).await?;
@@ -136,6 +149,13 @@ macro_rules! project {
 #[tokio::main(flavor = "multi_thread", worker_threads = 4)]
 async fn main() -> Result<(), postbox::Error> {
     let settings = Settings::load()?;
+    if let Ok(name) = std::env::var("TEST_PULL") {
+        let url = settings.database_url().unwrap_or_default().to_owned();
+        return match settings.backend()? {
+            postbox::Backend::Postgres => pull(settings, sqlx::PgPool::connect(&url).await?, &name).await,
+            postbox::Backend::Sqlite => pull(settings, sqlx::SqlitePool::connect(&url).await?, &name).await,
+        };
+    }
     match settings.backend()? {
         postbox::Backend::Postgres => {
             work::<Postgres>(settings, project!(Postgres, "insert into {} (message) values ($1)")).await

@@ -243,6 +243,50 @@ pub struct LeaseRef {
     pub token: Uuid,
 }
 
+/// A wish for one delivery, to be settled in its caller's transaction.
+#[derive(Debug, Clone, Copy)]
+pub struct PullRequest {
+    /// The puller's worker row.
+    pub worker: Uuid,
+    /// Minted before it asks, so that a lost answer can be told.
+    pub token: Uuid,
+    /// Of this subscription.
+    pub subscription: SubscriptionId,
+}
+
+/// One leased delivery, whose attempt is on record as begun.
+#[derive(Debug, Clone)]
+pub struct PulledOne {
+    /// Under this lease, which holds nothing else.
+    pub lease: LeaseRef,
+    /// The delivery; its attempts without the one that has begun.
+    pub item: Item,
+    /// Its subscription's policy, with the message's own limit of attempts.
+    pub policy: Policy,
+}
+
+/// What became of a success that was written in the caller's transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Completion {
+    /// It counts if the caller commits.
+    Done,
+    /// The lease is not this puller's any more: nothing changed.
+    Fenced,
+    /// The caller's snapshot is older than the lease: nothing changed.
+    Unseen,
+}
+
+/// How the transaction ended that completes a pulled delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It has not ended.
+    Open,
+    /// It was rolled back: the lease is still there, and nobody's.
+    RolledBack,
+    /// The lease is gone: it was committed, or the lease was taken over.
+    Gone,
+}
+
 /// How one attempt ended, as it is written.
 #[derive(Debug, Clone)]
 pub struct OutcomeRecord {
@@ -515,6 +559,12 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// Writes the row of a worker that was taken over and goes on under a new id. Its subscriptions
     /// stay as they are stored: what was renamed, changed or removed meanwhile is not undone.
     fn revive(&self, registration: &Registration, subscriptions: &[SubscriptionId]) -> impl Verb<()>;
+    /// Writes subscriptions without a worker behind them. The ids, in the order given.
+    fn declare(&self, application: &str, subscriptions: &[Declared]) -> impl Verb<Vec<SubscriptionId>>;
+    /// The stored subscription of this name, unless it was removed.
+    fn stored(&self, application: &str, name: &str) -> impl Verb<Option<(SubscriptionId, Kind)>>;
+    /// Says which subscriptions a worker stands behind from now on.
+    fn attend(&self, worker: Uuid, subscriptions: &[SubscriptionId]) -> impl Verb<()>;
     /// Renews the worker's life; `None` when it was taken over.
     fn beat(&self, beat: Beat) -> impl Verb<Option<Pulse>>;
     /// Ends a worker that holds nothing any more.
@@ -538,6 +588,30 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn recheck(&self, lease: LeaseRef, delivery: DeliveryId, number: u32) -> impl Verb<Option<bool>>;
     /// Leases under this worker that it does not know are handed back (a claim whose answer was lost).
     fn disown(&self, worker: Uuid, token: Uuid) -> impl Verb<()>;
+
+    /// Whether something is due for a subscription, and how long until something else is.
+    fn waiting(&self, subscription: SubscriptionId) -> impl Verb<(bool, Option<Duration>)>;
+    /// Refuses a caller's connection that is in no transaction. With `writes`, the store is about to
+    /// write on connections of its own: one that would be in their way is refused, too.
+    fn admit(&self, caller: &mut <Self::Db as sqlx::Database>::Connection, writes: bool) -> impl Verb<()>;
+    /// Leases one delivery and puts its attempt on record, in a transaction of its own. The caller's
+    /// connection is only looked at.
+    fn pull(
+        &self,
+        caller: &mut <Self::Db as sqlx::Database>::Connection,
+        request: PullRequest,
+    ) -> impl Verb<Option<PulledOne>>;
+    /// Ends the lease with a success, in the caller's transaction.
+    fn complete(
+        &self,
+        caller: &mut <Self::Db as sqlx::Database>::Connection,
+        lease: LeaseRef,
+        outcome: &Move,
+    ) -> impl Verb<Completion>;
+    /// What became of the transactions that complete these leases; in any order.
+    fn fates(&self, tokens: &[Uuid]) -> impl Verb<Vec<(Uuid, Fate)>>;
+    /// Hands back what was leased by `pull` and never handed out: its attempt is struck off the record.
+    fn forgo(&self, worker: Uuid, token: Uuid) -> impl Verb<()>;
 
     /// Takes over one dead worker, if there is one.
     fn take_over(&self, draw: f64) -> impl Verb<Option<TakenOver>>;

@@ -38,11 +38,15 @@ pub(super) struct Topics(Mutex<HashSet<String>>);
 
 impl Topics {
     pub(super) fn saw(&self, claimed: &Claimed) {
-        let Ok(mut topics) = self.0.lock() else { return };
         for envelope in claimed.items.iter().filter_map(|i| i.envelope.as_ref()) {
-            if topics.len() < MAX_TOPICS && !topics.contains(&envelope.topic) {
-                topics.insert(envelope.topic.clone());
-            }
+            self.saw_topic(&envelope.topic);
+        }
+    }
+
+    pub(super) fn saw_topic(&self, topic: &str) {
+        let Ok(mut topics) = self.0.lock() else { return };
+        if topics.len() < MAX_TOPICS && !topics.contains(topic) {
+            topics.insert(topic.to_owned());
         }
     }
 
@@ -78,11 +82,10 @@ pub(super) fn start<Db: Database>(
     topics: Arc<Topics>,
 ) -> Keeper {
     let asker = tokio::spawn(ask(postbox.clone(), registration, routes));
-    Keeper(vec![tokio::spawn(keep(postbox, topics)), asker])
+    Keeper(vec![tokio::spawn(keep(postbox.store().clone(), topics)), asker])
 }
 
-async fn keep<Db: Database>(postbox: Postbox<Db>, topics: Arc<Topics>) {
-    let store = postbox.store();
+pub(super) async fn keep<S: Store>(store: S, topics: Arc<Topics>) {
     let (mut tidied, mut learnt, mut rounds) = (Instant::now(), 0, 0u32);
     loop {
         while let Some(Some(taken)) = told("take over", PATIENCE, store.take_over(fastrand::f64())).await {

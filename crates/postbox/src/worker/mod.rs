@@ -4,6 +4,7 @@ mod attempt;
 mod core;
 mod heart;
 mod maintain;
+pub(crate) mod puller;
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -27,8 +27,11 @@ macro_rules! migration {
     };
 }
 
-pub(super) const MIGRATIONS: [Migration; 2] =
-    [migration!("0001", "engine", holds_data: true), migration!("0002", "roles", holds_data: false)];
+pub(super) const MIGRATIONS: [Migration; 3] = [
+    migration!("0001", "engine", holds_data: true),
+    migration!("0002", "pull", holds_data: false),
+    migration!("0003", "roles", holds_data: false),
+];
 
 fn render(text: &str, schema: &str, channel: &str) -> String {
     text.replace("{publish}", include_str!("publish.sql"))

@@ -9,6 +9,7 @@ mod operate;
 #[cfg(feature = "planted-bugs")]
 mod planted;
 mod publish;
+mod pull;
 mod register;
 mod replay;
 mod roles;
@@ -31,11 +32,13 @@ use crate::admin::{
 };
 use crate::content::Content;
 use crate::error::{Error, PublishError};
+use crate::lifecycle::Kind;
 use crate::message::{Draft, Envelope, minted_at};
 use crate::settings::Settings;
 use crate::store::{
-    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Ended, Guarded, HandlerTx, LeaseRef, Loss, Move,
-    Observation, Pulse, Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
+    Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, HandlerTx, LeaseRef,
+    Loss, Move, Observation, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored, Stranded,
+    SubscriptionId, TakenOver,
 };
 
 pub use migrate::{migrations_down_sql, migrations_sql};
@@ -59,10 +62,10 @@ macro_rules! statements {
     };
 }
 statements! {
-    audit, beat, claim, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
-    moves, next_due, part_exists, promote, publish, publish_checked, replay, resolution, roles, settle_open, settle_part,
-    starts, suspects, unrouted,
-    list, show_attempts, show_records, subscriptions, stranded,
+    audit, beat, claim, complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
+    moves, next_due, part_exists, promote, publish, publish_checked, pull, replay, resolution, roles, settle_open,
+    settle_part, starts, suspects, unrouted,
+    list, show_attempts, show_records, subscriptions, stranded, waiting,
 }
 
 impl Sql {
@@ -207,6 +210,8 @@ impl PgStore {
                         // A broken connection is mended inside; what was missed meanwhile is looked for.
                         listener.try_recv().await?;
                         let Some(bell) = bell.upgrade() else { return Ok::<(), sqlx::Error>(()) };
+                        // Those who wait now, and the next one who comes.
+                        bell.rung.notify_waiters();
                         bell.rung.notify_one();
                     }
                 };
@@ -351,6 +356,21 @@ impl Store for PgStore {
         Ok(work.commit().await?)
     }
 
+    async fn declare(&self, application: &str, subscriptions: &[Declared]) -> Result<Vec<SubscriptionId>, Error> {
+        register::declare(self, application, subscriptions).await
+    }
+
+    async fn stored(&self, application: &str, name: &str) -> Result<Option<(SubscriptionId, Kind)>, Error> {
+        pull::stored(self, application, name).await
+    }
+
+    async fn attend(&self, worker: Uuid, subscriptions: &[SubscriptionId]) -> Result<(), Error> {
+        let mut work = self.work().await?;
+        let sql = format!("update {}.worker set subscriptions = $2 where id = $1", self.schema);
+        self.dynamic(sql).bind(worker).bind(subscriptions.to_vec()).execute(work.on()).await?;
+        Ok(work.commit().await?)
+    }
+
     async fn beat(&self, beat: Beat) -> Result<Option<Pulse>, Error> {
         let mut work = self.work().await?;
         let row =
@@ -407,6 +427,30 @@ impl Store for PgStore {
 
     async fn disown(&self, worker: Uuid, token: Uuid) -> Result<(), Error> {
         takeover::disown(self, worker, token).await
+    }
+
+    async fn waiting(&self, subscription: SubscriptionId) -> Result<(bool, Option<Duration>), Error> {
+        pull::waiting(self, subscription).await
+    }
+
+    async fn admit(&self, caller: &mut PgConnection, _: bool) -> Result<(), Error> {
+        pull::admit(caller).await
+    }
+
+    async fn pull(&self, _: &mut PgConnection, request: PullRequest) -> Result<Option<PulledOne>, Error> {
+        pull::pull(self, request).await
+    }
+
+    async fn complete(&self, caller: &mut PgConnection, lease: LeaseRef, outcome: &Move) -> Result<Completion, Error> {
+        pull::complete(self, caller, lease, outcome).await
+    }
+
+    async fn fates(&self, tokens: &[Uuid]) -> Result<Vec<(Uuid, Fate)>, Error> {
+        pull::fates(self, tokens).await
+    }
+
+    async fn forgo(&self, worker: Uuid, token: Uuid) -> Result<(), Error> {
+        takeover::forgo(self, worker, token).await
     }
 
     async fn take_over(&self, draw: f64) -> Result<Option<TakenOver>, Error> {

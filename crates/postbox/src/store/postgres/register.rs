@@ -10,14 +10,38 @@ use crate::planted::planted;
 use crate::store::{Declared, Registration, Start, SubscriptionId};
 
 pub(super) async fn register(store: &PgStore, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
-    let subscriptions = &registration.subscriptions;
+    let mut work = store.work().await?;
+    let ids = route(store, &mut work, &registration.application, &registration.subscriptions).await?;
+    enlist(store, &mut work, registration, &ids).await?;
+    work.commit().await?;
+    Ok(ids)
+}
+
+/// The same without a worker.
+pub(super) async fn declare(
+    store: &PgStore,
+    application: &str,
+    subscriptions: &[Declared],
+) -> Result<Vec<SubscriptionId>, Error> {
+    let mut work = store.work().await?;
+    let ids = route(store, &mut work, application, subscriptions).await?;
+    work.commit().await?;
+    Ok(ids)
+}
+
+/// Finds or makes the subscriptions, and moves the routing epoch on if publishers must fan out anew.
+async fn route(
+    store: &PgStore,
+    work: &mut Work,
+    application: &str,
+    subscriptions: &[Declared],
+) -> Result<Vec<SubscriptionId>, Error> {
     for heir in subscriptions {
         let in_use = |other: &&Declared| other.name != heir.name && heir.renamed_from.contains(&other.name);
         if let Some(other) = subscriptions.iter().find(in_use) {
             return Err(same_stored(&other.name, &heir.name));
         }
     }
-    let mut work = store.work().await?;
     // One registration at a time: the routing row is locked first.
     let sql = format!("select epoch, channel from {}.routing for update", store.schema);
     let routing = store.dynamic(sql).fetch_one(work.on()).await?;
@@ -26,12 +50,12 @@ pub(super) async fn register(store: &PgStore, registration: &Registration) -> Re
         let sql = format!("update {}.routing set channel = $1", store.schema);
         store.dynamic(sql).bind(&store.channel).execute(work.on()).await?;
     }
-    let mut ids = Vec::with_capacity(registration.subscriptions.len());
+    let mut ids = Vec::with_capacity(subscriptions.len());
     let mut rerouted = false;
-    for declared in &registration.subscriptions {
-        let (id, changed) = subscribe(store, &mut work, &registration.application, declared, epoch + 1).await?;
+    for declared in subscriptions {
+        let (id, changed) = subscribe(store, work, application, declared, epoch + 1).await?;
         if let Some(other) = ids.iter().position(|known| *known == id) {
-            return Err(same_stored(&registration.subscriptions[other].name, &declared.name));
+            return Err(same_stored(&subscriptions[other].name, &declared.name));
         }
         ids.push(id);
         rerouted |= changed;
@@ -40,8 +64,6 @@ pub(super) async fn register(store: &PgStore, registration: &Registration) -> Re
         let sql = format!("update {}.routing set epoch = $1", store.schema);
         store.dynamic(sql).bind(epoch + 1).execute(work.on()).await?;
     }
-    enlist(store, &mut work, registration, &ids).await?;
-    work.commit().await?;
     Ok(ids)
 }
 

@@ -40,8 +40,13 @@ begin
             ('record_action', true, array['operator']),
             ('retain', true, array['worker']),
             ('next', false, array['worker']),
-            ('failed', false, array['worker']),
-            ('subscribe', false, array['worker']),
+            -- It turns a success that its own transaction has just written into a failure.
+            ('failed', true, array['worker']),
+            ('forgo_attempts', true, array['worker']),
+            ('pulled_subscription', false, array['worker']),
+            ('pattern_matcher', false, array['worker', 'operator']),
+            ('backoff_ceiling_ms', false, array['worker']),
+            ('subscribe', false, array['worker', 'operator']),
             ('uuid7', false, array['worker']),
             ('body_hash', false, array['worker']),
             ('minted_at', false, array['worker', 'operator', 'viewer']),
@@ -87,7 +92,7 @@ begin
         foreach thing in array array[
             'usage on sequence {schema}.delivery_id',
             'update (epoch) on {schema}.routing',
-            'update (removed_at) on {schema}.subscription',
+            'insert, update on {schema}.subscription',
             'insert, delete on {schema}.ready, {schema}.scheduled, {schema}.dead_letter',
             'insert, update, delete on {schema}.doubt',
             'insert on {schema}.late_delivery, {schema}.resolution, {schema}.observation']

@@ -14,6 +14,9 @@ use crate::planted::planted;
 use crate::store::decide::{self, Left};
 use crate::store::{LeaseRef, Move, TakenOver, policy_of};
 
+/// Dead workers looked at in one takeover.
+const LOOKED_AT: i64 = 20;
+
 pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<TakenOver>, Error> {
     let mut work = store.durable().await?;
     let old = match planted!("takeover-by-age") {
@@ -26,10 +29,24 @@ pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<Taken
     };
     let sql = format!(
         "select id, name, lease_ms, idempotent from {}.worker where expires_at < pg_catalog.clock_timestamp() {old}
-         order by pg_catalog.random() limit 1 for update skip locked",
+         order by pg_catalog.random() limit $1 for update skip locked",
         store.schema
     );
-    let Some(dead) = store.dynamic(sql).fetch_optional(work.on()).await? else {
+    let all = store.dynamic(sql).bind(LOOKED_AT).fetch_all(work.on()).await?;
+    let mut found = None;
+    for dead in &all {
+        let early = match planted!("takeover-reads-first") {
+            true => Some(unlocked(store, &mut work, dead.try_get("id")?).await?),
+            false => None,
+        };
+        let (tokens, waits) = lock_leases(store, &mut work, dead.try_get("id")?).await?;
+        // One whose leases are all in the hands of open transactions keeps nobody from the others.
+        if !tokens.is_empty() || !waits {
+            found = Some((dead, tokens, waits, early));
+            break;
+        }
+    }
+    let Some((dead, tokens, waits, early)) = found else {
         work.rollback().await?;
         return Ok(None);
     };
@@ -38,16 +55,6 @@ pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<Taken
     let name: String = dead.try_get("name")?;
     let idempotent: Vec<i32> = dead.try_get("idempotent")?;
     let mut taken = TakenOver { worker, name, pending: 0, in_doubt: 0, dead: 0 };
-    let mut early = None;
-    if planted!("takeover-reads-first") {
-        let sql = format!("select token from {}.lease where worker = $1", store.schema);
-        let tokens: Vec<Uuid> = sqlx::Row::try_get(
-            &store.dynamic(format!("select array({sql}) as tokens")).bind(worker).fetch_one(work.on()).await?,
-            "tokens",
-        )?;
-        early = Some(leftover(store, &mut work, &tokens).await?);
-    }
-    let tokens = lock_leases(store, &mut work, worker).await?;
     let rows = match early {
         Some(rows) => rows,
         None => leftover(store, &mut work, &tokens).await?,
@@ -86,17 +93,32 @@ pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<Taken
         .execute(work.on())
         .await?;
     forget(store, &mut work, &tokens).await?;
-    let sql = format!("delete from {}.worker where id = $1", store.schema);
-    store.dynamic(sql).bind(worker).execute(work.on()).await?;
+    if !waits {
+        let sql = format!("delete from {}.worker where id = $1", store.schema);
+        store.dynamic(sql).bind(worker).execute(work.on()).await?;
+    }
     work.commit().await?;
     Ok(Some(taken))
 }
 
-/// Lock first: whoever settles these leases has committed, or will find them gone.
-async fn lock_leases(store: &PgStore, work: &mut Work, worker: Uuid) -> Result<Vec<Uuid>, Error> {
-    let sql = format!("select token from {}.lease where worker = $1 order by batch for update", store.schema);
+/// Lock first: whoever settles these leases has committed, or will find them gone. A lease that an
+/// open transaction holds (one that completes what it pulled) is left for later: whether there is one.
+async fn lock_leases(store: &PgStore, work: &mut Work, worker: Uuid) -> Result<(Vec<Uuid>, bool), Error> {
+    let sql =
+        format!("select token from {}.lease where worker = $1 order by batch for update skip locked", store.schema);
     let rows = store.dynamic(sql).bind(worker).fetch_all(work.on()).await?;
-    rows.iter().map(|row| Ok(row.try_get("token")?)).collect()
+    let tokens: Vec<Uuid> = rows.iter().map(|row| row.try_get("token")).collect::<Result<_, _>>()?;
+    let sql = format!("select pg_catalog.count(*) as held from {}.lease where worker = $1", store.schema);
+    let held: i64 = store.dynamic(sql).bind(worker).fetch_one(work.on()).await?.try_get("held")?;
+    Ok((tokens.clone(), held > tokens.len() as i64))
+}
+
+/// For a planted bug: what the leases hold, read without a lock.
+async fn unlocked(store: &PgStore, work: &mut Work, worker: Uuid) -> Result<Vec<PgRow>, Error> {
+    let sql = format!("select token from {}.lease where worker = $1", store.schema);
+    let rows = store.dynamic(sql).bind(worker).fetch_all(work.on()).await?;
+    let tokens: Vec<Uuid> = rows.iter().map(|row| row.try_get("token")).collect::<Result<_, _>>()?;
+    leftover(store, work, &tokens).await
 }
 
 /// Read second, in a statement of its own.
@@ -151,6 +173,18 @@ pub(super) async fn disown(store: &PgStore, worker: Uuid, token: Uuid) -> Result
     let mut work = store.work().await?;
     let sql = format!("select 1 from {}.lease where token = $1 and worker = $2 for update", store.schema);
     if store.dynamic(sql).bind(token).bind(worker).fetch_optional(work.on()).await?.is_some() {
+        hand_back(store, &mut work, &[token]).await?;
+    }
+    Ok(work.commit().await?)
+}
+
+/// Hands back what was pulled and never handed out, as if it had not been leased.
+pub(super) async fn forgo(store: &PgStore, worker: Uuid, token: Uuid) -> Result<(), Error> {
+    let mut work = store.work().await?;
+    let sql = format!("select 1 from {}.lease where token = $1 and worker = $2 for update", store.schema);
+    if store.dynamic(sql).bind(token).bind(worker).fetch_optional(work.on()).await?.is_some() {
+        let sql = format!("select {}.forgo_attempts($1, $2)", store.schema);
+        store.dynamic(sql).bind(token).bind(worker).execute(work.on()).await?;
         hand_back(store, &mut work, &[token]).await?;
     }
     Ok(work.commit().await?)

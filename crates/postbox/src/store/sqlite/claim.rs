@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use sqlx::{Row, SqliteConnection};
 
+use super::work::Work;
 use super::{SqliteStore, json_of, messages};
 use crate::error::Error;
 use crate::planted::planted;
@@ -33,7 +34,19 @@ pub(super) async fn claim(store: &SqliteStore, request: &ClaimRequest) -> Result
         work.rollback().await?;
         return Ok(claimed);
     }
-    sqlx::query(include_str!("promote.sql")).bind(&wanted).bind(PROMOTED).execute(work.on()).await?;
+    let mut claimed = claim_in(&mut work, request).await?;
+    let (_, wait): (bool, Option<i64>) =
+        sqlx::query_as(include_str!("due.sql")).bind(&wanted).fetch_one(work.on()).await?;
+    claimed.next_due = wait.map(wait_of);
+    work.commit().await?;
+    Ok(claimed)
+}
+
+/// The claim itself, in a transaction that holds the write lock.
+pub(super) async fn claim_in(work: &mut Work, request: &ClaimRequest) -> Result<Claimed, Error> {
+    let wanted: Vec<SubscriptionId> = request.wanted.iter().filter(|(_, room)| *room > 0).map(|(id, _)| *id).collect();
+    let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None };
+    sqlx::query(include_str!("promote.sql")).bind(json_of(&wanted)?).bind(PROMOTED).execute(work.on()).await?;
     let picked = pick(work.on(), request).await?;
     if !picked.is_empty() {
         claimed.batch = sqlx::query_scalar(
@@ -45,10 +58,6 @@ pub(super) async fn claim(store: &SqliteStore, request: &ClaimRequest) -> Result
         .await?;
         claimed.items = lease(work.on(), request, &picked).await?;
     }
-    let (_, wait): (bool, Option<i64>) =
-        sqlx::query_as(include_str!("due.sql")).bind(&wanted).fetch_one(work.on()).await?;
-    claimed.next_due = wait.map(wait_of);
-    work.commit().await?;
     Ok(claimed)
 }
 

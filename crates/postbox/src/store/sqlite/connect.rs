@@ -34,6 +34,8 @@ pub(super) struct Opened {
     pub(super) options: SqliteConnectOptions,
     /// The database's file, absolute.
     pub(super) file: PathBuf,
+    /// How long a connection waits for the write lock.
+    pub(super) busy: Duration,
 }
 
 pub(super) async fn open(settings: &Settings) -> Result<Opened, Error> {
@@ -55,7 +57,7 @@ pub(super) async fn open(settings: &Settings) -> Result<Opened, Error> {
     let file = first_contact(&writer, busy, &options).await?;
     let options = options.pragma("query_only", "on");
     let reader = readers(&options, READERS);
-    Ok(Opened { writer, reader, options, file })
+    Ok(Opened { writer, reader, options, file, busy })
 }
 
 pub(super) fn readers(options: &SqliteConnectOptions, connections: u32) -> SqlitePool {

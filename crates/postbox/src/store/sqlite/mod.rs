@@ -27,6 +27,7 @@ mod connect;
 mod doubt;
 mod operate;
 mod publish;
+mod pull;
 mod register;
 mod replay;
 mod settle;
@@ -49,11 +50,13 @@ use crate::admin::{
 };
 use crate::content::Content;
 use crate::error::{Error, PublishError};
+use crate::lifecycle::Kind;
 use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};
 use crate::settings::Settings;
 use crate::store::{
-    Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Ended, Guarded, LeaseRef, Loss, Move, Observation, Pulse,
-    Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver,
+    Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, LeaseRef,
+    Loss, Move, Observation, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored, Stranded,
+    SubscriptionId, TakenOver,
 };
 
 pub use connect::migrations_sql;
@@ -78,6 +81,7 @@ struct Shared {
     alive: alive::Alive,
     bell: wake::Bell,
     options: sqlx::sqlite::SqliteConnectOptions,
+    busy: Duration,
 }
 
 impl SqliteStore {
@@ -159,6 +163,7 @@ impl Store for SqliteStore {
                 alive: alive::Alive::new(opened.file),
                 bell: wake::Bell::new(opened.options.clone(), settings.wake_ups()?),
                 options: opened.options,
+                busy: opened.busy,
             }),
         };
         connect::migrate(&store).await?;
@@ -224,6 +229,24 @@ impl Store for SqliteStore {
         register::revive(self, registration, subscriptions).await
     }
 
+    async fn declare(&self, application: &str, subscriptions: &[Declared]) -> Result<Vec<SubscriptionId>, Error> {
+        register::declare(self, application, subscriptions).await
+    }
+
+    async fn stored(&self, application: &str, name: &str) -> Result<Option<(SubscriptionId, Kind)>, Error> {
+        pull::stored(self, application, name).await
+    }
+
+    async fn attend(&self, worker: Uuid, subscriptions: &[SubscriptionId]) -> Result<(), Error> {
+        let mut work = self.write().await?;
+        sqlx::query("update postbox_worker set subscriptions = ?2 where id = ?1")
+            .bind(worker)
+            .bind(json_of(subscriptions)?)
+            .execute(work.on())
+            .await?;
+        work.commit().await
+    }
+
     async fn beat(&self, beat: Beat) -> Result<Option<Pulse>, Error> {
         register::beat(self, beat.worker).await
     }
@@ -269,6 +292,35 @@ impl Store for SqliteStore {
 
     async fn disown(&self, worker: Uuid, token: Uuid) -> Result<(), Error> {
         takeover::disown(self, worker, token).await
+    }
+
+    async fn waiting(&self, subscription: SubscriptionId) -> Result<(bool, Option<Duration>), Error> {
+        pull::waiting(self, subscription).await
+    }
+
+    async fn admit(&self, caller: &mut SqliteConnection, writes: bool) -> Result<(), Error> {
+        pull::admit(caller, writes).await
+    }
+
+    async fn pull(&self, caller: &mut SqliteConnection, request: PullRequest) -> Result<Option<PulledOne>, Error> {
+        pull::pull(self, caller, request).await
+    }
+
+    async fn complete(
+        &self,
+        caller: &mut SqliteConnection,
+        lease: LeaseRef,
+        outcome: &Move,
+    ) -> Result<Completion, Error> {
+        pull::complete(caller, lease, outcome).await
+    }
+
+    async fn fates(&self, tokens: &[Uuid]) -> Result<Vec<(Uuid, Fate)>, Error> {
+        pull::fates(self, tokens).await
+    }
+
+    async fn forgo(&self, worker: Uuid, token: Uuid) -> Result<(), Error> {
+        takeover::forgo(self, worker, token).await
     }
 
     async fn take_over(&self, draw: f64) -> Result<Option<TakenOver>, Error> {

@@ -13,22 +13,44 @@ pub(super) async fn register(store: &SqliteStore, registration: &Registration) -
     // Locked before it is on record: a row without a lock would be taken for dead.
     let lock = store.shared.alive.lock(registration.worker)?;
     let mut work = store.write().await?;
+    let ids = route(work.on(), &registration.application, &registration.subscriptions).await?;
+    enlist(work.on(), registration, &ids, &lock).await?;
+    work.commit().await?;
+    store.shared.alive.keep(registration.worker, lock);
+    Ok(ids)
+}
+
+/// The same without a worker.
+pub(super) async fn declare(
+    store: &SqliteStore,
+    application: &str,
+    subscriptions: &[Declared],
+) -> Result<Vec<SubscriptionId>, Error> {
+    let mut work = store.write().await?;
+    let ids = route(work.on(), application, subscriptions).await?;
+    work.commit().await?;
+    Ok(ids)
+}
+
+/// Finds or makes the subscriptions, and moves the routing epoch on if publishers must fan out anew.
+async fn route(
+    db: &mut SqliteConnection,
+    application: &str,
+    subscriptions: &[Declared],
+) -> Result<Vec<SubscriptionId>, Error> {
     // All of them as they are stored before anything is renamed: their order does not count.
-    let stored = recognise(work.on(), registration).await?;
-    let epoch: i64 = sqlx::query_scalar("select epoch from postbox_routing").fetch_one(work.on()).await?;
-    let mut ids = Vec::with_capacity(registration.subscriptions.len());
+    let stored = recognise(db, application, subscriptions).await?;
+    let epoch: i64 = sqlx::query_scalar("select epoch from postbox_routing").fetch_one(&mut *db).await?;
+    let mut ids = Vec::with_capacity(subscriptions.len());
     let mut rerouted = false;
-    for (declared, stored) in registration.subscriptions.iter().zip(stored) {
-        let (id, changed) = subscribe(work.on(), &registration.application, declared, stored, epoch + 1).await?;
+    for (declared, stored) in subscriptions.iter().zip(stored) {
+        let (id, changed) = subscribe(db, application, declared, stored, epoch + 1).await?;
         ids.push(id);
         rerouted |= changed;
     }
     if rerouted {
-        sqlx::query("update postbox_routing set epoch = ?1").bind(epoch + 1).execute(work.on()).await?;
+        sqlx::query("update postbox_routing set epoch = ?1").bind(epoch + 1).execute(db).await?;
     }
-    enlist(work.on(), registration, &ids, &lock).await?;
-    work.commit().await?;
-    store.shared.alive.keep(registration.worker, lock);
     Ok(ids)
 }
 
@@ -80,11 +102,14 @@ row! {
 }
 
 /// What each declared subscription is stored as, if it is; refused where that would mix things up.
-async fn recognise(db: &mut SqliteConnection, registration: &Registration) -> Result<Vec<Option<Known>>, Error> {
-    let declared = &registration.subscriptions;
+async fn recognise(
+    db: &mut SqliteConnection,
+    application: &str,
+    declared: &[Declared],
+) -> Result<Vec<Option<Known>>, Error> {
     let mut stored = Vec::with_capacity(declared.len());
     for one in declared {
-        let known = known(db, &registration.application, one).await?;
+        let known = known(db, application, one).await?;
         if let Some(known) = &known
             && known.kind == Kind::Operation.as_str()
             && one.policy.kind != Kind::Operation

@@ -170,7 +170,11 @@ fn row(m: &Move) -> Value {
 }
 
 /// Attempts that begin once this is committed.
-async fn begin(db: &mut SqliteConnection, lease: LeaseRef, starts: &[(DeliveryId, u32)]) -> Result<(), Error> {
+pub(super) async fn begin(
+    db: &mut SqliteConnection,
+    lease: LeaseRef,
+    starts: &[(DeliveryId, u32)],
+) -> Result<(), Error> {
     if starts.is_empty() {
         return Ok(());
     }

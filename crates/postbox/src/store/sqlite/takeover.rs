@@ -127,9 +127,36 @@ impl Leftover {
     }
 }
 
+/// Hands back what was pulled and never handed out, as if it had not been leased.
+pub(super) async fn forgo(store: &SqliteStore, worker: Uuid, token: Uuid) -> Result<(), Error> {
+    let mut work = store.write().await?;
+    sqlx::query(
+        "delete from postbox_attempt where (delivery, number) in (
+             select d.id, d.attempt from postbox_lease l join postbox_delivery d on d.token = l.token
+             where l.token = ?1 and l.worker = ?2 and d.begun)",
+    )
+    .bind(token)
+    .bind(worker)
+    .execute(work.on())
+    .await?;
+    sqlx::query(
+        "update postbox_delivery set begun = 0, attempt = attempt - 1
+         where begun and token = (select token from postbox_lease where token = ?1 and worker = ?2)",
+    )
+    .bind(token)
+    .bind(worker)
+    .execute(work.on())
+    .await?;
+    hand_back(store, work, worker, token).await
+}
+
 /// Hands back one lease's deliveries, none of which has started.
 pub(super) async fn disown(store: &SqliteStore, worker: Uuid, token: Uuid) -> Result<(), Error> {
-    let mut work = store.write().await?;
+    let work = store.write().await?;
+    hand_back(store, work, worker, token).await
+}
+
+async fn hand_back(store: &SqliteStore, mut work: Work, worker: Uuid, token: Uuid) -> Result<(), Error> {
     let held: Option<i64> = sqlx::query_scalar("select batch from postbox_lease where token = ?1 and worker = ?2")
         .bind(token)
         .bind(worker)

@@ -1,5 +1,7 @@
 //! Transactions that never go back to their pool half done.
 
+use std::time::Duration;
+
 use sqlx::pool::PoolConnection;
 use sqlx::{Sqlite, SqliteConnection, SqlitePool};
 
@@ -34,6 +36,39 @@ impl Work {
         let mut work = Work { connection, ended: false };
         sqlx::query(statement).execute(work.on()).await?;
         Ok(work)
+    }
+
+    /// The write lock, if nobody holds it for longer than `patience`; `usual` is how long the
+    /// connection waits for it otherwise.
+    pub(super) async fn write_soon(
+        pool: &SqlitePool,
+        patience: Duration,
+        usual: Duration,
+    ) -> Result<Option<Work>, Error> {
+        // The one writer may be somebody's in this process.
+        let Ok(acquired) = tokio::time::timeout(patience, pool.acquire()).await else { return Ok(None) };
+        let connection = match acquired {
+            Err(sqlx::Error::PoolTimedOut) => return Ok(None),
+            acquired => acquired?,
+        };
+        let mut work = Work { connection, ended: false };
+        work.wait_for(patience).await?;
+        let begun = sqlx::query("BEGIN IMMEDIATE").execute(work.on()).await.map_err(Error::from);
+        work.wait_for(usual).await?;
+        match begun {
+            Ok(_) => Ok(Some(work)),
+            Err(Error::Busy(_)) => {
+                work.ended = true;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn wait_for(&mut self, patience: Duration) -> Result<(), Error> {
+        let sql = format!("PRAGMA busy_timeout = {}", patience.as_millis().min(i32::MAX as u128));
+        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(self.on()).await?;
+        Ok(())
     }
 
     pub(super) fn on(&mut self) -> &mut SqliteConnection {

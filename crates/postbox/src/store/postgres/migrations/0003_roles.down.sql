@@ -1,4 +1,4 @@
--- Takes back what 0002_roles gave. A role that has members, or rights anywhere else, stays.
+-- Takes back what 0003_roles gave. A role that has members, or rights anywhere else, stays.
 do $down$
 declare
     kind pg_catalog.text;
