@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&[&str]; 7] = [
     // Pure: no clock, no I/O, no SQL.
     &["json", "pattern", "retry", "crash"],
-    &["lifecycle", "message", "error"],
+    &["lifecycle", "message", "error", "retention"],
     &["settings", "context"],
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
@@ -121,6 +121,7 @@ fn the_pure_modules_are_pure() {
         "json.rs",
         "pattern.rs",
         "retry.rs",
+        "retention.rs",
         "lifecycle.rs",
         "worker/core.rs",
         "worker/core/wire.rs",

@@ -50,6 +50,7 @@ mod message;
 mod operation;
 mod pattern;
 mod postbox;
+mod retention;
 mod retry;
 mod router;
 mod settings;
@@ -76,6 +77,9 @@ pub use operation::{Done, FollowUps, Operation, OperationFailure, Receipt, Recon
 pub use pattern::{MAX_NAME_BYTES, Pattern, TopicError, check_topic};
 pub use postbox::{Postbox, Published};
 pub use postbox_macros::Message;
+pub use retention::MIN_KEEP;
+#[doc(hidden)]
+pub use retention::{Keep, Keeps, Retention};
 pub use retry::RetryPolicy;
 pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation};
 pub use settings::{Backend, SETTINGS, Settings, hide_password};

@@ -14,6 +14,7 @@ use crate::lifecycle::{Kind, Policy};
 use crate::message::Message;
 use crate::operation::{FollowUps, OperationFailure, Receipt, Reconciled};
 use crate::pattern::{MAX_NAME_BYTES, Pattern, TopicError};
+use crate::retention::{Keep, MIN_KEEP};
 use crate::retry::RetryPolicy;
 use crate::store::{Database, Declared, Start};
 
@@ -133,6 +134,7 @@ struct Options {
     quiet: Duration,
     concurrency: Option<usize>,
     start: Start,
+    keep: Keep,
 }
 
 impl Default for Options {
@@ -145,6 +147,7 @@ impl Default for Options {
             quiet: Duration::from_secs(60),
             concurrency: None,
             start: Start::default(),
+            keep: Keep::default(),
         }
     }
 }
@@ -209,6 +212,32 @@ macro_rules! options {
         pub fn concurrency(mut self, at_once: usize) -> Self {
             assert!(at_once > 0, "the concurrency of a subscription must be at least 1");
             self.options.concurrency = Some(at_once);
+            self
+        }
+
+        /// How long its deliveries stay on record after they have succeeded, instead of the setting
+        /// `keep_succeeded` (and `keep_operations`). `Duration::MAX` is for ever.
+        ///
+        /// # Panics
+        /// Shorter than an hour ([`MIN_KEEP`]).
+        #[track_caller]
+        #[must_use]
+        pub fn keep_succeeded(mut self, keep: Duration) -> Self {
+            assert!(keep >= MIN_KEEP, "keep_succeeded is {keep:?}; it must be at least an hour");
+            self.options.keep.succeeded = Some(keep);
+            self
+        }
+
+        /// How long its deliveries stay on record after they have died or were cancelled, instead of
+        /// the setting `keep_dead` (and `keep_operations`). `Duration::MAX` is for ever.
+        ///
+        /// # Panics
+        /// Shorter than an hour ([`MIN_KEEP`]).
+        #[track_caller]
+        #[must_use]
+        pub fn keep_dead(mut self, keep: Duration) -> Self {
+            assert!(keep >= MIN_KEEP, "keep_dead is {keep:?}; it must be at least an hour");
+            self.options.keep.dead = Some(keep);
             self
         }
 
@@ -482,6 +511,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
                 reconciles,
                 continues,
                 start: options.start,
+                keep: options.keep,
                 timeout: options.timeout,
                 quiet: options.quiet,
             },

@@ -7,6 +7,7 @@ mod list;
 mod migrate;
 mod publish;
 mod resolve;
+mod retain;
 mod retry;
 mod show;
 mod status;
@@ -51,6 +52,7 @@ async fn on<Db: Database>(desk: &Desk<'_>, command: Command) -> Ended {
         Command::Retry(retry) => retry::run::<Db>(desk, retry).await,
         Command::Resolve(resolve) => resolve::run::<Db>(desk, resolve).await,
         Command::Subscriptions(subscriptions) => subscriptions::run::<Db>(desk, subscriptions).await,
+        Command::Retain(retain) => retain::run::<Db>(desk, retain).await,
         Command::Audit(audit) => audit::run::<Db>(desk, audit).await,
         // These need no database and were served above.
         Command::Config(_) | Command::Demo(_) | Command::DemoProvider => Ok(0),

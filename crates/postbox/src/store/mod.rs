@@ -10,12 +10,14 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
+    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retained, RetentionPreview, Retry,
+    Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::{Answer, Kind, Policy};
 use crate::message::{Draft, Envelope};
 use crate::pattern::Pattern;
+use crate::retention::{Keep, Retention};
 
 pub mod postgres;
 pub mod sqlite;
@@ -130,6 +132,8 @@ pub struct Declared {
     pub continues: bool,
     /// What it takes of history when it is new.
     pub start: Start,
+    /// How long its deliveries stay on record once they have ended.
+    pub keep: Keep,
 }
 
 /// A worker that wants to start.
@@ -520,6 +524,10 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn learn_routes(&self, topics: &[String]) -> impl Verb<()>;
     /// Removes what has run out: dedup windows. How many rows went.
     fn tidy(&self) -> impl Verb<u64>;
+    /// Removes one batch of what has ended and was kept long enough; never anything unfinished.
+    fn retain(&self, retention: &Retention) -> impl Verb<Retained>;
+    /// What it would remove.
+    fn retention_preview(&self, keep_unrouted: Duration) -> impl Verb<RetentionPreview>;
 
     /// Counts for people and programs.
     fn status(&self) -> impl Verb<Status>;

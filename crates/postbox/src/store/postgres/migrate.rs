@@ -12,7 +12,11 @@ const MIGRATIONS: [(&str, &str); 1] = [("engine", include_str!("migrations/0001_
 
 fn render(text: &str, schema: &str, channel: &str) -> String {
     let publish = include_str!("publish.sql");
-    text.replace("{publish}", publish).replace("{schema}", schema).replace("{channel}", channel)
+    let retain = include_str!("retain_functions.sql");
+    text.replace("{publish}", publish)
+        .replace("{retain}", retain.trim_end())
+        .replace("{schema}", schema)
+        .replace("{channel}", channel)
 }
 
 fn head(schema: &str) -> String {

@@ -6,6 +6,7 @@ mod doubt;
 mod migrate;
 mod publish;
 mod register;
+mod retain;
 mod settle;
 mod takeover;
 
@@ -20,10 +21,12 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
+    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retained, RetentionPreview, Retry,
+    Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, minted_at};
+use crate::retention::Retention;
 use crate::settings::Settings;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Guarded, HandlerTx, LeaseRef, Move, Observation,
@@ -48,7 +51,7 @@ macro_rules! statements {
 statements! {
     audit, beat, claim, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
     moves, next_due, part_exists, promote, publish, resolution, settle_open, settle_part, starts, suspects, unrouted,
-    list, show_attempts, show_records, subscriptions, stranded,
+    list, show_attempts, show_records, subscriptions, stranded, retain_preview,
 }
 
 impl Sql {
@@ -421,6 +424,14 @@ impl Store for PgStore {
         let removed = self.dynamic(sql).execute(work.on()).await?.rows_affected();
         work.commit().await?;
         Ok(removed)
+    }
+
+    async fn retain(&self, retention: &Retention) -> Result<Retained, Error> {
+        retain::retain(self, retention).await
+    }
+
+    async fn retention_preview(&self, keep_unrouted: Duration) -> Result<RetentionPreview, Error> {
+        retain::preview(self, keep_unrouted).await
     }
 
     async fn status(&self) -> Result<Status, Error> {

@@ -3,9 +3,10 @@
 use sqlx::Row;
 use uuid::Uuid;
 
-use super::{PgStore, Work, millis};
+use super::{PgStore, Work, millis, retain};
 use crate::error::Error;
 use crate::lifecycle::Kind;
+use crate::retention;
 use crate::store::{Declared, Registration, Start, SubscriptionId};
 
 pub(super) async fn register(store: &PgStore, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
@@ -92,6 +93,7 @@ async fn subscribe(
     );
     let found = store.dynamic(sql).bind(application).bind(&names).fetch_optional(work.on()).await?;
     let policy = declared.policy;
+    let (keep_succeeded, keep_dead) = retention::stored(policy.kind, declared.keep);
     if let Some(row) = found {
         let id: SubscriptionId = row.try_get("id")?;
         let kind: String = row.try_get("kind")?;
@@ -110,7 +112,7 @@ async fn subscribe(
                  start = case when $11 then 'unrouted' else start end,
                  backfilled = case when $11 then false else backfilled end,
                  backfill_waits = case when $11 then null else backfill_waits end,
-                 timeout_ms = $13, quiet_ms = $14
+                 timeout_ms = $13, quiet_ms = $14, keep_succeeded_ms = $15, keep_dead_ms = $16
              where id = $1",
             store.schema
         );
@@ -130,6 +132,8 @@ async fn subscribe(
             .bind(next_epoch)
             .bind(millis(declared.timeout))
             .bind(millis(declared.quiet))
+            .bind(keep_succeeded)
+            .bind(keep_dead)
             .execute(work.on())
             .await?;
         return Ok((id, changed));
@@ -142,8 +146,8 @@ async fn subscribe(
     };
     let sql = format!(
         "insert into {}.subscription (application, name, pattern, matcher, kind, max_attempts, retry_base_ms, retry_cap_ms,
-             reconciles, continues, start, start_at, epoch, backfilled, timeout_ms, quiet_ms)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint::double precision / 1000000::double precision), $13, $11 = 'now', $14, $15)
+             reconciles, continues, start, start_at, epoch, backfilled, timeout_ms, quiet_ms, keep_succeeded_ms, keep_dead_ms)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint::double precision / 1000000::double precision), $13, $11 = 'now', $14, $15, $16, $17)
          returning id",
         store.schema
     );
@@ -164,6 +168,8 @@ async fn subscribe(
         .bind(next_epoch)
         .bind(millis(declared.timeout))
         .bind(millis(declared.quiet))
+        .bind(keep_succeeded)
+        .bind(keep_dead)
         .fetch_one(work.on())
         .await?;
     Ok((row.try_get("id")?, true))
@@ -212,6 +218,7 @@ pub(super) async fn backfill(store: &PgStore) -> Result<bool, Error> {
     let id: SubscriptionId = row.try_get("id")?;
     let history = matches!(row.try_get::<String, _>("start")?.as_str(), "beginning" | "time");
 
+    retain::hold_messages(store, &mut work).await?;
     // Unrouted messages can be moved at any time: each leaves its row.
     let moved: i64 = store.query(store.sql.unrouted).fetch_one(work.on()).await?.try_get("moved")?;
     if moved > 0 {

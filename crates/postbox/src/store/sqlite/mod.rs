@@ -27,6 +27,7 @@ mod connect;
 mod doubt;
 mod publish;
 mod register;
+mod retain;
 mod settle;
 mod show;
 mod takeover;
@@ -42,10 +43,12 @@ use sqlx::{Row, Sqlite, SqliteConnection, SqlitePool};
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retry, Status, SubscriptionRow,
+    AuditEntry, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Resolution, Retained, RetentionPreview, Retry,
+    Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};
+use crate::retention::Retention;
 use crate::settings::Settings;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, DeliveryId, Doubtful, Guarded, LeaseRef, Move, Observation, Pulse,
@@ -286,6 +289,14 @@ impl Store for SqliteStore {
 
     async fn tidy(&self) -> Result<u64, Error> {
         publish::tidy(self).await
+    }
+
+    async fn retain(&self, retention: &Retention) -> Result<Retained, Error> {
+        retain::retain(self, retention).await
+    }
+
+    async fn retention_preview(&self, keep_unrouted: Duration) -> Result<RetentionPreview, Error> {
+        retain::preview(self, keep_unrouted).await
     }
 
     async fn status(&self) -> Result<Status, Error> {

@@ -7,6 +7,7 @@ use super::alive::Locked;
 use super::{SqliteStore, json_of, millis, millis_up};
 use crate::error::Error;
 use crate::lifecycle::Kind;
+use crate::retention;
 use crate::store::{Declared, Pulse, Registration, Start, SubscriptionId};
 
 pub(super) async fn register(store: &SqliteStore, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
@@ -147,6 +148,7 @@ async fn subscribe(
 ) -> Result<(SubscriptionId, bool), Error> {
     let segments = json_of(&declared.pattern.segments().collect::<Vec<_>>())?;
     let retry = declared.policy.retry;
+    let (keep_succeeded, keep_dead) = retention::stored(declared.policy.kind, declared.keep);
     if let Some(Known { id, pattern, .. }) = stored {
         let changed = pattern != declared.pattern.as_str();
         // A changed pattern takes the unrouted messages that only the new one matches.
@@ -158,7 +160,7 @@ async fn subscribe(
                  start = case when ?11 then 'unrouted' else start end,
                  backfilled = case when ?11 then false else backfilled end,
                  backfill_after = case when ?11 then 0 else backfill_after end,
-                 timeout_ms = ?13, quiet_ms = ?14
+                 timeout_ms = ?13, quiet_ms = ?14, keep_succeeded_ms = ?15, keep_dead_ms = ?16
              where id = ?1",
         )
         .bind(id)
@@ -175,6 +177,8 @@ async fn subscribe(
         .bind(next_epoch)
         .bind(millis_up(declared.timeout))
         .bind(millis_up(declared.quiet))
+        .bind(keep_succeeded)
+        .bind(keep_dead)
         .execute(connection)
         .await?;
         return Ok((id, changed));
@@ -188,8 +192,8 @@ async fn subscribe(
     let id = sqlx::query_scalar(
         "insert into postbox_subscription (application, name, pattern, segments, kind, max_attempts, retry_base_ms,
              retry_cap_ms, reconciles, continues, start, start_at, epoch, backfilled, timeout_ms,
-             quiet_ms, created_at)
-         select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?11 = 'now', ?14, ?15, now
+             quiet_ms, keep_succeeded_ms, keep_dead_ms, created_at)
+         select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?11 = 'now', ?14, ?15, ?16, ?17, now
          from postbox_clock
          returning id",
     )
@@ -208,6 +212,8 @@ async fn subscribe(
     .bind(next_epoch)
     .bind(millis_up(declared.timeout))
     .bind(millis_up(declared.quiet))
+    .bind(keep_succeeded)
+    .bind(keep_dead)
     .fetch_one(connection)
     .await?;
     Ok((id, true))

@@ -23,6 +23,9 @@ create table postbox_subscription (
     timeout_ms     integer not null,
     -- How long a call that was sent may still be on its way to the remote.
     quiet_ms       integer not null,
+    -- How long deliveries stay on record once they have ended.
+    keep_succeeded_ms integer not null,
+    keep_dead_ms   integer not null,
     reconciles     integer not null,
     continues      integer not null,
     start          text    not null check (start in ('unrouted', 'now', 'beginning', 'time')),
@@ -106,7 +109,7 @@ create index postbox_delivery_ready on postbox_delivery (subscription, priority,
 create index postbox_delivery_scheduled on postbox_delivery (subscription, due_at) where state = 'pending' and due_at is not null;
 create index postbox_delivery_leased on postbox_delivery (token) where token is not null;
 create index postbox_delivery_doubt on postbox_delivery (subscription, ask_at) where state = 'in_doubt';
-create index postbox_delivery_dead on postbox_delivery (subscription, state) where state in ('dead', 'cancelled');
+create index postbox_delivery_dead on postbox_delivery (subscription, state, since) where state in ('dead', 'cancelled');
 create index postbox_delivery_succeeded on postbox_delivery (subscription, since) where state = 'succeeded';
 create index postbox_delivery_message on postbox_delivery (message);
 
@@ -223,6 +226,27 @@ create table postbox_audit (
     detail       text
 ) strict;
 create index postbox_audit_delivery on postbox_audit (delivery) where delivery is not null;
+
+-- One row: what retention has removed since its last word in the audit.
+create table postbox_retention (
+    only_one   integer primary key check (only_one = 1),
+    deliveries integer not null default 0,
+    messages   integer not null default 0,
+    up_to      integer,
+    told_at    integer
+) strict;
+insert into postbox_retention (only_one) values (1);
+
+-- Deliveries that have ended and were kept long enough, per subscription the oldest first, so that a
+-- reader that wants a few stops early.
+create view postbox_expired as
+    select d.id, d.message, d.subscription, d.state, d.since
+    from postbox_clock c cross join postbox_subscription s cross join postbox_delivery d
+    where d.subscription = s.id and d.state = 'succeeded' and d.since < c.now - s.keep_succeeded_ms
+    union all
+    select d.id, d.message, d.subscription, d.state, d.since
+    from postbox_clock c cross join postbox_subscription s cross join postbox_delivery d
+    where d.subscription = s.id and d.state in ('dead', 'cancelled') and d.since < c.now - s.keep_dead_ms;
 
 -- Which message belongs to which subscription: the one place where patterns are matched in SQL, as
 -- `Pattern::matches` does. `*` is one segment; `>` is one or more, and comes last.
