@@ -67,7 +67,7 @@ pub mod worker;
 pub use error::{Error, PublishError};
 pub use handler::{
     Attempt, Call, Failure, FromDelivery, FromRef, Handler, IntoVerdict, Metadata, NotDone, OperationHandler, Payload,
-    Permanent, ReconcileHook, Rejection, ResultExt, RetryAfter, State, Tx,
+    Permanent, ReconcileHook, Rejection, ResultExt, RetryAfter, Several, State, Together, Tx,
 };
 pub use json::{JsonError, MAX_JSON_DEPTH};
 pub use message::{
@@ -81,7 +81,7 @@ pub use retention::MIN_KEEP;
 #[doc(hidden)]
 pub use retention::{Keep, Keeps, Retention};
 pub use retry::RetryPolicy;
-pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation};
+pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation, together};
 pub use settings::{Backend, SETTINGS, Settings, hide_password};
 pub use sqlx::{Postgres, Sqlite};
 pub use store::postgres::migrations_sql;
