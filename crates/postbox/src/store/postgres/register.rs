@@ -18,6 +18,11 @@ pub(super) async fn register(store: &PgStore, registration: &Registration) -> Re
         }
     }
     let mut work = store.work().await?;
+    if let Some(ids) = unchanged(store, &mut work, registration).await? {
+        enlist(store, &mut work, registration, &ids).await?;
+        work.commit().await?;
+        return Ok(ids);
+    }
     // One registration at a time: the routing row is locked first.
     let sql = format!("select epoch, channel from {}.routing for update", store.schema);
     let routing = store.dynamic(sql).fetch_one(work.on()).await?;
@@ -43,6 +48,52 @@ pub(super) async fn register(store: &PgStore, registration: &Registration) -> Re
     enlist(store, &mut work, registration, &ids).await?;
     work.commit().await?;
     Ok(ids)
+}
+
+/// The ids, if everything is stored as it is declared. Then the routing row is left alone: a restart
+/// does not wait for publishers of a strict isolation, who share it until they end.
+async fn unchanged(
+    store: &PgStore,
+    work: &mut Work,
+    registration: &Registration,
+) -> Result<Option<Vec<SubscriptionId>>, Error> {
+    let sql = format!(
+        "select s.id from {0}.subscription s cross join {0}.routing r
+         where s.application = $1 and s.name = $2 and s.kind = $3 and s.max_attempts = $4 and s.retry_base_ms = $5
+             and s.retry_cap_ms = $6 and s.reconciles = $7 and s.continues = $8 and s.pattern = $9 and s.timeout_ms = $10
+             and s.quiet_ms = $11 and s.keep_succeeded_ms = $12 and s.keep_dead_ms = $13 and s.removed_at is null
+             and r.channel = $14",
+        store.schema
+    );
+    let mut ids = Vec::with_capacity(registration.subscriptions.len());
+    for declared in &registration.subscriptions {
+        let policy = declared.policy;
+        let (keep_succeeded, keep_dead) = retention::stored(policy.kind, declared.keep);
+        let found = store
+            .dynamic(sql.clone())
+            .bind(&registration.application)
+            .bind(&declared.name)
+            .bind(policy.kind.as_str())
+            .bind(policy.retry.max_attempts as i32)
+            .bind(millis(policy.retry.base))
+            .bind(millis(policy.retry.cap))
+            .bind(declared.reconciles)
+            .bind(declared.continues)
+            .bind(declared.pattern.as_str())
+            .bind(millis(declared.timeout))
+            .bind(millis(declared.quiet))
+            .bind(keep_succeeded)
+            .bind(keep_dead)
+            .bind(&store.channel)
+            .fetch_optional(work.on())
+            .await?;
+        match found {
+            Some(row) => ids.push(row.try_get("id")?),
+            None => return Ok(None),
+        }
+    }
+    // With none to find, nothing was compared.
+    Ok((!ids.is_empty()).then_some(ids))
 }
 
 fn same_stored(one: &str, other: &str) -> Error {
@@ -104,7 +155,8 @@ async fn subscribe(
             )));
         }
         let changed = row.try_get::<String, _>("pattern")? != declared.pattern.as_str();
-        // A changed pattern takes the unrouted messages that only the new one matches.
+        // A changed pattern takes the unrouted messages that only the new one matches. A scan of history
+        // that is not done goes on with the pattern it began with (decision 0020).
         let sql = format!(
             "update {}.subscription set name = $2, kind = $3, max_attempts = $4, retry_base_ms = $5, retry_cap_ms = $6,
                  reconciles = $7, continues = $8, pattern = $9, matcher = $10,
@@ -146,8 +198,10 @@ async fn subscribe(
     };
     let sql = format!(
         "insert into {}.subscription (application, name, pattern, matcher, kind, max_attempts, retry_base_ms, retry_cap_ms,
-             reconciles, continues, start, start_at, epoch, backfilled, timeout_ms, quiet_ms, keep_succeeded_ms, keep_dead_ms)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint::double precision / 1000000::double precision), $13, $11 = 'now', $14, $15, $16, $17)
+             reconciles, continues, start, start_at, epoch, backfilled, timeout_ms, quiet_ms, keep_succeeded_ms, keep_dead_ms,
+             scan_matcher, scan_epoch)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint::double precision / 1000000::double precision), $13, $11 = 'now', $14, $15, $16, $17,
+             case when $11 in ('beginning', 'time') then $4 end, case when $11 in ('beginning', 'time') then $13::bigint end)
          returning id",
         store.schema
     );
@@ -205,7 +259,7 @@ const PAGE: i64 = 1000;
 pub(super) async fn backfill(store: &PgStore) -> Result<bool, Error> {
     let mut work = store.work().await?;
     let sql = format!(
-        "select s.id, s.start, s.backfill_after, s.backfill_waits from {0}.subscription s
+        "select s.id, s.scan_matcher is not null as scans, s.backfill_after, s.backfill_waits from {0}.subscription s
          where not s.backfilled and s.removed_at is null
              and s.id = (select pg_catalog.min(n.id) from {0}.subscription n where not n.backfilled and n.removed_at is null)
          for update skip locked",
@@ -216,7 +270,7 @@ pub(super) async fn backfill(store: &PgStore) -> Result<bool, Error> {
         return Ok(false);
     };
     let id: SubscriptionId = row.try_get("id")?;
-    let history = matches!(row.try_get::<String, _>("start")?.as_str(), "beginning" | "time");
+    let history: bool = row.try_get("scans")?;
 
     retain::hold_messages(store, &mut work).await?;
     // Unrouted messages can be moved at any time: each leaves its row.
@@ -272,10 +326,13 @@ pub(super) async fn backfill(store: &PgStore) -> Result<bool, Error> {
         None => {
             // Decided by what is there, not by what a statement of ours moved: another may have been first.
             let sql = format!(
-                "update {0}.subscription s set backfilled = true, backfill_waits = null
-                 where s.id = $1 and not exists (select from {0}.unrouted u
-                     where u.epoch < s.epoch and u.topic ~ s.matcher
-                         and (s.start <> 'time' or {0}.minted_at(u.message) >= s.start_at))",
+                "update {0}.subscription s set scan_matcher = null, scan_epoch = null, backfilled = true, backfill_waits = null
+                 where s.id = $1
+                     and not exists (select from {0}.unrouted u
+                         where s.start = 'unrouted' and u.epoch < s.epoch and u.topic ~ s.matcher)
+                     and not exists (select from {0}.unrouted u
+                         where u.epoch < s.scan_epoch and u.topic ~ s.scan_matcher
+                             and (s.start_at is null or {0}.minted_at(u.message) >= s.start_at))",
                 store.schema
             );
             store.dynamic(sql).bind(id).execute(work.on()).await?;

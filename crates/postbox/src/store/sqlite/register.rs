@@ -151,7 +151,8 @@ async fn subscribe(
     let (keep_succeeded, keep_dead) = retention::stored(declared.policy.kind, declared.keep);
     if let Some(Known { id, pattern, .. }) = stored {
         let changed = pattern != declared.pattern.as_str();
-        // A changed pattern takes the unrouted messages that only the new one matches.
+        // A changed pattern takes the unrouted messages that only the new one matches. A scan of history
+        // that is not done goes on with the pattern it began with (decision 0020).
         sqlx::query(
             "update postbox_subscription
              set name = ?2, kind = ?3, max_attempts = ?4, retry_base_ms = ?5, retry_cap_ms = ?6, reconciles = ?7,
@@ -192,8 +193,10 @@ async fn subscribe(
     let id = sqlx::query_scalar(
         "insert into postbox_subscription (application, name, pattern, segments, kind, max_attempts, retry_base_ms,
              retry_cap_ms, reconciles, continues, start, start_at, epoch, backfilled, timeout_ms,
-             quiet_ms, keep_succeeded_ms, keep_dead_ms, created_at)
-         select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?11 = 'now', ?14, ?15, ?16, ?17, now
+             quiet_ms, keep_succeeded_ms, keep_dead_ms, scan_pattern, scan_segments, scan_epoch, created_at)
+         select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?11 = 'now', ?14, ?15, ?16, ?17,
+             case when ?11 in ('beginning', 'time') then ?3 end, case when ?11 in ('beginning', 'time') then ?4 end,
+             case when ?11 in ('beginning', 'time') then ?13 end, now
          from postbox_clock
          returning id",
     )

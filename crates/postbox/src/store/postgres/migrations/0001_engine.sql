@@ -35,6 +35,10 @@ create table {schema}.subscription (
     backfill_after uuid,
     -- Transactions that may still commit a message of an older epoch; null: not looked up yet.
     backfill_waits text[],
+    -- The history that it was registered with: messages of older epochs that match this go to it, even
+    -- if its pattern has changed since. Null: there is none, or it is done.
+    scan_matcher   text,
+    scan_epoch     bigint,
     created_at     timestamptz not null default pg_catalog.clock_timestamp(),
     removed_at     timestamptz
 );

@@ -35,6 +35,12 @@ create table postbox_subscription (
     backfilled     integer not null,
     -- How far the backfill has come: a message's seq.
     backfill_after integer not null default 0,
+    -- The history that it was registered with: messages of older epochs that match this go to it, even
+    -- if its pattern has changed since. Null: there is none, or it is done.
+    scan_pattern   text,
+    scan_segments  text,
+    scan_epoch     integer,
+    scan_after     integer not null default 0,
     created_at     integer not null,
     removed_at     integer
 ) strict;
@@ -248,11 +254,17 @@ create view postbox_expired as
     from postbox_clock c cross join postbox_subscription s cross join postbox_delivery d
     where d.subscription = s.id and d.state in ('dead', 'cancelled') and d.since < c.now - s.keep_dead_ms;
 
+-- What subscriptions listen to, and (scan) what is left of the history that they were registered with.
+create view postbox_listening as
+    select id as subscription, pattern, segments, removed_at, 0 as scan from postbox_subscription
+    union all
+    select id, scan_pattern, scan_segments, removed_at, 1 from postbox_subscription where scan_pattern is not null;
+
 -- Which message belongs to which subscription: the one place where patterns are matched in SQL, as
 -- `Pattern::matches` does. `*` is one segment; `>` is one or more, and comes last.
 create view postbox_match as
-    select m.seq, m.id as message, m.epoch, m.due_at, s.id as subscription, s.removed_at
-    from postbox_message m cross join postbox_subscription s
+    select m.seq, m.id as message, m.epoch, m.due_at, s.subscription, s.removed_at, s.scan
+    from postbox_message m cross join postbox_listening s
     where s.pattern = m.topic
         or (case when substr(s.pattern, -1) = '>'
                 then json_array_length(s.segments) <= length(m.topic) - length(replace(m.topic, '.', '')) + 1
@@ -297,7 +309,7 @@ begin
         select x.message, x.subscription, x.due_at, c.now,
             (select delivery from postbox_last) + row_number() over (order by x.subscription) as id
         from postbox_match x cross join postbox_clock c
-        where x.message = new.id and x.removed_at is null
+        where x.message = new.id and x.removed_at is null and not x.scan
     ) f;
 
     insert into postbox_unrouted (seq, topic, epoch)
