@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// From the bottom up; a module may use modules of lower layers, and of its own.
-const LAYERS: [&[&str]; 7] = [
+const LAYERS: [&[&str]; 8] = [
     // Pure: no clock, no I/O, no SQL.
     &["json", "pattern", "retry", "crash"],
     &["lifecycle", "message", "error", "retention"],
@@ -14,6 +14,7 @@ const LAYERS: [&[&str]; 7] = [
     &["store", "admin", "operation"],
     &["handler", "router"],
     &["postbox", "worker"],
+    &["fuzzing"],
     &["lib"],
 ];
 

@@ -59,6 +59,8 @@ pub mod admin;
 #[cfg(feature = "crash-points")]
 #[doc(hidden)]
 pub mod crash;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod lifecycle;
 #[doc(hidden)]
 pub mod store;

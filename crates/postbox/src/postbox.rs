@@ -262,7 +262,7 @@ fn chunks(drafts: &[Draft]) -> impl Iterator<Item = &[Draft]> {
     })
 }
 
-fn published(draft: Draft, stored: Stored) -> Result<Published, PublishError> {
+pub(crate) fn published(draft: Draft, stored: Stored) -> Result<Published, PublishError> {
     let (id, duplicate) = match stored {
         Stored::New(id) => (id, false),
         Stored::Duplicate { existing, same_body: true } => (existing, true),

@@ -117,7 +117,7 @@ impl Settings {
         self.read_toml(&text, &path.display().to_string())
     }
 
-    fn read_toml(&mut self, text: &str, origin: &str) -> Result<(), Error> {
+    pub(crate) fn read_toml(&mut self, text: &str, origin: &str) -> Result<(), Error> {
         let table: BTreeMap<String, toml::Spanned<Scalar>> =
             toml::from_str(text).map_err(|e| Error::Settings(format!("{origin}: {e}")))?;
         for (name, value) in table {
@@ -138,7 +138,7 @@ impl Settings {
         Ok(())
     }
 
-    fn read_env(&mut self, var: impl Fn(&str) -> Option<String>) {
+    pub(crate) fn read_env(&mut self, var: impl Fn(&str) -> Option<String>) {
         for name in SETTINGS {
             let also = match name {
                 "database_url" => Some("DATABASE_URL"),
