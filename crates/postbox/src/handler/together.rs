@@ -54,6 +54,8 @@ macro_rules! together {
     ($($handler:ident $mark:ident $at:tt),*) => {
         impl<$($handler),*> Several for ($($handler,)*) {}
 
+        // In lists of what is a handler, these would be noise.
+        #[diagnostic::do_not_recommend]
         impl<Db, S, $($handler, $mark,)*> Handler<Db, S, (Joined, $($mark,)*)> for Together<($($handler,)*)>
         where
             Db: Database,
