@@ -106,7 +106,7 @@ pub fn settings(data: &[u8]) {
     let (toml, environment) = text.split_once('\0').unwrap_or((text, ""));
     let variable = |name: &str| {
         let lines = environment.lines().filter_map(|line| line.split_once('='));
-        lines.filter(|(n, _)| *n == name).map(|(_, value)| value.to_owned()).last()
+        lines.filter(|(n, _)| *n == name).map(|(_, value)| value.to_owned()).next_back()
     };
     let settings = match fuzzing::settings(toml, variable) {
         Ok(settings) => settings,

@@ -101,6 +101,10 @@ mod docs {
     mod lifecycle {}
     #[doc = include_str!("../../../docs/operations.md")]
     mod operations {}
+    #[doc = include_str!("../../../docs/retention.md")]
+    mod retention {}
     #[doc = include_str!("../../../docs/settings.md")]
     mod settings {}
+    #[doc = include_str!("../../../docs/subscriptions.md")]
+    mod subscriptions {}
 }
