@@ -10,7 +10,7 @@ use postbox::store::{
     Answered, Beat, ClaimRequest, Claimed, Declared, Evidence, Guarded, Item, LeaseRef, Move, Observation,
     OutcomeRecord, Registration, Settle, Speaker, Start, Store, Success,
 };
-use postbox::{Envelope, Error, Postbox, PublishError, RetryPolicy};
+use postbox::{Envelope, Error, Keep, Postbox, PublishError, RetryPolicy};
 use postbox_testkit::{Fresh, Testable, on_both_stores};
 use serde_json::json;
 use sqlx::Connection;
@@ -60,6 +60,7 @@ fn declared(name: &str, pattern: &str, kind: Kind) -> Declared {
         reconciles: kind == Kind::Operation,
         continues: false,
         start: Start::Unrouted,
+        keep: Keep::default(),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Wiring mistakes: what the compiler says, and at which line the others panic.
 
-use postbox::{Envelope, Postgres, Router, handler};
+use postbox::{Envelope, Postgres, Router, Tx, handler, together};
 
 #[test]
 fn what_does_not_compile_says_why() {
@@ -29,6 +29,8 @@ fn panic_of(mistake: impl FnOnce() + std::panic::UnwindSafe) -> (u32, String) {
 }
 
 async fn audit(_: Envelope) {}
+async fn notify(_: Envelope) {}
+async fn reserve(_: Tx<Postgres>) {}
 
 #[test]
 fn mistakes_panic_at_the_callers_line() {
@@ -57,6 +59,14 @@ fn mistakes_panic_at_the_callers_line() {
     let (line, words) = panic_of(|| drop(handler(audit).max_attempts(0)));
     assert_eq!(line, line!() - 1);
     assert!(words.contains("1 to 1000"), "{words}");
+
+    let (line, words) = panic_of(|| drop(R::new().on("a", together((audit, notify)))));
+    assert_eq!(line, line!() - 1);
+    assert!(words.contains("takes a `Tx`"), "{words}");
+
+    let (line, words) = panic_of(|| drop(R::new().on("a", together((reserve, |_: Envelope| async {})))));
+    assert_eq!(line, line!() - 1);
+    assert!(words.contains("closure has no durable name"), "{words}");
 
     let (line, words) = panic_of(|| drop(R::new().on("a", handler(audit).named("two words"))));
     assert_eq!(line, line!() - 1);

@@ -73,6 +73,8 @@ pub(crate) enum Command {
     Subscriptions(Subscriptions),
     /// Keep house for programs without a Rust worker: takeover, history of new subscriptions, tidying
     Maintain,
+    /// Remove what has ended and was kept long enough, now; workers do it by themselves
+    Retain(Retain),
     /// What operators did, newest first
     Audit(Audit),
     /// The settings in force
@@ -342,6 +344,16 @@ pub(crate) struct Remove {
     /// Why; goes on record
     #[arg(long, value_name = "TEXT")]
     pub(crate) reason: Option<String>,
+    /// Does not ask
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Retain {
+    /// Shows what would go, and removes nothing
+    #[arg(long)]
+    pub(crate) preview: bool,
     /// Does not ask
     #[arg(long, short)]
     pub(crate) yes: bool,

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
+use sqlx::Connection;
 use tempfile::TempDir;
 
 /// A directory of its own, with a database in it.
@@ -506,4 +507,34 @@ fn subscriptions_are_declared_for_programs_that_pull() {
         (&7.into(), &1.into()),
         "what nobody was subscribed to"
     );
+}
+
+#[test]
+fn retention_is_previewed_and_confirmed() {
+    let place = Place::new();
+    place.with_a_message();
+    let preview = place.run(&["retain", "--preview", "--json"]).ends(0).json();
+    assert_eq!((preview["messages"].as_i64(), preview["deliveries"].as_array().map(Vec::len)), (Some(0), Some(0)));
+    let ran = place.run(&["retain"]).ends(0);
+    assert!(ran.out.contains("removed 0 deliveries and 0 messages"), "{}", ran.out);
+    // A message that was recorded in 2001: nobody's, and kept for ever unless somebody says otherwise.
+    let old = "update postbox_message set id = unhex('00e8d4a510007000800000000000abcd')";
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let url = format!("sqlite:{}", place.file("shop.db").display());
+        let mut connection = sqlx::SqliteConnection::connect(&url).await.expect("the file");
+        sqlx::query(old).execute(&mut connection).await.expect("an old message");
+    });
+    assert_eq!(place.run(&["retain", "--preview", "--json"]).ends(0).json()["messages"], 0);
+    let short =
+        |args: &[&str]| Ran::of(&place.command(args).env("POSTBOX_KEEP_UNROUTED", "52 weeks").output().expect("runs"));
+    let shown = short(&["retain", "--preview"]).ends(0);
+    assert!(shown.out.contains("1 message that nothing refers to"), "{}", shown.out);
+    let refused = short(&["retain"]).ends(5);
+    assert!(refused.err.contains("--yes"), "{}", refused.err);
+    assert_eq!(short(&["retain", "--yes", "--json"]).ends(0).json()["messages"], 1);
+    let audit = place.run(&["audit", "--json"]).ends(0).json();
+    assert_eq!((audit["actor"].as_str(), audit["action"].as_str()), (Some("retention"), Some("retain")));
+    let wrong = Ran::of(&place.command(&["retain"]).env("POSTBOX_KEEP_UNROUTED", "1mo").output().expect("runs"));
+    assert!(wrong.code != 0 && wrong.err.contains("keep_unrouted"), "{}", wrong.err);
 }

@@ -105,6 +105,7 @@ impl Server {
             .args(["-h", "127.0.0.1", "-k", "", "-p", &self.port.to_string()])
             // Crashes of processes are what is tested here, not of the machine.
             .args(["-c", "fsync=off", "-c", "full_page_writes=off", "-c", "max_connections=500"])
+            .args(["-c", "max_prepared_transactions=20"])
             .current_dir(self.folder.path())
             .stdin(Stdio::piped())
             .stdout(log.try_clone().expect("a log file"))

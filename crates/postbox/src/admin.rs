@@ -4,6 +4,7 @@ mod replay;
 mod wish;
 
 use std::str::FromStr;
+use std::time::Duration;
 
 use jiff::{Span, SpanRelativeTo, Timestamp};
 use serde::Serialize;
@@ -13,6 +14,7 @@ use crate::error::Error;
 use crate::lifecycle::{Answer, State};
 use crate::message::Envelope;
 use crate::postbox::Postbox;
+use crate::retention::Retention;
 use crate::store::{Database, DeliveryId, Store, Stranded};
 
 pub(crate) use self::replay::COUNTED;
@@ -344,6 +346,46 @@ pub struct Resolution {
     pub reason: String,
 }
 
+/// What retention removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Retained {
+    /// Deliveries, with their history.
+    pub deliveries: i64,
+    /// Messages that nothing referred to any more.
+    pub messages: i64,
+    /// There is more that may go.
+    pub more: bool,
+    /// Nothing was done: another one is at it, or old messages are being handed out.
+    pub busy: bool,
+}
+
+/// What retention would remove now.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct RetentionPreview {
+    /// By subscription and outcome.
+    pub deliveries: Vec<ExpiredRow>,
+    /// Messages that nothing would refer to any more.
+    pub messages: i64,
+}
+
+/// Deliveries of one subscription and outcome that were kept long enough.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct ExpiredRow {
+    /// Whose subscription.
+    pub application: String,
+    /// Its name.
+    pub subscription: String,
+    /// `succeeded`, `dead` or `cancelled`.
+    pub outcome: String,
+    /// How many.
+    pub deliveries: i64,
+    /// When the oldest of them ended.
+    pub oldest: Timestamp,
+}
+
 /// One operator's action on record.
 #[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
@@ -367,6 +409,12 @@ pub struct AuditEntry {
     /// Why.
     pub reason: Option<String>,
 }
+
+/// Deliveries that one batch of retention removes, about.
+pub(crate) const RETAIN_BATCH: u32 = 1000;
+/// How often, and after how long, a command asks again when somebody else is at it.
+const RETAIN_TRIES: u32 = 300;
+const RETAIN_PAUSE: Duration = Duration::from_millis(200);
 
 /// The operator's door: [`Postbox::admin`].
 #[derive(Debug)]
@@ -414,10 +462,11 @@ impl<Db: Database> Admin<Db> {
     /// # Errors
     /// [`Error::NotFound`], or the database did not answer.
     pub async fn message(&self, id: Uuid) -> Result<(Envelope, Vec<DeliveryId>), Error> {
-        self.store
-            .deliveries_of(id)
-            .await?
-            .ok_or_else(|| Error::NotFound(format!("there is no message {id}; `postbox list` shows what there is")))
+        self.store.deliveries_of(id).await?.ok_or_else(|| {
+            Error::NotFound(format!(
+                "there is no message {id}: removed by retention or never there; `postbox list` shows what there is"
+            ))
+        })
     }
 
     /// Tries a dead, cancelled or waiting delivery again, now; its attempts go on counting.
@@ -516,6 +565,45 @@ impl<Db: Database> Admin<Db> {
         self.store.remove_subscription(application, name, actor, reason).await
     }
 
+    /// What [`retain`](Self::retain) would remove now. `keep_unrouted` is the setting of that name.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn retention_preview(&self, keep_unrouted: Duration) -> Result<RetentionPreview, Error> {
+        self.store.retention_preview(keep_unrouted).await
+    }
+
+    /// Removes what has ended and was kept long enough, batch by batch, until nothing is left of it,
+    /// and puts it on record. Workers do the same by themselves. [`busy`](Retained::busy): somebody
+    /// else was at it for more than a minute.
+    ///
+    /// Dropping the future stops it between two batches, or undoes the last one.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn retain(&self, keep_unrouted: Duration) -> Result<Retained, Error> {
+        let mut sum = Retained::default();
+        let mut patience = RETAIN_TRIES;
+        let mut retention = Retention { keep_unrouted, most: RETAIN_BATCH, tell: false };
+        loop {
+            let step = self.store.retain(&retention).await?;
+            sum.deliveries += step.deliveries;
+            sum.messages += step.messages;
+            if step.busy {
+                patience -= 1;
+                if patience == 0 {
+                    return Ok(Retained { more: true, busy: true, ..sum });
+                }
+                tokio::time::sleep(RETAIN_PAUSE).await;
+            } else if retention.tell {
+                return Ok(sum);
+            } else {
+                // The last batch says what all of them came to.
+                retention.tell = !step.more;
+            }
+        }
+    }
+
     /// Operators' actions, newest first.
     ///
     /// # Errors
@@ -526,5 +614,7 @@ impl<Db: Database> Admin<Db> {
 }
 
 pub(crate) fn no_delivery(delivery: DeliveryId) -> Error {
-    Error::NotFound(format!("there is no delivery {delivery}; `postbox list` shows what there is"))
+    Error::NotFound(format!(
+        "there is no delivery {delivery}: removed by retention or never there; `postbox list` shows what there is"
+    ))
 }

@@ -15,6 +15,10 @@ use crate::message::Envelope;
 use crate::operation::{Done, FollowUps, Operation, OperationFailure, Receipt, Reconciled};
 use crate::store::{AsConnection, Database, HandlerTx, Store};
 
+mod together;
+
+pub use together::{Several, Together};
+
 /// How a plain or transactional handler's attempt did not succeed. `?` on any error gives a retry.
 #[derive(Debug, Clone)]
 pub struct Failure {
@@ -447,6 +451,15 @@ pub(crate) type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 pub trait Handler<Db: Database, S, M>: Send + Sync + 'static {
     /// Whether it takes a `Tx`.
     const TRANSACTIONAL: bool;
+
+    /// The paths of the functions that it is, for its name.
+    #[doc(hidden)]
+    fn functions() -> Vec<&'static str>
+    where
+        Self: Sized,
+    {
+        vec![std::any::type_name::<Self>()]
+    }
 
     /// Reads the arguments and starts the function. `tx` is there if it takes one.
     #[doc(hidden)]

@@ -54,6 +54,7 @@ mod pattern;
 mod planted;
 mod postbox;
 mod pull;
+mod retention;
 mod retry;
 mod router;
 mod settings;
@@ -62,6 +63,8 @@ pub mod admin;
 #[cfg(feature = "crash-points")]
 #[doc(hidden)]
 pub mod crash;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod lifecycle;
 pub mod sql;
 #[cfg(feature = "planted-bugs")]
@@ -77,7 +80,8 @@ pub use content::{Bytes, Content, JSON_CONTENT_TYPE};
 pub use error::{Error, PublishError};
 pub use handler::{
     Attempt, Call, Discarded, Failure, FromDelivery, FromRef, Handler, IntoVerdict, Metadata, NotDone,
-    OperationHandler, Payload, Permanent, ReconcileHook, Rejection, ResultExt, RetryAfter, Snoozed, State, Tx,
+    OperationHandler, Payload, Permanent, ReconcileHook, Rejection, ResultExt, RetryAfter, Several, Snoozed, State,
+    Together, Tx,
 };
 pub use json::{JsonError, MAX_JSON_DEPTH};
 pub use message::{
@@ -88,8 +92,11 @@ pub use pattern::{MAX_NAME_BYTES, Pattern, TopicError, check_topic};
 pub use postbox::{Postbox, Published};
 pub use postbox_macros::Message;
 pub use pull::{PullSubscription, Pulled};
+pub use retention::MIN_KEEP;
+#[doc(hidden)]
+pub use retention::{Keep, Keeps, Retention};
 pub use retry::RetryPolicy;
-pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation};
+pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation, together};
 pub use settings::{Backend, SETTINGS, Settings, hide_password};
 pub use sqlx::{Postgres, Sqlite};
 pub use store::postgres::{migrations_down_sql, migrations_sql};
@@ -111,6 +118,10 @@ mod docs {
     mod publishing {}
     #[doc = include_str!("../../../docs/pull.md")]
     mod pull {}
+    #[doc = include_str!("../../../docs/retention.md")]
+    mod retention {}
     #[doc = include_str!("../../../docs/settings.md")]
     mod settings {}
+    #[doc = include_str!("../../../docs/subscriptions.md")]
+    mod subscriptions {}
 }

@@ -8,12 +8,14 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use crate::handler::{
-    BoxFuture, Call, Failure, FromDelivery, Handler, OperationHandler, Payload, ReconcileHook, Rejection, Tx,
+    BoxFuture, Call, Failure, FromDelivery, Handler, OperationHandler, Payload, ReconcileHook, Rejection, Several,
+    Together, Tx,
 };
 use crate::lifecycle::{Kind, Policy};
 use crate::message::{Envelope, Message};
 use crate::operation::{FollowUps, OperationFailure, Receipt, Reconciled};
 use crate::pattern::{MAX_NAME_BYTES, Pattern, TopicError};
+use crate::retention::{Keep, MIN_KEEP};
 use crate::retry::RetryPolicy;
 use crate::store::{Database, Declared, Start};
 
@@ -134,6 +136,7 @@ struct Options {
     concurrency: Option<usize>,
     start: Start,
     idempotent: bool,
+    keep: Keep,
 }
 
 impl Default for Options {
@@ -147,6 +150,7 @@ impl Default for Options {
             concurrency: None,
             start: Start::default(),
             idempotent: false,
+            keep: Keep::default(),
         }
     }
 }
@@ -214,6 +218,32 @@ macro_rules! options {
             self
         }
 
+        /// How long its deliveries stay on record after they have succeeded, instead of the setting
+        /// `keep_succeeded` (and `keep_operations`). `Duration::MAX` is for ever.
+        ///
+        /// # Panics
+        /// Shorter than an hour ([`MIN_KEEP`]).
+        #[track_caller]
+        #[must_use]
+        pub fn keep_succeeded(mut self, keep: Duration) -> Self {
+            assert!(keep >= MIN_KEEP, "keep_succeeded is {keep:?}; it must be at least an hour");
+            self.options.keep.succeeded = Some(keep);
+            self
+        }
+
+        /// How long its deliveries stay on record after they have died or were cancelled, instead of
+        /// the setting `keep_dead` (and `keep_operations`). `Duration::MAX` is for ever.
+        ///
+        /// # Panics
+        /// Shorter than an hour ([`MIN_KEEP`]).
+        #[track_caller]
+        #[must_use]
+        pub fn keep_dead(mut self, keep: Duration) -> Self {
+            assert!(keep >= MIN_KEEP, "keep_dead is {keep:?}; it must be at least an hour");
+            self.options.keep.dead = Some(keep);
+            self
+        }
+
         /// When it is new: takes nothing that was published before.
         #[must_use]
         pub fn from_now(mut self) -> Self {
@@ -250,6 +280,21 @@ pub fn handler<H>(handler: H) -> HandlerEntry<H> {
 
 impl<H> HandlerEntry<H> {
     options!();
+}
+
+/// Handlers that must commit together, as one subscription with one delivery a message:
+/// `.on("placed", together((reserve_stock, book_revenue)))`.
+///
+/// Two to eight handlers, of which at least one takes `Tx`. They run in order, each after the one
+/// before has ended, and all see the one transaction. The first that fails or panics ends the
+/// attempt: everything is rolled back, its verdict is the attempt's, and a retry runs all of them
+/// again. What they want published with [`Done`](crate::Done) is published with the outcome. What a
+/// handler without `Tx` does outside of the transaction is not rolled back.
+///
+/// The durable name is their names with `+` between them, in order, so `.named("…")` one that may
+/// grow. It takes options as [`handler`] does; the handlers in it have none of their own.
+pub fn together<T: Several>(handlers: T) -> HandlerEntry<Together<T>> {
+    handler(Together::new(handlers))
 }
 
 /// An operation with its hooks and options: [`operation`].
@@ -354,7 +399,8 @@ impl<S: 'static> OperationEntry<S> {
     label = "no handler for this router",
     note = "a handler is an async function whose arguments are Payload<T>, Bytes, Envelope, Metadata, State<S>, Attempt (at most eight), then `Tx<Db>`, last, if it is transactional, and that returns () or Result<(), postbox::Failure>",
     note = "the `Db` of `Tx<Db>` and of the router are the same, and `State<S>` is the router's state or a part of it",
-    note = "irreversible work goes through `operation(f)`"
+    note = "irreversible work goes through `operation(f)`",
+    note = "what `together((…))` joins are such handlers without options, and no operations"
 )]
 pub trait IntoSubscription<Db: Database, S, M> {
     /// The entry.
@@ -366,7 +412,7 @@ pub trait IntoSubscription<Db: Database, S, M> {
 #[doc(hidden)]
 pub struct Subscription<Db: Database, S> {
     kind: Kind,
-    function: &'static str,
+    functions: Vec<&'static str>,
     options: Options,
     reconciles: bool,
     continues: bool,
@@ -401,7 +447,7 @@ where
     fn into_subscription(self) -> Subscription<Db, S> {
         Subscription {
             kind: if H::TRANSACTIONAL { Kind::Transactional } else { Kind::Plain },
-            function: std::any::type_name::<H>(),
+            functions: H::functions(),
             options: self.options,
             reconciles: false,
             continues: false,
@@ -418,7 +464,7 @@ where
     fn into_subscription(self) -> Subscription<Db, S> {
         Subscription {
             kind: Kind::Operation,
-            function: self.function,
+            functions: vec![self.function],
             options: self.options,
             reconciles: self.parts.reconcile.is_some(),
             continues: self.parts.then.is_some(),
@@ -488,11 +534,15 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
 
     #[track_caller]
     fn add(mut self, pattern: Pattern, absolute: bool, subscription: Subscription<Db, S>) -> Self {
-        let Subscription { kind, function, options, reconciles, continues, unbound } = subscription;
+        let Subscription { kind, functions, options, reconciles, continues, unbound } = subscription;
+        assert!(
+            functions.len() < 2 || kind == Kind::Transactional,
+            "none of the handlers in `together((…))` takes a `Tx`: there is nothing to share; subscribe each by itself"
+        );
         // Not `unwrap_or_else`: a closure would hide the caller's line.
         let name = match options.name {
             Some(name) => name,
-            None => function_name(function),
+            None => joined_name(&functions),
         };
         assert!(
             !name.is_empty()
@@ -509,6 +559,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
                 reconciles,
                 continues,
                 start: options.start,
+                keep: options.keep,
                 timeout: options.timeout,
                 quiet: options.quiet,
             },
@@ -611,6 +662,20 @@ fn parsed(pattern: Result<Pattern, TopicError>) -> Pattern {
         Ok(pattern) => pattern,
         Err(error) => panic!("{error}"),
     }
+}
+
+/// The names of what runs together, or the one there is.
+#[track_caller]
+fn joined_name(functions: &[&'static str]) -> String {
+    let mut name = String::new();
+    // Not `map`: a closure would hide the caller's line.
+    for function in functions {
+        if !name.is_empty() {
+            name.push('+');
+        }
+        name.push_str(&function_name(function));
+    }
+    name
 }
 
 /// The last segment of a function's path.

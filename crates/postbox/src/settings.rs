@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use crate::error::Error;
 use crate::message::MAX_PAYLOAD_BYTES;
+use crate::retention::{Keeps, MIN_KEEP};
 
 /// Settings, with where each came from. What code sets wins over the environment, that over
 /// `postbox.toml`, that over the default.
@@ -28,13 +29,17 @@ use crate::message::MAX_PAYLOAD_BYTES;
 /// | `publish_through_function` | `POSTBOX_PUBLISH_THROUGH_FUNCTION` | `false`: only when the role may not insert |
 /// | `pool_size` | `POSTBOX_POOL_SIZE` | concurrency + 5 |
 /// | `busy_timeout` | `POSTBOX_BUSY_TIMEOUT` | `30s`: how long SQLite waits for another writer |
+/// | `keep_succeeded` | `POSTBOX_KEEP_SUCCEEDED` | `30d`: how long deliveries that succeeded stay on record |
+/// | `keep_dead` | `POSTBOX_KEEP_DEAD` | `90d`: the same for dead and cancelled ones |
+/// | `keep_operations` | `POSTBOX_KEEP_OPERATIONS` | `400d`: the same for operations, if that is longer |
+/// | `keep_unrouted` | `POSTBOX_KEEP_UNROUTED` | `forever`: messages that nobody is subscribed to |
 #[derive(Debug, Clone)]
 pub struct Settings {
     values: BTreeMap<&'static str, (String, String)>,
 }
 
 /// Every setting's name, in the order in which they are shown.
-pub const SETTINGS: [&str; 18] = [
+pub const SETTINGS: [&str; 22] = [
     "database_url",
     "host",
     "port",
@@ -53,6 +58,10 @@ pub const SETTINGS: [&str; 18] = [
     "publish_through_function",
     "pool_size",
     "busy_timeout",
+    "keep_succeeded",
+    "keep_dead",
+    "keep_operations",
+    "keep_unrouted",
 ];
 
 /// Which database a set of settings points at.
@@ -110,7 +119,7 @@ impl Settings {
         self.read_toml(&text, &path.display().to_string())
     }
 
-    fn read_toml(&mut self, text: &str, origin: &str) -> Result<(), Error> {
+    pub(crate) fn read_toml(&mut self, text: &str, origin: &str) -> Result<(), Error> {
         let table: BTreeMap<String, toml::Spanned<Scalar>> =
             toml::from_str(text).map_err(|e| Error::Settings(format!("{origin}: {e}")))?;
         for (name, value) in table {
@@ -131,7 +140,7 @@ impl Settings {
         Ok(())
     }
 
-    fn read_env(&mut self, var: impl Fn(&str) -> Option<String>) {
+    pub(crate) fn read_env(&mut self, var: impl Fn(&str) -> Option<String>) {
         for name in SETTINGS {
             let also = match name {
                 "database_url" => Some("DATABASE_URL"),
@@ -221,6 +230,10 @@ impl Settings {
             "publish_through_function" => "false".into(),
             "pool_size" => self.concurrency().map_or_else(|_| "10".into(), |c| (c + 5).to_string()),
             "busy_timeout" => "30s".into(),
+            "keep_succeeded" => "30d".into(),
+            "keep_dead" => "90d".into(),
+            "keep_operations" => "400d".into(),
+            "keep_unrouted" => "forever".into(),
             _ => String::new(),
         }
     }
@@ -421,6 +434,41 @@ impl Settings {
         Ok(self.whole("pool_size", 2..=10_100)? as u32)
     }
 
+    /// A time that something stays: days and weeks too, or `forever`.
+    fn keep(&self, name: &'static str) -> Result<Duration, Error> {
+        let text = self.text(name);
+        if text == "forever" {
+            return Ok(Duration::MAX);
+        }
+        let span = text.parse::<jiff::Span>().ok();
+        let length = span.and_then(|s| s.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).ok());
+        let longest = Duration::from_secs(36_525 * 86_400);
+        let keep = length.and_then(|d| Duration::try_from(d).ok()).filter(|d| (MIN_KEEP..=longest).contains(d));
+        keep.ok_or_else(|| {
+            self.wrong(name, "must be an hour to a hundred years, in hours, days or weeks like 30d, or `forever`")
+        })
+    }
+
+    /// How long what has ended stays on record, where a subscription says nothing else.
+    ///
+    /// # Errors
+    /// One of `keep_succeeded`, `keep_dead` and `keep_operations` is not 1 h to 100 years or `forever`.
+    pub fn keeps(&self) -> Result<Keeps, Error> {
+        Ok(Keeps {
+            succeeded: self.keep("keep_succeeded")?,
+            dead: self.keep("keep_dead")?,
+            operations: self.keep("keep_operations")?,
+        })
+    }
+
+    /// How long messages that nobody is subscribed to stay; `Duration::MAX` is for ever.
+    ///
+    /// # Errors
+    /// Not 1 h to 100 years or `forever`.
+    pub fn keep_unrouted(&self) -> Result<Duration, Error> {
+        self.keep("keep_unrouted")
+    }
+
     /// SQLite: how long to wait for another writer.
     ///
     /// # Errors
@@ -489,6 +537,26 @@ mod tests {
         let error = Settings::defaults().read_toml("\nleese = 3", "postbox.toml").expect_err("unknown").to_string();
         assert!(error.contains("line 2") && error.contains("leese"), "{error}");
         assert!(Settings::defaults().backend().expect_err("none").to_string().contains("DATABASE_URL"));
+    }
+
+    #[test]
+    fn times_to_keep_are_days_or_for_ever() {
+        let settings = Settings::defaults();
+        assert_eq!(settings.keeps().expect("defaults"), Keeps::default());
+        assert_eq!(settings.keep_unrouted().expect("default"), Duration::MAX);
+        let day = Duration::from_secs(86_400);
+        for (text, keep) in [
+            ("1h", Some(day / 24)),
+            ("7d", Some(7 * day)),
+            ("2 weeks", Some(14 * day)),
+            ("forever", Some(Duration::MAX)),
+        ] {
+            assert_eq!(settings.clone().set("keep_unrouted", text).keep_unrouted().ok(), keep, "{text}");
+        }
+        for text in ["0", "59m", "1mo", "1y", "-3d", "soon", "40000 weeks", "30"] {
+            let error = settings.clone().set("keep_dead", text).keeps().expect_err(text).to_string();
+            assert!(error.contains("`keep_dead`") && error.contains("30d"), "{error}");
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod migrate;
 mod publish;
 mod replay;
 mod resolve;
+mod retain;
 mod retry;
 mod show;
 mod status;
@@ -60,6 +61,7 @@ async fn on<Db: Database>(desk: &Desk<'_>, command: Command) -> Ended {
         Command::Resolve(resolve) => resolve::run::<Db>(desk, resolve).await,
         Command::Subscriptions(subscriptions) => subscriptions::run::<Db>(desk, subscriptions).await,
         Command::Maintain => maintain::run::<Db>(desk).await,
+        Command::Retain(retain) => retain::run::<Db>(desk, retain).await,
         Command::Audit(audit) => audit::run::<Db>(desk, audit).await,
         // These need no database and were served above.
         Command::Config(_)

@@ -11,12 +11,13 @@ use uuid::Uuid;
 
 use crate::admin::{
     AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
-    Resolution, Retry, RoleRow, Status, SubscriptionRow,
+    Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::{Answer, Kind, Policy, State};
 use crate::message::{Draft, Envelope};
 use crate::pattern::Pattern;
+use crate::retention::{Keep, Retention};
 
 pub(crate) mod decide;
 pub(crate) mod down;
@@ -135,6 +136,8 @@ pub struct Declared {
     pub continues: bool,
     /// What it takes of history when it is new.
     pub start: Start,
+    /// How long its deliveries stay on record once they have ended.
+    pub keep: Keep,
 }
 
 /// A worker that wants to start.
@@ -628,6 +631,10 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn learn_routes(&self, topics: &[String]) -> impl Verb<()>;
     /// Removes what has run out: dedup windows. How many rows went.
     fn tidy(&self) -> impl Verb<u64>;
+    /// Removes one batch of what has ended and was kept long enough; never anything unfinished.
+    fn retain(&self, retention: &Retention) -> impl Verb<Retained>;
+    /// What it would remove.
+    fn retention_preview(&self, keep_unrouted: Duration) -> impl Verb<RetentionPreview>;
 
     /// Counts for people and programs.
     fn status(&self) -> impl Verb<Status>;

@@ -9,12 +9,14 @@ use futures_util::FutureExt;
 
 use super::attempt::{clean, clean_receipt, continued, panic_words};
 use super::told;
+use crate::admin::RETAIN_BATCH;
 use crate::context::Context;
 use crate::crash;
 use crate::handler::{self, Call};
 use crate::lifecycle::Answer;
 use crate::operation::{Operation, Receipt, Reconciled, idempotency_key};
 use crate::postbox::Postbox;
+use crate::retention::Retention;
 use crate::router::Route;
 use crate::store::decide::believed;
 use crate::store::{Answered, Claimed, Database, Doubtful, Registration, Speaker, Store, SubscriptionId};
@@ -25,6 +27,9 @@ const ROUND: Duration = Duration::from_secs(1);
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 /// How often what has run out is removed.
 const TIDY: Duration = Duration::from_secs(60);
+/// How often what was kept long enough is looked for, and the pause between two batches of it.
+const RETAIN: Duration = Duration::from_secs(60);
+const RETAIN_PAUSE: Duration = Duration::from_millis(100);
 /// How long a verb may take before it is tried in the next round.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Every how many rounds routes are learnt anew.
@@ -82,7 +87,8 @@ pub(super) fn start<Db: Database>(
     topics: Arc<Topics>,
 ) -> Keeper {
     let asker = tokio::spawn(ask(postbox.clone(), registration, routes));
-    Keeper(vec![tokio::spawn(keep(postbox.store().clone(), topics)), asker])
+    let remover = tokio::spawn(retain(postbox.clone()));
+    Keeper(vec![tokio::spawn(keep(postbox.store().clone(), topics)), asker, remover])
 }
 
 pub(super) async fn keep<S: Store>(store: S, topics: Arc<Topics>) {
@@ -110,6 +116,20 @@ pub(super) async fn keep<S: Store>(store: S, topics: Arc<Topics>) {
             while told("tidy", PATIENCE, store.tidy()).await.is_some_and(|removed| removed >= 1000) {}
         }
         tokio::time::sleep(ROUND.mul_f64(0.8 + 0.4 * fastrand::f64())).await;
+    }
+}
+
+/// Removes what was kept long enough, gently: takeover and history do not wait for it.
+async fn retain<Db: Database>(postbox: Postbox<Db>) {
+    // A setting that cannot be used was refused when the worker started.
+    let keep_unrouted = postbox.settings().keep_unrouted().unwrap_or(Duration::MAX);
+    let retention = Retention { keep_unrouted, most: RETAIN_BATCH, tell: false };
+    loop {
+        let pause = match told("retain", PATIENCE, postbox.store().retain(&retention)).await {
+            Some(removed) if removed.more && !removed.busy => RETAIN_PAUSE,
+            _ => RETAIN,
+        };
+        tokio::time::sleep(pause.mul_f64(0.8 + 0.4 * fastrand::f64())).await;
     }
 }
 

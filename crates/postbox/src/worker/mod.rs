@@ -157,7 +157,13 @@ impl<Db: Database> Drop for Worker<Db> {
 impl<Db: Database> Worker<Db> {
     async fn start(builder: WorkerBuilder<Db>) -> Result<Self, Error> {
         let WorkerBuilder { postbox, router, settings, batch } = builder;
-        let routes = router.into_routes();
+        let mut routes = router.into_routes();
+        let keeps = settings.keeps()?;
+        settings.keep_unrouted()?;
+        for route in &mut routes {
+            let declared = &mut route.declared;
+            declared.keep = keeps.filled_in(declared.policy.kind, declared.keep);
+        }
         let registration = Registration {
             worker: Uuid::now_v7(),
             name: worker_name(),

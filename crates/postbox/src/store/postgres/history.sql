@@ -13,8 +13,8 @@ fan as materialized (
     select f.id as message, f.due_at, pg_catalog.nextval('{schema}.delivery_id') as delivery
     from (
         select p.id, p.due_at from page p cross join wanted s
-        where p.epoch < s.epoch and p.topic ~ s.matcher
-            and (s.start = 'beginning' or {schema}.minted_at(p.id) >= s.start_at)
+        where p.epoch < s.scan_epoch and p.topic ~ s.scan_matcher
+            and (s.start_at is null or {schema}.minted_at(p.id) >= s.start_at)
         order by p.id
     ) f
 ),

@@ -37,6 +37,7 @@ fn render(text: &str, schema: &str, channel: &str) -> String {
     text.replace("{publish}", include_str!("publish.sql"))
         .replace("{duplicates}", include_str!("duplicates.sql"))
         .replace("{roles}", include_str!("roles.sql"))
+        .replace("{retain}", include_str!("retain_functions.sql").trim_end())
         .replace("{schema}", schema)
         .replace("{channel}", channel)
 }

@@ -12,6 +12,7 @@ mod publish;
 mod pull;
 mod register;
 mod replay;
+mod retain;
 mod roles;
 mod settle;
 mod takeover;
@@ -28,12 +29,13 @@ use uuid::Uuid;
 
 use crate::admin::{
     AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
-    Resolution, Retry, RoleRow, Status, SubscriptionRow,
+    Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::content::Content;
 use crate::error::{Error, PublishError};
 use crate::lifecycle::Kind;
 use crate::message::{Draft, Envelope, minted_at};
+use crate::retention::Retention;
 use crate::settings::Settings;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, HandlerTx, LeaseRef,
@@ -63,8 +65,8 @@ macro_rules! statements {
 }
 statements! {
     audit, beat, claim, complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
-    moves, next_due, part_exists, promote, publish, publish_checked, pull, replay, resolution, roles, settle_open,
-    settle_part, starts, suspects, unrouted,
+    moves, next_due, part_exists, promote, publish, publish_checked, pull, replay, resolution, retain_preview, roles,
+    settle_open, settle_part, starts, suspects, unrouted,
     list, show_attempts, show_records, subscriptions, stranded, waiting,
 }
 
@@ -496,6 +498,14 @@ impl Store for PgStore {
         let removed = self.dynamic(sql).execute(work.on()).await?.rows_affected();
         work.commit().await?;
         Ok(removed)
+    }
+
+    async fn retain(&self, retention: &Retention) -> Result<Retained, Error> {
+        retain::retain(self, retention).await
+    }
+
+    async fn retention_preview(&self, keep_unrouted: Duration) -> Result<RetentionPreview, Error> {
+        retain::preview(self, keep_unrouted).await
     }
 
     async fn status(&self) -> Result<Status, Error> {

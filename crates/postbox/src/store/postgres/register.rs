@@ -3,10 +3,11 @@
 use sqlx::Row;
 use uuid::Uuid;
 
-use super::{PgStore, Work, millis};
+use super::{PgStore, Work, millis, retain};
 use crate::error::Error;
 use crate::lifecycle::Kind;
 use crate::planted::planted;
+use crate::retention;
 use crate::store::{Declared, Registration, Start, SubscriptionId};
 
 pub(super) async fn register(store: &PgStore, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
@@ -42,6 +43,9 @@ async fn route(
             return Err(same_stored(&other.name, &heir.name));
         }
     }
+    if let Some(ids) = unchanged(store, work, application, subscriptions).await? {
+        return Ok(ids);
+    }
     // One registration at a time: the routing row is locked first.
     let sql = format!("select epoch, channel from {}.routing for update", store.schema);
     let routing = store.dynamic(sql).fetch_one(work.on()).await?;
@@ -65,6 +69,54 @@ async fn route(
         store.dynamic(sql).bind(epoch + 1).execute(work.on()).await?;
     }
     Ok(ids)
+}
+
+/// The ids, if everything is stored as it is declared. Then the routing row is left alone: a restart
+/// does not wait for publishers of a strict isolation, who share it until they end.
+async fn unchanged(
+    store: &PgStore,
+    work: &mut Work,
+    application: &str,
+    subscriptions: &[Declared],
+) -> Result<Option<Vec<SubscriptionId>>, Error> {
+    let sql = format!(
+        "select s.id from {0}.subscription s cross join {0}.routing r
+         where s.application = $1 and s.name = $2 and s.kind = $3 and s.max_attempts = $4 and s.retry_base_ms = $5
+             and s.retry_cap_ms = $6 and s.reconciles = $7 and s.continues = $8 and s.pattern = $9 and s.timeout_ms = $10
+             and s.quiet_ms = $11 and s.keep_succeeded_ms = $12 and s.keep_dead_ms = $13 and s.idempotent = $14
+             and s.removed_at is null and r.channel = $15",
+        store.schema
+    );
+    let mut ids = Vec::with_capacity(subscriptions.len());
+    for declared in subscriptions {
+        let policy = declared.policy;
+        let (keep_succeeded, keep_dead) = retention::stored(policy.kind, declared.keep);
+        let found = store
+            .dynamic(sql.clone())
+            .bind(application)
+            .bind(&declared.name)
+            .bind(policy.kind.as_str())
+            .bind(policy.retry.max_attempts as i32)
+            .bind(millis(policy.retry.base))
+            .bind(millis(policy.retry.cap))
+            .bind(declared.reconciles)
+            .bind(declared.continues)
+            .bind(declared.pattern.as_str())
+            .bind(millis(declared.timeout))
+            .bind(millis(declared.quiet))
+            .bind(keep_succeeded)
+            .bind(keep_dead)
+            .bind(policy.repeats())
+            .bind(&store.channel)
+            .fetch_optional(work.on())
+            .await?;
+        match found {
+            Some(row) => ids.push(row.try_get("id")?),
+            None => return Ok(None),
+        }
+    }
+    // With none to find, nothing was compared.
+    Ok((!ids.is_empty()).then_some(ids))
 }
 
 fn same_stored(one: &str, other: &str) -> Error {
@@ -116,6 +168,7 @@ async fn subscribe(
     );
     let found = store.dynamic(sql).bind(application).bind(&names).fetch_optional(work.on()).await?;
     let policy = declared.policy;
+    let (keep_succeeded, keep_dead) = retention::stored(policy.kind, declared.keep);
     if let Some(row) = found {
         let id: SubscriptionId = row.try_get("id")?;
         let kind: String = row.try_get("kind")?;
@@ -126,7 +179,8 @@ async fn subscribe(
             )));
         }
         let changed = row.try_get::<String, _>("pattern")? != declared.pattern.as_str();
-        // A changed pattern takes the unrouted messages that only the new one matches.
+        // A changed pattern takes the unrouted messages that only the new one matches. A scan of history
+        // that is not done goes on with the pattern it began with (decision 0020).
         let sql = format!(
             "update {}.subscription set name = $2, kind = $3, max_attempts = $4, retry_base_ms = $5, retry_cap_ms = $6,
                  reconciles = $7, continues = $8, pattern = $9, matcher = $10,
@@ -134,7 +188,7 @@ async fn subscribe(
                  start = case when $11 then 'unrouted' else start end,
                  backfilled = case when $11 then false else backfilled end,
                  backfill_waits = case when $11 then null else backfill_waits end,
-                 timeout_ms = $13, quiet_ms = $14, idempotent = $15
+                 timeout_ms = $13, quiet_ms = $14, keep_succeeded_ms = $15, keep_dead_ms = $16, idempotent = $17
              where id = $1",
             store.schema
         );
@@ -154,6 +208,8 @@ async fn subscribe(
             .bind(next_epoch)
             .bind(millis(declared.timeout))
             .bind(millis(declared.quiet))
+            .bind(keep_succeeded)
+            .bind(keep_dead)
             .bind(policy.repeats())
             .execute(work.on())
             .await?;
@@ -167,8 +223,10 @@ async fn subscribe(
     };
     let sql = format!(
         "insert into {}.subscription (application, name, pattern, matcher, kind, max_attempts, retry_base_ms, retry_cap_ms,
-             reconciles, continues, start, start_at, epoch, backfilled, timeout_ms, quiet_ms, idempotent)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint::double precision / 1000000::double precision), $13, $11 = 'now', $14, $15, $16)
+             reconciles, continues, start, start_at, epoch, backfilled, timeout_ms, quiet_ms, keep_succeeded_ms, keep_dead_ms,
+             scan_matcher, scan_epoch, idempotent)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint::double precision / 1000000::double precision), $13, $11 = 'now', $14, $15, $16, $17,
+             case when $11 in ('beginning', 'time') then $4 end, case when $11 in ('beginning', 'time') then $13::bigint end, $18)
          returning id",
         store.schema
     );
@@ -189,6 +247,8 @@ async fn subscribe(
         .bind(next_epoch)
         .bind(millis(declared.timeout))
         .bind(millis(declared.quiet))
+        .bind(keep_succeeded)
+        .bind(keep_dead)
         .bind(policy.repeats())
         .fetch_one(work.on())
         .await?;
@@ -225,7 +285,7 @@ const PAGE: i64 = 1000;
 pub(super) async fn backfill(store: &PgStore) -> Result<bool, Error> {
     let mut work = store.work().await?;
     let sql = format!(
-        "select s.id, s.start, s.backfill_after, s.backfill_waits from {0}.subscription s
+        "select s.id, s.scan_matcher is not null as scans, s.backfill_after, s.backfill_waits from {0}.subscription s
          where not s.backfilled and s.removed_at is null
              and s.id = (select pg_catalog.min(n.id) from {0}.subscription n where not n.backfilled and n.removed_at is null)
          for update skip locked",
@@ -236,8 +296,9 @@ pub(super) async fn backfill(store: &PgStore) -> Result<bool, Error> {
         return Ok(false);
     };
     let id: SubscriptionId = row.try_get("id")?;
-    let history = matches!(row.try_get::<String, _>("start")?.as_str(), "beginning" | "time");
+    let history: bool = row.try_get("scans")?;
 
+    retain::hold_messages(store, &mut work).await?;
     // Unrouted messages can be moved at any time: each leaves its row.
     let moved: i64 = store.query(store.sql.unrouted).fetch_one(work.on()).await?.try_get("moved")?;
     if moved > 0 {
@@ -292,10 +353,13 @@ pub(super) async fn backfill(store: &PgStore) -> Result<bool, Error> {
         None => {
             // Decided by what is there, not by what a statement of ours moved: another may have been first.
             let sql = format!(
-                "update {0}.subscription s set backfilled = true, backfill_waits = null
-                 where s.id = $1 and not exists (select from {0}.unrouted u
-                     where u.epoch < s.epoch and u.topic ~ s.matcher
-                         and (s.start <> 'time' or {0}.minted_at(u.message) >= s.start_at))",
+                "update {0}.subscription s set scan_matcher = null, scan_epoch = null, backfilled = true, backfill_waits = null
+                 where s.id = $1
+                     and not exists (select from {0}.unrouted u
+                         where s.start = 'unrouted' and u.epoch < s.epoch and u.topic ~ s.matcher)
+                     and not exists (select from {0}.unrouted u
+                         where u.epoch < s.scan_epoch and u.topic ~ s.scan_matcher
+                             and (s.start_at is null or {0}.minted_at(u.message) >= s.start_at))",
                 store.schema
             );
             store.dynamic(sql).bind(id).execute(work.on()).await?;

@@ -4,7 +4,7 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use super::admin::{GIVEN, Page, filtered, find, lost_race, places};
-use super::{PgStore, Work, timestamp};
+use super::{PgStore, Work, retain, timestamp};
 use crate::admin::{AuditEntry, COUNTED, Filter, Replay, ReplayCount, Replayed, no_delivery};
 use crate::error::Error;
 use crate::lifecycle::{Kind, State};
@@ -14,6 +14,7 @@ use crate::store::{DeliveryId, Ended};
 /// Where the replay of one delivery stands in the way of a rule.
 pub(super) async fn one(store: &PgStore, delivery: DeliveryId, replay: &Replay) -> Result<Replayed, Error> {
     let mut work = store.durable().await?;
+    retain::hold_messages(store, &mut work).await?;
     let Some((row, _)) = find(store, &mut work, delivery).await? else {
         work.rollback().await?;
         return Err(no_delivery(delivery));
@@ -173,6 +174,7 @@ pub(super) async fn newest(store: &PgStore) -> Result<DeliveryId, Error> {
 
 pub(super) async fn page(store: &PgStore, ended: &[Ended], replay: &Replay) -> Result<u64, Error> {
     let mut work = store.durable().await?;
+    retain::hold_messages(store, &mut work).await?;
     let lasting = lasting(store, &mut work, ended).await?;
     // Operations are replayed one by one, with a word on each; a removed subscription has nobody behind it.
     let sql = format!(

@@ -38,7 +38,10 @@ begin
             ('publish_checked', true, array['publisher', 'worker']),
             ('schema_version', true, array['publisher', 'worker', 'operator', 'viewer']),
             ('record_action', true, array['operator']),
-            ('retain', true, array['worker']),
+            ('retain', true, array['worker', 'operator']),
+            -- Removes whatever it is given: through `retain` only.
+            ('forget', false, array[]::pg_catalog.text[]),
+            ('uuid_at', false, array['worker', 'operator', 'viewer']),
             ('next', false, array['worker']),
             -- It turns a success that its own transaction has just written into a failure.
             ('failed', true, array['worker']),
@@ -69,7 +72,7 @@ begin
 
     if 'worker' = any (made) then
         given := array[
-            'select on {schema}.migration, {schema}.leased',
+            'select on {schema}.migration, {schema}.leased, {schema}.thinned',
             'usage on sequence {schema}.delivery_id, {schema}.batch_id',
             'select, update on {schema}.routing',
             'select, insert, update on {schema}.subscription',
@@ -77,6 +80,7 @@ begin
             'select, insert, update, delete on {schema}.dedup, {schema}.worker, {schema}.doubt',
             'select, insert on {schema}.message, {schema}.late_delivery, {schema}.dead_letter',
             -- A row lock needs the right to update some column.
+            'select, update (told_at) on {schema}.retention',
             'select, insert, delete, update (rev) on {schema}.ready, {schema}.scheduled',
             'select, insert, delete, update (claimed_at) on {schema}.lease'];
         -- The record: written once.
@@ -95,6 +99,7 @@ begin
             'insert, update on {schema}.subscription',
             'insert, delete on {schema}.ready, {schema}.scheduled, {schema}.dead_letter',
             'insert, update, delete on {schema}.doubt',
+            'update (told_at) on {schema}.retention',
             'insert on {schema}.late_delivery, {schema}.resolution, {schema}.observation']
         loop
             execute pg_catalog.format('grant %s to %I', thing, '{schema}_operator');
@@ -109,7 +114,7 @@ begin
             where c.relnamespace = '{schema}'::pg_catalog.regnamespace::pg_catalog.oid
                 and c.relname = any (array['migration', 'routing', 'subscription', 'route', 'message', 'late_delivery',
                     'unrouted', 'dedup', 'ready', 'scheduled', 'worker', 'lease', 'attempt', 'outcome', 'outcome_part',
-                    'doubt', 'dead_letter', 'resolution', 'observation', 'audit_counter', 'audit',
+                    'doubt', 'dead_letter', 'resolution', 'observation', 'audit_counter', 'audit', 'retention', 'thinned',
                     'attempts', 'leased', 'delivery']::pg_catalog.name[])
         loop
             execute pg_catalog.format('grant select on %s to %I', door.name, pg_catalog.concat('{schema}_', holder));

@@ -19,20 +19,20 @@ left join (
         pg_catalog.count(*) filter (where not d.begun and k.kind = 'operation') as unbegun
     from {schema}.leased d join {schema}.subscription k on k.id = d.subscription group by d.subscription
 ) l on l.subscription = s.id
-left join (
-    select subscription, pg_catalog.count(*) as succeeded from {schema}.outcome
-    where finished_at > pg_catalog.statement_timestamp() - interval '1 hour' and state_after = 'succeeded'
-    group by subscription
-) o on o.subscription = s.id
+left join lateral (
+    select pg_catalog.count(*) as succeeded from {schema}.outcome q
+    where q.subscription = s.id and q.state_after = 'succeeded'
+        and q.finished_at > pg_catalog.statement_timestamp() - interval '1 hour'
+) o on true
 left join (
     select u.subscription, pg_catalog.count(*) as succeeded
     from {schema}.outcome_part q cross join lateral pg_catalog.unnest(q.subscriptions) as u(subscription)
     where q.finished_at > pg_catalog.statement_timestamp() - interval '1 hour'
     group by u.subscription
 ) p on p.subscription = s.id
-left join (
-    select subscription, pg_catalog.count(*) as succeeded from {schema}.resolution
-    where at > pg_catalog.statement_timestamp() - interval '1 hour' and state_after = 'succeeded'
-    group by subscription
-) x on x.subscription = s.id
+left join lateral (
+    select pg_catalog.count(*) as succeeded from {schema}.resolution q
+    where q.subscription = s.id and q.state_after = 'succeeded'
+        and q.at > pg_catalog.statement_timestamp() - interval '1 hour'
+) x on true
 order by s.application, s.name, s.id

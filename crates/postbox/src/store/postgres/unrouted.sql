@@ -1,14 +1,19 @@
 -- Gives messages that nobody was subscribed to, to the subscriptions that were registered first
 -- after them: all of the lowest epoch above the message's that match. Those with a scan of their own
--- (from_beginning, from a time) count as takers, and take it there.
+-- (from_beginning, from a time) count as takers with what they scan for, and take it there.
 with picked as materialized (
     select u.message, u.topic, u.epoch, taker.epoch as taker_epoch
     from {schema}.unrouted u
     cross join lateral (
-        select pg_catalog.min(s.epoch) as epoch from {schema}.subscription s
-        where s.removed_at is null and not s.backfilled and s.start <> 'now'
-            and s.epoch > u.epoch and u.topic ~ s.matcher
-            and (s.start <> 'time' or {schema}.minted_at(u.message) >= s.start_at)
+        select pg_catalog.min(t.epoch) as epoch from (
+            select s.epoch from {schema}.subscription s
+            where s.removed_at is null and not s.backfilled and s.start = 'unrouted'
+                and s.epoch > u.epoch and u.topic ~ s.matcher
+            union all
+            select s.scan_epoch from {schema}.subscription s
+            where s.removed_at is null and s.scan_epoch > u.epoch and u.topic ~ s.scan_matcher
+                and (s.start_at is null or {schema}.minted_at(u.message) >= s.start_at)
+        ) t
     ) taker
     where taker.epoch is not null
     order by u.message

@@ -1,7 +1,7 @@
 //! What operators do; each action leaves an audit row in the same transaction.
 
-use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteConnection};
 
 use super::operate::stands;
 use super::work::Work;
@@ -21,6 +21,24 @@ pub(super) struct Action<'a> {
     pub(super) rev: Option<(i32, i32)>,
     pub(super) state: Option<(State, State)>,
     pub(super) detail: Option<serde_json::Value>,
+}
+
+/// What retention has removed, as its own entry.
+pub(super) async fn note_retention(
+    db: &mut SqliteConnection,
+    reason: &str,
+    detail: serde_json::Value,
+) -> Result<(), Error> {
+    sqlx::query("update postbox_audit_counter set seq = seq + 1").execute(&mut *db).await?;
+    sqlx::query(
+        "insert into postbox_audit (seq, actor, action, reason, detail, at)
+         select a.seq, 'retention', 'retain', ?1, ?2, c.now from postbox_audit_counter a cross join postbox_clock c",
+    )
+    .bind(reason)
+    .bind(detail.to_string())
+    .execute(db)
+    .await?;
+    Ok(())
 }
 
 /// Writes it down under a number that leaves no gap.

@@ -30,6 +30,7 @@ mod publish;
 mod pull;
 mod register;
 mod replay;
+mod retain;
 mod settle;
 mod show;
 mod takeover;
@@ -46,12 +47,13 @@ use uuid::Uuid;
 
 use crate::admin::{
     AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
-    Resolution, Retry, RoleRow, Status, SubscriptionRow,
+    Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::content::Content;
 use crate::error::{Error, PublishError};
 use crate::lifecycle::Kind;
 use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};
+use crate::retention::Retention;
 use crate::settings::Settings;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, LeaseRef,
@@ -355,6 +357,14 @@ impl Store for SqliteStore {
 
     async fn tidy(&self) -> Result<u64, Error> {
         publish::tidy(self).await
+    }
+
+    async fn retain(&self, retention: &Retention) -> Result<Retained, Error> {
+        retain::retain(self, retention).await
+    }
+
+    async fn retention_preview(&self, keep_unrouted: Duration) -> Result<RetentionPreview, Error> {
+        retain::preview(self, keep_unrouted).await
     }
 
     async fn status(&self) -> Result<Status, Error> {

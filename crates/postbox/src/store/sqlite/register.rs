@@ -7,6 +7,7 @@ use super::alive::Locked;
 use super::{SqliteStore, json_of, millis, millis_up};
 use crate::error::Error;
 use crate::lifecycle::Kind;
+use crate::retention;
 use crate::store::{Declared, Pulse, Registration, Start, SubscriptionId};
 
 pub(super) async fn register(store: &SqliteStore, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
@@ -173,9 +174,11 @@ async fn subscribe(
 ) -> Result<(SubscriptionId, bool), Error> {
     let segments = json_of(&declared.pattern.segments().collect::<Vec<_>>())?;
     let retry = declared.policy.retry;
+    let (keep_succeeded, keep_dead) = retention::stored(declared.policy.kind, declared.keep);
     if let Some(Known { id, pattern, .. }) = stored {
         let changed = pattern != declared.pattern.as_str();
-        // A changed pattern takes the unrouted messages that only the new one matches.
+        // A changed pattern takes the unrouted messages that only the new one matches. A scan of history
+        // that is not done goes on with the pattern it began with (decision 0020).
         sqlx::query(
             "update postbox_subscription
              set name = ?2, kind = ?3, max_attempts = ?4, retry_base_ms = ?5, retry_cap_ms = ?6, reconciles = ?7,
@@ -184,7 +187,7 @@ async fn subscribe(
                  start = case when ?11 then 'unrouted' else start end,
                  backfilled = case when ?11 then false else backfilled end,
                  backfill_after = case when ?11 then 0 else backfill_after end,
-                 timeout_ms = ?13, quiet_ms = ?14, idempotent = ?15
+                 timeout_ms = ?13, quiet_ms = ?14, keep_succeeded_ms = ?15, keep_dead_ms = ?16, idempotent = ?17
              where id = ?1",
         )
         .bind(id)
@@ -201,6 +204,8 @@ async fn subscribe(
         .bind(next_epoch)
         .bind(millis_up(declared.timeout))
         .bind(millis_up(declared.quiet))
+        .bind(keep_succeeded)
+        .bind(keep_dead)
         .bind(declared.policy.repeats())
         .execute(connection)
         .await?;
@@ -215,8 +220,10 @@ async fn subscribe(
     let id = sqlx::query_scalar(
         "insert into postbox_subscription (application, name, pattern, segments, kind, max_attempts, retry_base_ms,
              retry_cap_ms, reconciles, continues, start, start_at, epoch, backfilled, timeout_ms,
-             quiet_ms, idempotent, created_at)
-         select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?11 = 'now', ?14, ?15, ?16, now
+             quiet_ms, keep_succeeded_ms, keep_dead_ms, scan_pattern, scan_segments, scan_epoch, idempotent, created_at)
+         select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?11 = 'now', ?14, ?15, ?16, ?17,
+             case when ?11 in ('beginning', 'time') then ?3 end, case when ?11 in ('beginning', 'time') then ?4 end,
+             case when ?11 in ('beginning', 'time') then ?13 end, ?18, now
          from postbox_clock
          returning id",
     )
@@ -235,6 +242,8 @@ async fn subscribe(
     .bind(next_epoch)
     .bind(millis_up(declared.timeout))
     .bind(millis_up(declared.quiet))
+    .bind(keep_succeeded)
+    .bind(keep_dead)
     .bind(declared.policy.repeats())
     .fetch_one(connection)
     .await?;

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::SqliteStore;
 use crate::lifecycle::{Kind, Policy, Standing, State};
 use crate::message::{Draft, Envelope};
+use crate::retention::Keep;
 use crate::retry::RetryPolicy;
 use crate::settings::Settings;
 use crate::store::{
@@ -97,6 +98,7 @@ fn declared(name: &str, pattern: &str) -> Declared {
         reconciles: false,
         continues: false,
         start: Start::Unrouted,
+        keep: Keep::default(),
     }
 }
 

@@ -24,6 +24,9 @@ create table {schema}.subscription (
     retry_cap_ms   bigint not null,
     timeout_ms     bigint not null,
     quiet_ms       bigint not null,
+    -- How long deliveries stay on record once they have ended.
+    keep_succeeded_ms bigint not null,
+    keep_dead_ms   bigint not null,
     reconciles     boolean not null,
     continues      boolean not null,
     start          text not null check (start in ('unrouted', 'now', 'beginning', 'time')),
@@ -34,6 +37,10 @@ create table {schema}.subscription (
     backfill_after uuid,
     -- Transactions that may still commit a message of an older epoch; null: not looked up yet.
     backfill_waits text[],
+    -- The history that it was registered with: messages of older epochs that match this go to it, even
+    -- if its pattern has changed since. Null: there is none, or it is done.
+    scan_matcher   text,
+    scan_epoch     bigint,
     created_at     timestamptz not null default pg_catalog.clock_timestamp(),
     removed_at     timestamptz
 );
@@ -186,7 +193,7 @@ create table {schema}.outcome (
     receipt      json,
     primary key (delivery, number)
 );
-create index outcome_finished on {schema}.outcome (finished_at);
+create index outcome_succeeded on {schema}.outcome (subscription, finished_at) where state_after = 'succeeded';
 
 -- One row a flush of a batch: what succeeded at its first attempt, and what was handed back.
 create table {schema}.outcome_part (
@@ -236,6 +243,7 @@ create table {schema}.dead_letter (
     at           timestamptz not null default pg_catalog.clock_timestamp(),
     reason       text        not null
 );
+create index dead_letter_at on {schema}.dead_letter (subscription, at);
 
 -- The word on a doubt: by an operator, a reconcile hook, or a late outcome.
 create table {schema}.resolution (
@@ -253,6 +261,7 @@ create table {schema}.resolution (
     at           timestamptz not null default pg_catalog.clock_timestamp(),
     primary key (delivery, rev)
 );
+create index resolution_succeeded on {schema}.resolution (subscription, at) where state_after = 'succeeded';
 
 -- What was seen and changed no state: late outcomes of fenced workers, workers that died.
 create table {schema}.observation (
@@ -289,6 +298,26 @@ create table {schema}.audit (
     login        text        not null default session_user
 );
 create index audit_delivery on {schema}.audit (delivery) where delivery is not null;
+
+-- One row: what retention has removed since its last word in the audit, and how far it has looked
+-- through the parts. Retention locks it; whoever makes new deliveries of messages that are there
+-- already (a new subscription's history, a replay) shares it first, and looks for the messages after that.
+create table {schema}.retention (
+    only_one    boolean primary key default true check (only_one),
+    deliveries  bigint  not null default 0,
+    messages    bigint  not null default 0,
+    up_to       timestamptz,
+    told_at     timestamptz,
+    parts_after timestamptz,
+    swept_at    timestamptz
+);
+insert into {schema}.retention default values;
+
+-- Messages of which retention has removed some deliveries, and how many of those that their fan-out made.
+create table {schema}.thinned (
+    message    uuid primary key,
+    deliveries int  not null
+);
 
 -- What runs for a caller must not depend on what is in the caller's search path: functions and types
 -- are named with their schema, and operators have operands that pg_catalog has an operator for, so
@@ -516,6 +545,8 @@ begin
     end if;
 end
 $check$;
+
+{retain}
 
 -- Every attempt, one row each, whichever way it is kept.
 create view {schema}.attempts as

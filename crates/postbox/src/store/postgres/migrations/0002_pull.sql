@@ -67,10 +67,13 @@ begin
         raise exception using errcode = '22023', message = pg_catalog.format('postbox: the subscription `%s` is an operation''s and cannot be pulled; take another name', name);
     elsif found_id is null then
         insert into {schema}.subscription (application, name, pattern, matcher, kind, max_attempts, retry_base_ms, retry_cap_ms,
-            timeout_ms, quiet_ms, reconciles, continues, start, start_at, epoch, backfilled)
+            timeout_ms, quiet_ms, keep_succeeded_ms, keep_dead_ms, reconciles, continues, idempotent, start, start_at,
+            epoch, backfilled, scan_matcher, scan_epoch)
         values (application, name, pattern, {schema}.pattern_matcher(pattern), 'transactional',
-            coalesce(max_attempts, 4), 1000, 900000, 60000, 60000, false, false,
-            case when start_at is null then start else 'time' end, start_at, now_epoch + 1, start = 'now')
+            coalesce(max_attempts, 4), 1000, 900000, 60000, 60000, 2592000000, 7776000000, false, false, false,
+            case when start_at is null then start else 'time' end, start_at, now_epoch + 1, start = 'now',
+            case when start_at is not null or start = 'beginning' then {schema}.pattern_matcher(pattern) end,
+            case when start_at is not null or start = 'beginning' then now_epoch + 1 end)
         returning subscription.id into found_id;
     elsif found_pattern <> pattern then
         -- A changed pattern takes the unrouted messages that only the new one matches.

@@ -1,7 +1,10 @@
 -- Drops what 0001_engine made, and nothing else.
 drop view postbox_publish;
 drop view postbox_match;
+drop view postbox_listening;
+drop view postbox_expired;
 drop view postbox_last;
+drop table postbox_retention;
 drop table postbox_audit;
 drop table postbox_audit_counter;
 drop table postbox_observation;

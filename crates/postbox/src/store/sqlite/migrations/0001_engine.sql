@@ -25,6 +25,9 @@ create table postbox_subscription (
     timeout_ms     integer not null,
     -- How long a call that was sent may still be on its way to the remote.
     quiet_ms       integer not null,
+    -- How long deliveries stay on record once they have ended.
+    keep_succeeded_ms integer not null,
+    keep_dead_ms   integer not null,
     reconciles     integer not null,
     continues      integer not null,
     start          text    not null check (start in ('unrouted', 'now', 'beginning', 'time')),
@@ -34,6 +37,12 @@ create table postbox_subscription (
     backfilled     integer not null,
     -- How far the backfill has come: a message's seq.
     backfill_after integer not null default 0,
+    -- The history that it was registered with: messages of older epochs that match this go to it, even
+    -- if its pattern has changed since. Null: there is none, or it is done.
+    scan_pattern   text,
+    scan_segments  text,
+    scan_epoch     integer,
+    scan_after     integer not null default 0,
     created_at     integer not null,
     removed_at     integer
 ) strict;
@@ -114,7 +123,7 @@ create index postbox_delivery_ready on postbox_delivery (subscription, priority,
 create index postbox_delivery_scheduled on postbox_delivery (subscription, due_at) where state = 'pending' and due_at is not null;
 create index postbox_delivery_leased on postbox_delivery (token) where token is not null;
 create index postbox_delivery_doubt on postbox_delivery (subscription, ask_at) where state = 'in_doubt';
-create index postbox_delivery_dead on postbox_delivery (subscription, state) where state in ('dead', 'cancelled');
+create index postbox_delivery_dead on postbox_delivery (subscription, state, since) where state in ('dead', 'cancelled');
 create index postbox_delivery_succeeded on postbox_delivery (subscription, since) where state = 'succeeded';
 create index postbox_delivery_message on postbox_delivery (message);
 create index postbox_delivery_replay on postbox_delivery (replay_of) where replay_of is not null;
@@ -235,11 +244,38 @@ create table postbox_audit (
 ) strict;
 create index postbox_audit_delivery on postbox_audit (delivery) where delivery is not null;
 
+-- One row: what retention has removed since its last word in the audit.
+create table postbox_retention (
+    only_one   integer primary key check (only_one = 1),
+    deliveries integer not null default 0,
+    messages   integer not null default 0,
+    up_to      integer,
+    told_at    integer
+) strict;
+insert into postbox_retention (only_one) values (1);
+
+-- Deliveries that have ended and were kept long enough, per subscription the oldest first, so that a
+-- reader that wants a few stops early.
+create view postbox_expired as
+    select d.id, d.message, d.subscription, d.state, d.since
+    from postbox_clock c cross join postbox_subscription s cross join postbox_delivery d
+    where d.subscription = s.id and d.state = 'succeeded' and d.since < c.now - s.keep_succeeded_ms
+    union all
+    select d.id, d.message, d.subscription, d.state, d.since
+    from postbox_clock c cross join postbox_subscription s cross join postbox_delivery d
+    where d.subscription = s.id and d.state in ('dead', 'cancelled') and d.since < c.now - s.keep_dead_ms;
+
+-- What subscriptions listen to, and (scan) what is left of the history that they were registered with.
+create view postbox_listening as
+    select id as subscription, pattern, segments, removed_at, 0 as scan from postbox_subscription
+    union all
+    select id, scan_pattern, scan_segments, removed_at, 1 from postbox_subscription where scan_pattern is not null;
+
 -- Which message belongs to which subscription: the one place where patterns are matched in SQL, as
 -- `Pattern::matches` does. `*` is one segment; `>` is one or more, and comes last.
 create view postbox_match as
-    select m.seq, m.id as message, m.epoch, m.due_at, s.id as subscription, s.removed_at
-    from postbox_message m cross join postbox_subscription s
+    select m.seq, m.id as message, m.epoch, m.due_at, s.subscription, s.removed_at, s.scan
+    from postbox_message m cross join postbox_listening s
     where s.pattern = m.topic
         or (case when substr(s.pattern, -1) = '>'
                 then json_array_length(s.segments) <= length(m.topic) - length(replace(m.topic, '.', '')) + 1
@@ -286,7 +322,7 @@ begin
         select x.message, x.subscription, x.due_at, c.now,
             (select delivery from postbox_last) + row_number() over (order by x.subscription) as id
         from postbox_match x cross join postbox_clock c
-        where x.message = new.id and x.removed_at is null
+        where x.message = new.id and x.removed_at is null and not x.scan
     ) f;
 
     insert into postbox_unrouted (seq, topic, epoch)
