@@ -13,7 +13,7 @@ use std::future::Future;
 use postbox::{Database, Postbox, Postgres, Settings, Sqlite};
 
 pub use child::WorkerProcess;
-pub use postgres::{Server, shared_url};
+pub use postgres::{Server, shared_url, unprivileged_account};
 pub use remote::Remote;
 
 /// A store of its own for one test. Dropped, it leaves nothing behind.

@@ -42,7 +42,7 @@ impl Server {
     /// PostgreSQL's binaries are not installed, or the server does not come up.
     pub fn start() -> Server {
         let bin = binaries();
-        let account = is_root().then(unprivileged);
+        let account = unprivileged_account();
         let mut builder = tempfile::Builder::new();
         builder.prefix("postbox-pg-");
         // Root's own temporary folder may be closed to the account that the server runs as.
@@ -149,6 +149,11 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// The account that servers run as when this process is root: user and group.
+pub fn unprivileged_account() -> Option<(u32, u32)> {
+    is_root().then(unprivileged)
 }
 
 /// A port that is free now.
