@@ -382,16 +382,13 @@ async fn look_at<Db: Site>(pool: &Pool<Db>, sql: String) -> Option<bool> {
 
 /// An empty database with the tables of both.
 async fn prepare<Db: Site>(pool: &Pool<Db>, url: &str) -> Result<(), Box<dyn std::error::Error>> {
-    let mut connection = Db::acquire(pool).await?;
     let settings = postbox::Settings::defaults().url(url).set("schema", SCHEMA).set("application", "torture");
-    let (before, number) = match Db::KIND {
-        Kind::Postgres => (
-            "drop schema if exists postbox cascade; drop schema if exists torture cascade; create schema torture",
-            "bigint",
-        ),
-        Kind::Sqlite => ("select 1", "integer"),
-    };
-    Db::run(&mut connection, before.into()).await?;
+    let number = if Db::KIND == Kind::Postgres { "bigint" } else { "integer" };
+    if Db::KIND == Kind::Postgres {
+        let fresh = "drop schema if exists postbox cascade; drop schema if exists torture cascade; create schema torture";
+        Db::run(&mut *Db::acquire(pool).await?, fresh.into()).await?;
+    }
+    // This makes SQLite's file.
     let postbox = Postbox::<Db>::migrate(settings).await?;
     postbox.close().await;
     let mut tables = format!(
@@ -402,6 +399,7 @@ async fn prepare<Db: Site>(pool: &Pool<Db>, url: &str) -> Result<(), Box<dyn std
         Db::table("effect"),
         counter = Db::table("counter"),
     );
+    let mut connection = Db::acquire(pool).await?;
     for id in 0..COUNTERS + 2 {
         tables.push_str(&format!("insert into {} (id, n) values ({id}, 0);", Db::table("counter")));
     }
