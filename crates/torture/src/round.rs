@@ -220,7 +220,7 @@ impl<Db: Site> Stage<Db> {
                         "select cast(count(*) filter (where pg_terminate_backend(pid)) as text) from (
                             select pid from pg_stat_activity
                             where backend_type = 'client backend' and pid <> pg_backend_pid() and application_name <> 'witness'
-                            order by random() limit {most}) some"
+                            order by random() limit {most}) chosen"
                     );
                     if let Ok(Ok(mut connection)) = tokio::time::timeout(Duration::from_secs(2), Db::acquire(&pool)).await
                         && let Ok(rows) = Db::rows(&mut connection, sql).await

@@ -133,7 +133,7 @@ impl<Db: Site> Publisher<Db> {
     async fn conflict(&self, dice: &mut fastrand::Rng) {
         let level = if dice.bool() { "SERIALIZABLE" } else { "REPEATABLE READ" };
         let begin = format!("BEGIN ISOLATION LEVEL {level}");
-        let row = dice.i64(..COUNTERS);
+        let row = dice.i64(0..COUNTERS);
         let meet = Barrier::new(2);
         let (mut a, mut b) = (dice.fork(), dice.fork());
         tokio::join!(
@@ -144,7 +144,7 @@ impl<Db: Site> Publisher<Db> {
 
     async fn deadlock(&self, dice: &mut fastrand::Rng) {
         let begin = "BEGIN; SET LOCAL deadlock_timeout = '30ms'";
-        let (one, other) = (dice.i64(..2), dice.i64(2..COUNTERS));
+        let (one, other) = (dice.i64(0..2), dice.i64(2..COUNTERS));
         let meet = Barrier::new(2);
         let (mut a, mut b) = (dice.fork(), dice.fork());
         tokio::join!(
