@@ -132,13 +132,13 @@ impl Slot {
                 let point = WORKER_POINTS[(self.round.seed as usize % 64 + turn * 3 + slot) % WORKER_POINTS.len()];
                 let nth = match point {
                     "reconciling" | "resolving" | "draining" => dice.u32(1..3),
-                    _ => dice.u32(1..25),
+                    _ => dice.u32(1..8),
                 };
                 Some((point, nth))
             }
             Child::Worker(_) => None,
             Child::Publisher(slot) => {
-                Some((PUBLISHER_POINTS[(turn + slot) % PUBLISHER_POINTS.len()], dice.u32(1..40)))
+                Some((PUBLISHER_POINTS[(turn + slot) % PUBLISHER_POINTS.len()], dice.u32(1..20)))
             }
         }
     }
