@@ -137,6 +137,18 @@ impl Server {
         self.end();
     }
 
+    /// Writes its database to a file, as SQL.
+    ///
+    /// # Errors
+    /// pg_dump cannot be run, does not succeed, or the file cannot be written.
+    pub fn dump(&self, to: &Path) -> std::io::Result<()> {
+        let dumped = self.command("pg_dump").arg("-d").arg(self.url()).output()?;
+        if !dumped.status.success() {
+            return Err(std::io::Error::other(String::from_utf8_lossy(&dumped.stderr).into_owned()));
+        }
+        std::fs::write(to, dumped.stdout)
+    }
+
     fn end(&mut self) {
         if let Some(mut keeper) = self.keeper.take() {
             drop(keeper.stdin.take().map(|mut input| input.flush()));

@@ -136,9 +136,21 @@ pub(crate) const PUBLISHER_POINTS: &[&str] = &["before-insert", "before-commit",
 /// Other named points, each reached in a process of its own. A point of retention belongs here, too.
 pub(crate) const OTHER_POINTS: &[&str] = &["migrating"];
 
-/// Every named point.
-pub(crate) fn points() -> impl Iterator<Item = &'static str> {
-    WORKER_POINTS.iter().chain(PUBLISHER_POINTS).chain(OTHER_POINTS).copied()
+impl Fault {
+    /// What it is made of: each is counted by itself, as `F1:claimed`.
+    pub(crate) fn parts(self) -> Vec<&'static str> {
+        match self {
+            Fault::F1 => [WORKER_POINTS, PUBLISHER_POINTS, OTHER_POINTS, &["random"]].concat(),
+            Fault::F3 => vec!["before", "after"],
+            Fault::F5 => vec!["publish", "publish_now", "status", "list"],
+            Fault::F12 => vec!["40001", "40P01"],
+            Fault::F18 => vec!["panic", "block", "ignore", "abort"],
+            Fault::F19 => vec!["deadline", "second"],
+            Fault::F22 => vec!["kill", "busy", "stale", "full"],
+            Fault::F24 => vec!["conflict"],
+            _ => Vec::new(),
+        }
+    }
 }
 
 #[cfg(test)]

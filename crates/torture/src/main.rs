@@ -59,7 +59,7 @@ struct Cli {
     /// The last line on stdout is one JSON object; everything else goes to stderr.
     #[arg(long)]
     json: bool,
-    /// Keeps the folder with the logs, and a SQLite run's databases.
+    /// Keeps the folder with the logs, what the checker went by, and the databases.
     #[arg(long)]
     keep: bool,
     #[command(subcommand)]
@@ -118,12 +118,33 @@ fn main() -> ExitCode {
             tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
             runtime.block_on(run_child(child)).map(|()| true)
         }
-        None => runtime.block_on(run(cli)),
+        None => runtime.block_on(async {
+            tokio::select! {
+                result = run(cli) => result,
+                () = interrupted() => Err("interrupted; nothing was checked".into()),
+            }
+        }),
     };
+    // Children that are stopped or deaf go, too.
+    drop(runtime);
     match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => failed(&error),
+    }
+}
+
+/// SIGINT or SIGTERM.
+async fn interrupted() {
+    use tokio::signal::unix::{SignalKind, signal};
+    match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
+        (Ok(mut interrupt), Ok(mut terminate)) => {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        }
+        _ => std::future::pending().await,
     }
 }
 
@@ -159,7 +180,7 @@ async fn run(cli: Cli) -> Result<bool, String> {
     let list = if list.is_empty() { "none".to_owned() } else { list.join(",") };
     eprintln!("seed {seed}, {}, {} s, faults {list}", cli.store, cli.span.as_secs());
     let folder = tempfile::Builder::new().prefix("postbox-torture-").tempdir().map_err(|e| format!("a folder: {e}"))?;
-    let world = Arc::new(World::start(cli.store, faults, folder.path()).await?);
+    let world = Arc::new(World::start(cli.store, faults, folder.path(), cli.keep).await?);
     let begun = std::time::Instant::now();
     let mut sum = Outcome::default();
     let (mut left, mut number) = (cli.span, 0);

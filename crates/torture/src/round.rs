@@ -99,12 +99,13 @@ pub(crate) struct Outcome {
     pub(crate) broken: Vec<String>,
 }
 
-/// Which fault, and which point of F1, has not been hit.
+/// Which fault, and which part of one, has not been hit.
 pub(crate) fn missing(world: &World, span: Duration) -> Vec<String> {
     let mut wanted: Vec<String> = world.faults.iter().map(|f| f.id().to_owned()).collect();
     // A short run cannot come to every point.
-    if world.wants(Fault::F1) && span >= Duration::from_secs(60) {
-        wanted.extend(crate::fault::points().map(|point| format!("F1:{point}")));
+    if span >= Duration::from_secs(60) {
+        let parts = |f: &Fault| f.parts().into_iter().map(|part| format!("{f}:{part}")).collect::<Vec<_>>();
+        wanted.extend(world.faults.iter().flat_map(parts));
     }
     wanted.retain(|id| world.counts.of(id) == 0);
     wanted
@@ -356,8 +357,9 @@ impl<Db: Site> Stage<Db> {
             .filter(|d| operations.contains(d))
             .collect();
         let broken = crate::check::check(&history);
-        if !broken.is_empty() {
+        if self.round.world.keep || !broken.is_empty() {
             std::fs::write(folder.join("history.txt"), format!("{history:#?}")).ok();
+            self.round.world.dump_server(&folder.join("database.sql")).await;
         }
         Ok(Outcome {
             messages: history.messages.len() as u64,

@@ -23,6 +23,8 @@ pub(crate) struct World {
     pub(crate) kind: Kind,
     pub(crate) faults: Vec<Fault>,
     pub(crate) folder: PathBuf,
+    /// Everything is kept for a look.
+    pub(crate) keep: bool,
     pub(crate) proxy: Option<Proxy>,
     server: Mutex<Option<Server>>,
     server_port: u16,
@@ -59,11 +61,12 @@ impl Counts {
 
 impl World {
     /// Starts what the faults need.
-    pub(crate) async fn start(kind: Kind, faults: Vec<Fault>, folder: &Path) -> Result<World, String> {
+    pub(crate) async fn start(kind: Kind, faults: Vec<Fault>, folder: &Path, keep: bool) -> Result<World, String> {
         let counts = std::sync::Arc::new(Counts::default());
         let mut world = World {
             kind,
             folder: folder.to_owned(),
+            keep,
             proxy: None,
             server: Mutex::new(None),
             server_port: 0,
@@ -137,15 +140,19 @@ impl World {
         );
         std::fs::write(&ini, text)?;
         let log = std::fs::File::create(self.folder.join("pgbouncer.log"))?;
-        let mut command = Command::new(program);
+        // The shell ends it when its standard input closes: when this process is gone, however it went.
+        let script = "\"$0\" \"$@\" & server=$!; cat >/dev/null; kill -INT $server; wait $server";
+        let mut command = Command::new("/bin/sh");
         if let Some((uid, gid)) = postbox_testkit::unprivileged_account() {
             command.uid(uid).gid(gid);
         }
         let child = command
+            .args(["-c", script])
+            .arg(program)
             .arg("-q")
             .arg(&ini)
             .current_dir("/")
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()?;
@@ -166,6 +173,19 @@ impl World {
         match crashed.await {
             Ok(()) => self.counts.add("F6", 1),
             Err(error) => self.broken(format!("the run itself: PostgreSQL did not come back: {error}")),
+        }
+    }
+
+    /// Writes the database as SQL; a SQLite run's files are in the folder anyway.
+    pub(crate) async fn dump_server(self: &std::sync::Arc<Self>, to: &Path) {
+        let (world, to) = (self.clone(), to.to_owned());
+        let dumped = tokio::task::spawn_blocking(move || match world.server.lock().expect("the server").as_ref() {
+            Some(server) => server.dump(&to),
+            None => Ok(()),
+        });
+        match dumped.await {
+            Ok(Ok(())) => {}
+            other => eprintln!("the database could not be dumped: {other:?}"),
         }
     }
 
@@ -257,7 +277,7 @@ impl Drop for World {
         if let Ok(mut bouncer) = self.bouncer.lock()
             && let Some(mut child) = bouncer.take()
         {
-            child.kill().ok();
+            drop(child.stdin.take());
             child.wait().ok();
             if let Some(port) = self.bouncer_port {
                 let folder = std::env::temp_dir().join(format!("postbox-bouncer-{}-{port}", std::process::id()));
