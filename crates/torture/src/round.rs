@@ -15,6 +15,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::child::publisher::POOL_SIZE;
 use crate::child::races::COUNTERS;
 use crate::child::{ChildPlan, LEASE};
 use crate::dump;
@@ -54,7 +55,7 @@ impl Round {
             direct,
             prepared: true,
             wake_ups: true,
-            pool_size: 14,
+            pool_size: POOL_SIZE,
             seed: self.seed,
             name: String::new(),
             life: 0,

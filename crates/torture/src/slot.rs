@@ -276,6 +276,7 @@ impl Slot {
                     _ => {}
                 }
             }
+            ["broken", what @ ..] => self.round.world.broken(format!("{} ({})", what.join(" "), self.name())),
             ["terminated", running] => {
                 life.signals += 1;
                 life.second_busy = life.signals > 1 && *running != "0";

@@ -40,6 +40,10 @@ impl Told {
     }
 }
 
+/// Connections of postbox's own, and beside it.
+pub(crate) const POOL_SIZE: u32 = 14;
+const OWN_POOL_SIZE: u32 = 10;
+
 pub(crate) struct Publisher<Db: Site> {
     pub(crate) plan: ChildPlan,
     pub(crate) postbox: Postbox<Db>,
@@ -63,7 +67,7 @@ pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::er
         }
     };
     let publisher = Arc::new(Publisher::<Db> {
-        pool: Db::pool(&plan.url, 10, Duration::from_secs(10))?,
+        pool: Db::pool(&plan.url, OWN_POOL_SIZE, Duration::from_secs(10))?,
         direct: Db::pool(&plan.direct, 2, Duration::from_secs(2))?,
         log: Log::open(&plan.log)?,
         postbox,
@@ -90,9 +94,11 @@ pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::er
     while lanes.join_next().await.is_some_and(|ended| ended.is_ok()) {}
     // A lane that panicked has said so on stderr; the others' silence would hide it.
     match publisher.idle.load(Ordering::SeqCst) {
-        idle if idle == LANES + 1 => say("quiet"),
+        idle if idle == LANES + 1 => {}
         _ => std::process::exit(101),
     }
+    publisher.clone().sound().await;
+    say("quiet");
     // Its connections stay open: a poisoned one would be seen from outside.
     std::future::pending::<()>().await;
     Ok(())
@@ -173,6 +179,39 @@ impl<Db: Site> Publisher<Db> {
         self.rest();
     }
 
+    /// After all that was dropped and cut: every connection of both pools still does its work, at once.
+    async fn sound(self: Arc<Self>) {
+        let mut probes = tokio::task::JoinSet::new();
+        for n in 0..POOL_SIZE + OWN_POOL_SIZE {
+            let publisher = self.clone();
+            probes.spawn(async move {
+                let mut dice = fastrand::Rng::with_seed(publisher.plan.seed ^ u64::from(n));
+                // Who dies of its first use is mended by the second.
+                for _ in 0..3 {
+                    let messages = vec![(publisher.external_id(), "note")];
+                    let told = if n < POOL_SIZE {
+                        publisher.publish_these(&messages, &mut dice, PATIENCE).await
+                    } else {
+                        publisher.intend(&messages, "business").await;
+                        let transact = publisher.transact(&messages, false, &mut dice);
+                        let told = tokio::time::timeout(PATIENCE, transact).await.unwrap_or(Told::Unknown);
+                        publisher.told(&messages, told).await;
+                        told
+                    };
+                    if told == Told::Ok {
+                        return true;
+                    }
+                }
+                false
+            });
+        }
+        let sound = probes.join_all().await.into_iter().filter(|sound| *sound).count();
+        if sound < (POOL_SIZE + OWN_POOL_SIZE) as usize {
+            let all = POOL_SIZE + OWN_POOL_SIZE;
+            say(format_args!("broken I14: {} of {all} publishes fail after healing", all as usize - sound));
+        }
+    }
+
     fn messages(&self, dice: &mut fastrand::Rng, most: usize) -> Vec<(String, &'static str)> {
         (0..dice.usize(1..=most)).map(|_| (self.external_id(), topic(dice))).collect()
     }
@@ -215,7 +254,16 @@ impl<Db: Site> Publisher<Db> {
 
     pub(crate) async fn publish_now(&self, dice: &mut fastrand::Rng, patience: Duration) {
         let messages = self.messages(dice, 5);
-        self.intend(&messages, "-").await;
+        self.publish_these(&messages, dice, patience).await;
+    }
+
+    async fn publish_these(
+        &self,
+        messages: &[(String, &str)],
+        dice: &mut fastrand::Rng,
+        patience: Duration,
+    ) -> Told {
+        self.intend(messages, "-").await;
         let drafts: Vec<_> = messages.iter().map(|(ext, topic)| self.draft(topic, ext, dice)).collect();
         let told = match tokio::time::timeout(patience, self.postbox.publish_now(drafts)).await {
             Ok(Ok(_)) => Told::Ok,
@@ -230,7 +278,8 @@ impl<Db: Site> Publisher<Db> {
                 Told::Unknown
             }
         };
-        self.told(&messages, told).await;
+        self.told(messages, told).await;
+        told
     }
 
     /// Futures dropped at any await; what comes after on the same pools must be sound.
