@@ -35,12 +35,12 @@ fn action(fault: Fault, dice: &mut fastrand::Rng, workers: usize, publishers: us
     let ms = Duration::from_millis;
     let some = match fault {
         Fault::F1 => match dice.u32(..10) {
-            0..6 => (ms(dice.u64(500..2500)), Action::Kill(Child::Worker(dice.usize(..workers)))),
-            6..8 => (ms(dice.u64(500..2500)), Action::Kill(Child::Publisher(dice.usize(..publishers)))),
-            _ => (ms(dice.u64(500..2500)), Action::Point(OTHER_POINTS[dice.usize(..OTHER_POINTS.len())])),
+            0..6 => (ms(dice.u64(1000..4000)), Action::Kill(Child::Worker(dice.usize(..workers)))),
+            6..8 => (ms(dice.u64(1000..4000)), Action::Kill(Child::Publisher(dice.usize(..publishers)))),
+            _ => (ms(dice.u64(1000..4000)), Action::Point(OTHER_POINTS[dice.usize(..OTHER_POINTS.len())])),
         },
         // Longer than the lease, and a good deal shorter than what a "not done" waits for.
-        Fault::F2 => (ms(dice.u64(1500..5000)), Action::Pause(dice.usize(..workers), ms(dice.u64(2500..3400)))),
+        Fault::F2 => (ms(dice.u64(1500..5000)), Action::Pause(dice.usize(..workers), ms(dice.u64(2800..3600)))),
         Fault::F3 => {
             let when = if dice.bool() { When::Before } else { When::After };
             (ms(dice.u64(100..900)), Action::Cut(Cut { when, about: ABOUTS[dice.usize(..ABOUTS.len())] }))
@@ -48,7 +48,7 @@ fn action(fault: Fault, dice: &mut fastrand::Rng, workers: usize, publishers: us
         Fault::F4 => (ms(dice.u64(200..2000)), Action::EndBackends(dice.u32(1..4))),
         Fault::F6 => {
             let away = if dice.u32(..5) == 0 { dice.u64(4000..10_000) } else { dice.u64(1000..3000) };
-            (ms(dice.u64(4000..20_000)), Action::Crash(ms(away)))
+            (ms(dice.u64(8000..25_000)), Action::Crash(ms(away)))
         }
         Fault::F19 => (ms(dice.u64(1500..5000)), Action::Terminate(dice.usize(..workers), ms(dice.u64(100..700)))),
         _ => return None,

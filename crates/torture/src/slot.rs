@@ -119,28 +119,30 @@ impl Slot {
         self.ending = Some(oneshot::channel().0);
     }
 
-    /// Every second life has a point at which it ends; which, follows from the seed.
+    /// Every second life has a point at which it ends; which, follows from the seed. A point that was
+    /// never hit goes before: each shall have been.
     fn arm(&self, dice: &mut fastrand::Rng) -> Option<(&'static str, u32)> {
         let world = &self.round.world;
-        if !world.wants(Fault::F1) || !world.hostile() || self.lives % 2 == 0 {
+        let (points, slot) = match self.child {
+            // The others have a trouble of their own.
+            Child::Worker(slot) if slot < 3 => (WORKER_POINTS, slot),
+            Child::Worker(_) => return None,
+            Child::Publisher(slot) => (PUBLISHER_POINTS, slot),
+        };
+        if !world.wants(Fault::F1) || !world.hostile() {
             return None;
         }
-        let turn = self.lives as usize / 2;
-        match self.child {
-            // The others have a trouble of their own.
-            Child::Worker(slot) if slot < 3 => {
-                let point = WORKER_POINTS[(self.round.seed as usize % 64 + turn * 3 + slot) % WORKER_POINTS.len()];
-                let nth = match point {
-                    "reconciling" | "resolving" | "draining" => dice.u32(1..3),
-                    _ => dice.u32(1..8),
-                };
-                Some((point, nth))
-            }
-            Child::Worker(_) => None,
-            Child::Publisher(slot) => {
-                Some((PUBLISHER_POINTS[(turn + slot) % PUBLISHER_POINTS.len()], dice.u32(1..20)))
-            }
+        let (often, some) = (dice.u32(1..12), dice.u32(1..3));
+        let never: Vec<&str> = points.iter().copied().filter(|p| world.counts.of(&format!("F1:{p}")) == 0).collect();
+        if !never.is_empty() {
+            return Some((never[(self.lives as usize + slot) % never.len()], some));
         }
+        if self.lives % 2 == 0 {
+            return None;
+        }
+        let point = points[(self.round.seed as usize % 64 + self.lives as usize / 2 * 3 + slot) % points.len()];
+        let seldom = ["reconciling", "resolving", "draining"].contains(&point);
+        Some((point, if seldom { some } else { often }))
     }
 
     async fn start(&self) -> std::io::Result<Life> {

@@ -17,6 +17,8 @@ use crate::traffic::topic;
 
 /// Publishers at once in one process.
 const LANES: usize = 3;
+/// Races at once, beside them.
+const RACES: usize = 2;
 /// Nothing is published while this many deliveries are unfinished: healing shall not take long.
 const MOST_UNFINISHED: i64 = 250;
 /// The most a call may take; then it is dropped.
@@ -89,12 +91,14 @@ pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::er
         let dice = fastrand::Rng::with_seed(publisher.plan.seed.wrapping_add(lane * 7919));
         lanes.spawn(publisher.clone().publish(dice));
     }
-    let dice = fastrand::Rng::with_seed(publisher.plan.seed ^ 0x5eed);
-    lanes.spawn(races(publisher.clone(), dice));
+    for race in 0..RACES as u64 {
+        let dice = fastrand::Rng::with_seed(publisher.plan.seed ^ (0x5eed + race));
+        lanes.spawn(races(publisher.clone(), dice));
+    }
     while lanes.join_next().await.is_some_and(|ended| ended.is_ok()) {}
     // A lane that panicked has said so on stderr; the others' silence would hide it.
     match publisher.idle.load(Ordering::SeqCst) {
-        idle if idle == LANES + 1 => {}
+        idle if idle == LANES + RACES => {}
         _ => std::process::exit(101),
     }
     publisher.clone().sound().await;

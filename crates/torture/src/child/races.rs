@@ -213,7 +213,7 @@ impl<Db: Site> Publisher<Db> {
             Db::postbox("delivery")
         );
         let begun = Instant::now();
-        while begun.elapsed() < Duration::from_secs(3) {
+        while begun.elapsed() < Duration::from_secs(6) {
             if let Ok(mut connection) = Db::acquire(&self.direct).await
                 && Db::rows(&mut connection, sql.clone()).await.is_ok_and(|rows| number(&rows) > 0)
             {
