@@ -41,7 +41,7 @@ struct Checker<'a> {
     broken: BTreeMap<&'static str, Vec<String>>,
 }
 
-fn grouped<'a, K: std::hash::Hash + Eq, V>(items: impl Iterator<Item = (K, V)>) -> HashMap<K, Vec<V>> {
+fn grouped<K: std::hash::Hash + Eq, V>(items: impl Iterator<Item = (K, V)>) -> HashMap<K, Vec<V>> {
     let mut groups: HashMap<K, Vec<V>> = HashMap::new();
     for (key, value) in items {
         groups.entry(key).or_default().push(value);
@@ -105,8 +105,9 @@ impl<'a> Checker<'a> {
             if failed && !rows.is_empty() {
                 self.broken("I2", format!("message {ext} was rolled back, and is there"));
             }
-            if publish.business && business.contains(ext.as_str()) != !rows.is_empty() {
-                let (one, other) = if rows.is_empty() { ("business row", "message") } else { ("message", "business row") };
+            if publish.business && business.contains(ext.as_str()) == rows.is_empty() {
+                let (one, other) =
+                    if rows.is_empty() { ("business row", "message") } else { ("message", "business row") };
                 let invariant = if rows.is_empty() { "I1" } else { "I2" };
                 self.broken(invariant, format!("{ext} has a {one} and no {other}: they commit together"));
             }
@@ -126,7 +127,10 @@ impl<'a> Checker<'a> {
         for message in &self.history.messages {
             let root = message.ext.split('/').next().unwrap_or_default();
             if !self.history.publishes.contains_key(root) {
-                self.broken("I2", format!("message {} ({}) is there, and nobody published it", message.id, message.ext));
+                self.broken(
+                    "I2",
+                    format!("message {} ({}) is there, and nobody published it", message.id, message.ext),
+                );
             }
         }
     }
@@ -191,7 +195,10 @@ impl<'a> Checker<'a> {
                     let last = attempts.last().and_then(|a| a.outcome.clone());
                     // A panic or a timeout of an operation is a doubt as well.
                     if !matches!(last.as_deref(), Some("panicked" | "timed_out")) {
-                        self.broken("I4", format!("{told} was resolved, and its last attempt was not in doubt: {last:?}"));
+                        self.broken(
+                            "I4",
+                            format!("{told} was resolved, and its last attempt was not in doubt: {last:?}"),
+                        );
                     }
                 }
                 let there = match behind.kind {
@@ -323,7 +330,10 @@ impl<'a> Checker<'a> {
                 let ext = calls.first().map_or("", |c| c.ext.as_str());
                 self.broken(
                     "I7",
-                    format!("delivery {delivery} ({ext}) was applied {applied} times of {allowed}: {}", timeline(&calls)),
+                    format!(
+                        "delivery {delivery} ({ext}) was applied {applied} times of {allowed}: {}",
+                        timeline(&calls)
+                    ),
                 );
             }
         }

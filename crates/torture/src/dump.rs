@@ -219,7 +219,11 @@ pub(crate) async fn idle_in_transaction<Db: Site>(pool: &Pool<Db>) -> Result<Vec
     let rows = read(pool, sql.into()).await?;
     let told = |r: &Texts| {
         let last: String = text(r, 2).chars().take(80).collect();
-        format!("a session of `{}` has been idle in a transaction for {} ms; it said last: {last}", text(r, 0), text(r, 1))
+        format!(
+            "a session of `{}` has been idle in a transaction for {} ms; it said last: {last}",
+            text(r, 0),
+            text(r, 1)
+        )
     };
     Ok(rows.iter().map(told).collect())
 }

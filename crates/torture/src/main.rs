@@ -11,6 +11,7 @@ mod history;
 mod log;
 mod operator;
 mod plan;
+mod point;
 mod proxy;
 mod round;
 mod site;
@@ -158,7 +159,8 @@ async fn run_child(command: ChildCommand) -> Result<(), String> {
     | ChildCommand::Worker { plan }
     | ChildCommand::Remote { plan }
     | ChildCommand::Migrate { plan }) = &command;
-    let plan: ChildPlan = serde_json::from_str(plan).map_err(|e| format!("this role is started by the program itself: {e}"))?;
+    let plan: ChildPlan =
+        serde_json::from_str(plan).map_err(|e| format!("this role is started by the program itself: {e}"))?;
     let ended = match (&command, plan.kind) {
         (ChildCommand::Publisher { .. }, Kind::Postgres) => child::publisher::run::<Postgres>(plan).await,
         (ChildCommand::Publisher { .. }, Kind::Sqlite) => child::publisher::run::<Sqlite>(plan).await,

@@ -10,6 +10,8 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
+use crate::world::locked;
+
 /// When a connection is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum When {
@@ -70,7 +72,7 @@ impl Proxy {
     }
 
     pub(crate) fn arm(&self, cut: Cut) {
-        let mut armed = self.armed.lock().expect("the cuts");
+        let mut armed = locked(&self.armed);
         // What found no transaction to fit gives way.
         if armed.len() >= 4 {
             armed.pop_front();
@@ -79,12 +81,12 @@ impl Proxy {
     }
 
     pub(crate) fn disarm(&self) {
-        self.armed.lock().expect("the cuts").clear();
+        locked(&self.armed).clear();
     }
 
     /// The cut for a transaction with these statements, if one waits for it.
     fn take(&self, statements: &[String]) -> Option<Cut> {
-        let mut armed = self.armed.lock().expect("the cuts");
+        let mut armed = locked(&self.armed);
         let fits = |cut: &Cut| cut.about.is_empty() || statements.iter().any(|s| s.contains(cut.about));
         let index = armed.iter().position(fits)?;
         armed.remove(index)

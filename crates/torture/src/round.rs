@@ -23,6 +23,7 @@ use crate::fault::{Fault, Kind};
 use crate::history::{History, Sample};
 use crate::operator;
 use crate::plan::{Action, Child, schedule};
+use crate::point::point_of_its_own;
 use crate::site::{SCHEMA, Site, number};
 use crate::slot::{Wish, keep};
 use crate::world::World;
@@ -143,8 +144,7 @@ impl<Db: Site> Stage<Db> {
         let pool = Db::pool(&world.direct(number), 6, Duration::from_secs(20)).map_err(|e| e.to_string())?;
         prepare::<Db>(&pool, &world.direct(number)).await.map_err(|e| format!("a fresh database: {e}"))?;
         let (look, mut asked) = mpsc::unbounded_channel::<(String, oneshot::Sender<Option<bool>>)>();
-        let mut round =
-            Round { world: world.clone(), number, seed, folder, remote: String::new(), look };
+        let mut round = Round { world: world.clone(), number, seed, folder, remote: String::new(), look };
         let (remote, address) = start_remote(&round).await.map_err(|e| format!("the remote: {e}"))?;
         round.remote = address;
         let round = Arc::new(round);
@@ -178,8 +178,7 @@ impl<Db: Site> Stage<Db> {
     async fn hostilities(&self, seed: u64, span: Duration, whole: Option<Duration>) {
         let world = &self.round.world;
         let begun = Instant::now();
-        let plan =
-            schedule(seed, &world.faults, world.kind, span + OVERTIME, world.workers(), world.publishers());
+        let plan = schedule(seed, &world.faults, world.kind, span + OVERTIME, world.workers(), world.publishers());
         let mut under_way = tokio::task::JoinSet::new();
         for (at, action) in plan {
             let until = at.min(span).saturating_sub(begun.elapsed());
@@ -195,9 +194,7 @@ impl<Db: Site> Stage<Db> {
         }
         tokio::time::sleep(span.saturating_sub(begun.elapsed())).await;
         // Faults that no schedule has (of publishers, of handlers) have their overtime as well.
-        while begun.elapsed() < span + OVERTIME
-            && whole.is_some_and(|whole| !missing(world, whole).is_empty())
-        {
+        while begun.elapsed() < span + OVERTIME && whole.is_some_and(|whole| !missing(world, whole).is_empty()) {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         while under_way.join_next().await.is_some() {}
@@ -294,7 +291,9 @@ impl<Db: Site> Stage<Db> {
                 Ok((0, _)) => break,
                 Ok((left, told)) if begun.elapsed() > HEALED_WITHIN => {
                     let within = HEALED_WITHIN.as_secs();
-                    history.leftovers.push(format!("{left} deliveries are unfinished {within} s after healing: {told}"));
+                    history
+                        .leftovers
+                        .push(format!("{left} deliveries are unfinished {within} s after healing: {told}"));
                     break;
                 }
                 Err(error) if begun.elapsed() > HEALED_WITHIN => {
@@ -306,7 +305,9 @@ impl<Db: Site> Stage<Db> {
         }
         // Dead workers' rows go when somebody looks.
         let expired = match Db::KIND {
-            Kind::Postgres => "select cast(count(*) as text) from postbox.worker where expires_at < clock_timestamp() - interval '500 ms'",
+            Kind::Postgres => {
+                "select cast(count(*) as text) from postbox.worker where expires_at < clock_timestamp() - interval '500 ms'"
+            }
             Kind::Sqlite => "select '0'",
         };
         let begun = Instant::now();
@@ -343,12 +344,12 @@ impl<Db: Site> Stage<Db> {
             let log = std::fs::read_to_string(folder.join(format!("p{slot}.witness"))).unwrap_or_default();
             history.read_publisher(&log);
         }
-        let log = std::fs::read_to_string(folder.join("remote.witness")).map_err(|e| format!("the remote's log: {e}"))?;
+        let log =
+            std::fs::read_to_string(folder.join("remote.witness")).map_err(|e| format!("the remote's log: {e}"))?;
         history.read_remote(&log);
         let operations: std::collections::HashSet<i64> = (history.deliveries.iter())
             .filter(|d| {
-                crate::traffic::subscribed(&d.subscription)
-                    .is_some_and(|s| s.kind == crate::traffic::Behind::Operation)
+                crate::traffic::subscribed(&d.subscription).is_some_and(|s| s.kind == crate::traffic::Behind::Operation)
             })
             .map(|d| d.id)
             .collect();
@@ -388,7 +389,8 @@ async fn prepare<Db: Site>(pool: &Pool<Db>, url: &str) -> Result<(), Box<dyn std
     let settings = postbox::Settings::defaults().url(url).set("schema", SCHEMA).set("application", "torture");
     let number = if Db::KIND == Kind::Postgres { "bigint" } else { "integer" };
     if Db::KIND == Kind::Postgres {
-        let fresh = "drop schema if exists postbox cascade; drop schema if exists torture cascade; create schema torture";
+        let fresh =
+            "drop schema if exists postbox cascade; drop schema if exists torture cascade; create schema torture";
         Db::run(&mut *Db::acquire(pool).await?, fresh.into()).await?;
     }
     // This makes SQLite's file.
@@ -440,69 +442,5 @@ async fn start_remote(round: &Round) -> std::io::Result<(tokio::process::Child, 
     match line.strip_prefix("listening ") {
         Some(address) => Ok((process, address.to_owned())),
         None => Err(std::io::Error::other("it did not start; see remote.log")),
-    }
-}
-
-/// A process of its own is killed at a named point; after it, the same must work.
-async fn point_of_its_own<Db: Site>(round: &Arc<Round>, pool: &Pool<Db>, point: &'static str, unique: u64) {
-    let schema = format!("migrated_{unique:x}");
-    let file = round.folder.join(format!("{schema}.db"));
-    let url = match Db::KIND {
-        Kind::Postgres => round.world.direct(round.number),
-        Kind::Sqlite => format!("sqlite:{}", file.display()),
-    };
-    let plan = ChildPlan { name: schema.clone(), url, ..round.plan() };
-    let killed = migrate(&plan, Some(point)).await;
-    // The database may be away by another fault: then it says so, and the point was not reached.
-    if matches!(killed, Ok(true)) {
-        let begun = Instant::now();
-        let mut again = migrate(&plan, None).await;
-        while !matches!(again, Ok(false)) && begun.elapsed() < Duration::from_secs(30) {
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            again = migrate(&plan, None).await;
-        }
-        match again {
-            Ok(false) => round.world.counts.add(&format!("F1:{point}"), 1),
-            other => round.world.broken(format!("I14: after a kill at {point}, migrating again fails: {other:?}")),
-        }
-    }
-    match Db::KIND {
-        Kind::Postgres => {
-            if let Ok(Ok(mut connection)) = tokio::time::timeout(Duration::from_secs(20), Db::acquire(pool)).await {
-                Db::run(&mut connection, format!("drop schema if exists {schema} cascade")).await.ok();
-            }
-        }
-        Kind::Sqlite => drop(std::fs::remove_file(file)),
-    }
-}
-
-/// Runs a migration in a child. Whether it was killed at the point.
-async fn migrate(plan: &ChildPlan, point: Option<&str>) -> Result<bool, String> {
-    let run = async {
-        let mut process = Command::new(std::env::current_exe()?)
-            .arg("migrate")
-            .arg(serde_json::to_string(plan)?)
-            .env_remove("POSTBOX_CRASH_POINT")
-            .envs(point.map(|point| ("POSTBOX_CRASH_POINT", point)))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()?;
-        let mut lines = BufReader::new(process.stdout.take().ok_or_else(|| std::io::Error::other("no output"))?).lines();
-        while let Some(line) = lines.next_line().await? {
-            if line.starts_with("crash point") {
-                process.kill().await?;
-                return Ok(true);
-            }
-        }
-        match process.wait().await? {
-            status if status.success() => Ok(false),
-            status => Err(std::io::Error::other(format!("{status}"))),
-        }
-    };
-    match tokio::time::timeout(Duration::from_secs(30), run).await {
-        Ok(result) => result.map_err(|e: std::io::Error| e.to_string()),
-        Err(_) => Err("it took more than 30 s".into()),
     }
 }

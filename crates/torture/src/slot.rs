@@ -137,7 +137,7 @@ impl Slot {
         if !never.is_empty() {
             return Some((never[(self.lives as usize + slot) % never.len()], some));
         }
-        if self.lives % 2 == 0 {
+        if self.lives.is_multiple_of(2) {
             return None;
         }
         let point = points[(self.round.seed as usize % 64 + self.lives as usize / 2 * 3 + slot) % points.len()];
@@ -169,7 +169,8 @@ impl Slot {
             Child::Publisher(slot) => ("publisher", round.world.publisher_plan(slot, plan)),
         };
         let armed = self.arm(&mut dice);
-        let log = std::fs::OpenOptions::new().create(true).append(true).open(round.folder.join(format!("{name}.log")))?;
+        let log =
+            std::fs::OpenOptions::new().create(true).append(true).open(round.folder.join(format!("{name}.log")))?;
         let mut command = Command::new(std::env::current_exe()?);
         command
             .arg(role)

@@ -16,12 +16,7 @@ pub(crate) enum Behind {
     Operation,
 }
 
-const fn of(
-    name: &'static str,
-    topics: &'static [&'static str],
-    kind: Behind,
-    max_attempts: u32,
-) -> Subscribed {
+const fn of(name: &'static str, topics: &'static [&'static str], kind: Behind, max_attempts: u32) -> Subscribed {
     Subscribed { name, topics, kind, max_attempts }
 }
 

@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use postbox_testkit::Server;
@@ -36,6 +36,11 @@ pub(crate) struct World {
     pub(crate) healing: AtomicBool,
 }
 
+/// A mutex, also after somebody panicked with it: what is behind them here is whole at any time.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 /// How often what took effect.
 #[derive(Debug, Default)]
 pub(crate) struct Counts(Mutex<BTreeMap<String, u64>>);
@@ -43,7 +48,7 @@ pub(crate) struct Counts(Mutex<BTreeMap<String, u64>>);
 impl Counts {
     /// `F1:claimed` counts for `F1`, too.
     pub(crate) fn add(&self, id: &str, times: u64) {
-        let mut counts = self.0.lock().expect("the counts");
+        let mut counts = locked(&self.0);
         *counts.entry(id.to_owned()).or_default() += times;
         if let Some((fault, _)) = id.split_once(':') {
             *counts.entry(fault.to_owned()).or_default() += times;
@@ -51,11 +56,11 @@ impl Counts {
     }
 
     pub(crate) fn of(&self, id: &str) -> u64 {
-        self.0.lock().expect("the counts").get(id).copied().unwrap_or_default()
+        locked(&self.0).get(id).copied().unwrap_or_default()
     }
 
     pub(crate) fn all(&self) -> BTreeMap<String, u64> {
-        self.0.lock().expect("the counts").clone()
+        locked(&self.0).clone()
     }
 }
 
@@ -112,11 +117,11 @@ impl World {
     pub(crate) fn broken(&self, what: impl Into<String>) {
         let what = what.into();
         eprintln!("broken: {what}");
-        self.broken.lock().expect("what is broken").push(what);
+        locked(&self.broken).push(what);
     }
 
     pub(crate) fn all_broken(&self) -> Vec<String> {
-        self.broken.lock().expect("what is broken").clone()
+        locked(&self.broken).clone()
     }
 
     /// Faults are on.
@@ -163,7 +168,7 @@ impl World {
     pub(crate) async fn crash_server(self: &std::sync::Arc<Self>, away: Duration) {
         let world = self.clone();
         let crashed = tokio::task::spawn_blocking(move || {
-            let mut server = world.server.lock().expect("the server");
+            let mut server = locked(&world.server);
             if let Some(server) = server.as_mut() {
                 server.crash();
                 std::thread::sleep(away);
@@ -179,7 +184,7 @@ impl World {
     /// Writes the database as SQL; a SQLite run's files are in the folder anyway.
     pub(crate) async fn dump_server(self: &std::sync::Arc<Self>, to: &Path) {
         let (world, to) = (self.clone(), to.to_owned());
-        let dumped = tokio::task::spawn_blocking(move || match world.server.lock().expect("the server").as_ref() {
+        let dumped = tokio::task::spawn_blocking(move || match locked(&world.server).as_ref() {
             Some(server) => server.dump(&to),
             None => Ok(()),
         });
@@ -262,7 +267,7 @@ impl World {
     /// Variables for a child whose clock is wrong.
     pub(crate) fn wrong_clock(&self, plan: &ChildPlan) -> Vec<(&'static str, String)> {
         let Some(library) = self.faketime.as_ref().filter(|_| plan.tag == Some(Fault::F14)) else { return Vec::new() };
-        let offset = if plan.life % 2 == 0 { "+3600s" } else { "-3600s" };
+        let offset = if plan.life.is_multiple_of(2) { "+3600s" } else { "-3600s" };
         vec![
             ("LD_PRELOAD", library.display().to_string()),
             ("FAKETIME", offset.to_owned()),

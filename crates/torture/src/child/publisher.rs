@@ -145,9 +145,7 @@ impl<Db: Site> Publisher<Db> {
                 "select cast((select count(*) from postbox.ready) + (select count(*) from postbox.scheduled)
                  + (select coalesce(sum(cardinality(deliveries)), 0) from postbox.lease) as text)"
             }
-            Kind::Sqlite => {
-                "select cast(count(*) as text) from postbox_delivery where state in ('pending', 'running')"
-            }
+            Kind::Sqlite => "select cast(count(*) as text) from postbox_delivery where state in ('pending', 'running')",
         };
         loop {
             let look = async {
@@ -261,12 +259,7 @@ impl<Db: Site> Publisher<Db> {
         self.publish_these(&messages, dice, patience).await;
     }
 
-    async fn publish_these(
-        &self,
-        messages: &[(String, &str)],
-        dice: &mut fastrand::Rng,
-        patience: Duration,
-    ) -> Told {
+    async fn publish_these(&self, messages: &[(String, &str)], dice: &mut fastrand::Rng, patience: Duration) -> Told {
         self.intend(messages, "-").await;
         let drafts: Vec<_> = messages.iter().map(|(ext, topic)| self.draft(topic, ext, dice)).collect();
         let told = match tokio::time::timeout(patience, self.postbox.publish_now(drafts)).await {

@@ -66,13 +66,7 @@ impl<Db: Site> Publisher<Db> {
     }
 
     /// A transaction that takes rows in this order and publishes, tried again until it is through.
-    async fn contend(
-        &self,
-        begin: &str,
-        rows: [i64; 2],
-        meet: Option<&Barrier>,
-        dice: &mut fastrand::Rng,
-    ) {
+    async fn contend(&self, begin: &str, rows: [i64; 2], meet: Option<&Barrier>, dice: &mut fastrand::Rng) {
         let messages = vec![(self.external_id(), "note")];
         self.intend(&messages, "business").await;
         let mut told = Told::Fail;

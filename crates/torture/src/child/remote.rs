@@ -18,6 +18,7 @@ use super::{ChildPlan, listen, say};
 use crate::fault::Fault;
 use crate::log::Log;
 use crate::site::{Site, number};
+use crate::world::locked;
 
 /// Nothing is applied later than this after it came: well within the quiet period.
 const LATEST: Duration = Duration::from_millis(1200);
@@ -110,7 +111,7 @@ impl<Db: Site> Remote<Db> {
                     None => return hang_up(stream.into_inner()),
                 }
             }
-            ["find", key] => match self.applied.lock().expect("the applied").contains(*key) {
+            ["find", key] => match locked(&self.applied).contains(*key) {
                 true => "found",
                 false => "nothing",
             },
@@ -154,7 +155,7 @@ impl<Db: Site> Remote<Db> {
         let refused = matches!(mode, Mode::Deaf | Mode::ResetBefore | Mode::Later | Mode::Refuse);
         let late = received.elapsed() > LATEST;
         if !refused && !late {
-            self.applied.lock().expect("the applied").insert(key.to_owned());
+            locked(&self.applied).insert(key.to_owned());
             self.log.write(format!("applied {call} {}", self.now())).await;
         }
         self.log.write(format!("over {call} {} {mode:?}", self.now())).await;
@@ -227,7 +228,7 @@ impl<Db: Site> Remote<Db> {
         if self.healing.load(Ordering::SeqCst) || !self.plan.wants(Fault::F18) {
             return "fine";
         }
-        if !self.dared.lock().expect("the dares").insert(ext.to_owned()) {
+        if !locked(&self.dared).insert(ext.to_owned()) {
             return "fine";
         }
         match dice.u32(..1000) {
@@ -248,4 +249,3 @@ fn number_of(rows: &[crate::site::Texts]) -> bool {
 fn hang_up(stream: TcpStream) {
     stream.set_zero_linger().ok();
 }
-
