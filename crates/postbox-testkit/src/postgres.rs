@@ -42,7 +42,7 @@ impl Server {
     /// PostgreSQL's binaries are not installed, or the server does not come up.
     pub fn start() -> Server {
         let bin = binaries();
-        let account = is_root().then(unprivileged);
+        let account = unprivileged_account();
         let mut builder = tempfile::Builder::new();
         builder.prefix("postbox-pg-");
         // Root's own temporary folder may be closed to the account that the server runs as.
@@ -138,6 +138,18 @@ impl Server {
         self.end();
     }
 
+    /// Writes its database to a file, as SQL.
+    ///
+    /// # Errors
+    /// pg_dump cannot be run, does not succeed, or the file cannot be written.
+    pub fn dump(&self, to: &Path) -> std::io::Result<()> {
+        let dumped = self.command("pg_dump").arg("-d").arg(self.url()).output()?;
+        if !dumped.status.success() {
+            return Err(std::io::Error::other(String::from_utf8_lossy(&dumped.stderr).into_owned()));
+        }
+        std::fs::write(to, dumped.stdout)
+    }
+
     fn end(&mut self) {
         if let Some(mut keeper) = self.keeper.take() {
             drop(keeper.stdin.take().map(|mut input| input.flush()));
@@ -150,6 +162,11 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// The account that servers run as when this process is root: user and group.
+pub fn unprivileged_account() -> Option<(u32, u32)> {
+    is_root().then(unprivileged)
 }
 
 /// A port that is free now.

@@ -1,5 +1,8 @@
 //! Named points at which a test kills the process: `POSTBOX_CRASH_POINT=name[:nth]`, in builds with the
 //! feature `crash-points` only. Elsewhere they are nothing.
+//!
+//! The engine's points: `claimed`, `attempt-committed`, `outcome-commit-sent`, `reconciling`, `resolving`,
+//! `draining`, `migrating`. What a process calls or publishes has points of its own, named the same way.
 
 /// Announces the point on stdout and waits there to be killed: nothing after it happens in this task.
 #[cfg(feature = "crash-points")]
@@ -30,7 +33,7 @@ fn armed(name: &str) -> bool {
 
 /// Awaits a commit; at the point, its COMMIT has been sent and its answer is never read.
 #[cfg(feature = "crash-points")]
-pub(crate) async fn commit<F: Future>(name: &str, commit: F) -> F::Output {
+pub async fn commit<F: Future>(name: &str, commit: F) -> F::Output {
     let mut commit = std::pin::pin!(commit);
     if let std::task::Poll::Ready(done) = futures_util::poll!(commit.as_mut()) {
         point(name);

@@ -153,6 +153,7 @@ async fn ask<Db: Database>(
     loop {
         for doubt in told("ask", PATIENCE, store.doubts(&able, 10, ASK_AGAIN)).await.unwrap_or_default() {
             let Some(route) = routes.get(&doubt.subscription) else { continue };
+            crash::point("reconciling");
             if let Some(answered) = settle(route, doubt, &worker, max_payload_bytes).await {
                 crash::point("resolving");
                 told("answer", PATIENCE, store.answer(&answered)).await;

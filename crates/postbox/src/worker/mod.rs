@@ -394,10 +394,14 @@ impl<Db: Database> Engine<Db> {
             maintain::start(self.postbox.clone(), self.registration.clone(), self.routes.clone(), self.topics.clone());
         let mut batch = vec![Event::Tick];
         let mut handle_lives = true;
+        let mut draining = false;
         loop {
             let commands = self.core.step(batch.drain(..), self.origin.elapsed());
             for command in commands {
                 self.perform(command);
+            }
+            if draining {
+                crash::point("draining");
             }
             if self.core.is_done(self.origin.elapsed()) {
                 break;
@@ -410,6 +414,7 @@ impl<Db: Database> Engine<Db> {
                 changed = self.stopping.changed(), if handle_lives => {
                     handle_lives = changed.is_ok();
                     let wish = if handle_lives { *self.stopping.borrow_and_update() } else { Stop::Now };
+                    draining = wish != Stop::No;
                     match wish {
                         Stop::No => {}
                         Stop::Gracefully => batch.push(Event::Stop),

@@ -4,6 +4,7 @@ use sqlx::Row;
 
 use super::{PgStore, Work, timestamp};
 use crate::admin::MigrationStatus;
+use crate::crash;
 use crate::error::Error;
 use crate::settings::plain_name;
 
@@ -190,6 +191,7 @@ pub(super) async fn up(store: &PgStore) -> Result<Vec<String>, Error> {
         sql.push_str(&render(migration.up, &store.schema, &store.channel));
         sql.push_str(&record(&store.schema, version, migration.name));
         sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(work.on()).await?;
+        crash::point("migrating");
         work.commit().await?;
         names.push(format!("{version:04} {}", migration.name));
     }

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::{PREFIX, SqliteStore, timestamp};
 use crate::admin::MigrationStatus;
+use crate::crash;
 use crate::error::Error;
 use crate::settings::Settings;
 use crate::store::down::{Holdings, Loss, too_far};
@@ -178,6 +179,7 @@ pub(super) async fn migrate(store: &SqliteStore) -> Result<Vec<String>, Error> {
         sqlx::raw_sql(*migration).execute(work.on()).await?;
         let record = "insert into postbox_migration (version, name, applied_at) select ?1, ?2, now from postbox_clock";
         sqlx::query(record).bind(done as i64 + 1).bind(*name).execute(work.on()).await?;
+        crash::point("migrating");
         work.commit().await?;
         names.push(format!("{:04} {name}", done + 1));
     }

@@ -1,0 +1,91 @@
+//! A worker in a process of its own.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use postbox::Postbox;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::handlers::{Hands, routes};
+use super::{ChildPlan, LEASE, hit, listen, say};
+use crate::fault::Fault;
+use crate::site::Site;
+
+/// It could not start: the database is away.
+pub(crate) const NOT_STARTED: i32 = 3;
+/// It stopped, and left something to a takeover.
+pub(crate) const LEFT_OVER: i32 = 4;
+
+pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::error::Error>> {
+    listen(|_| {});
+    let postbox = match Postbox::<Db>::open(plan.settings()).await {
+        Ok(postbox) => postbox,
+        Err(error) => {
+            eprintln!("not started: {error}");
+            std::process::exit(NOT_STARTED);
+        }
+    };
+    let plan = Arc::new(plan);
+    let hands = Hands {
+        side: Db::pool(&plan.direct, 4, Duration::from_secs(1))?,
+        postbox: postbox.clone(),
+        running: Arc::new(AtomicU64::new(0)),
+        done: Arc::new(AtomicU64::new(0)),
+        plan: plan.clone(),
+    };
+    let (running, done) = (hands.running.clone(), hands.done.clone());
+    if let Some(tag) = plan.tag {
+        let done = done.clone();
+        tokio::spawn(async move {
+            let mut told = 0;
+            loop {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                let now = done.load(Ordering::SeqCst);
+                if now > told && tag != Fault::F15 {
+                    hit(tag, now - told);
+                    told = now;
+                }
+            }
+        });
+    }
+    let signalled = Arc::new(AtomicBool::new(false));
+    let mut terminate = signal(SignalKind::terminate())?;
+    {
+        // A listener of its own: what ran when the signals came.
+        let (mut terminate, signalled) = (signal(SignalKind::terminate())?, signalled.clone());
+        let running = running.clone();
+        tokio::spawn(async move {
+            while terminate.recv().await.is_some() {
+                signalled.store(true, Ordering::SeqCst);
+                say(format_args!("terminated {}", running.load(Ordering::SeqCst)));
+            }
+        });
+    }
+    let hogs = plan.hog_ms.is_some();
+    let builder =
+        postbox.worker(routes(hands, hogs)).lease(LEASE).poll_interval(Duration::from_millis(100)).concurrency(6);
+    let ended = match plan.patience_ms.map(Duration::from_millis) {
+        None => builder.run().await,
+        Some(patience) => match builder.start().await {
+            Err(error) => Err(error),
+            Ok(worker) => {
+                terminate.recv().await;
+                let (begun, busy) = (Instant::now(), running.load(Ordering::SeqCst));
+                let ended = worker.stop(Some(patience)).await;
+                if busy > 0 && begun.elapsed() >= patience {
+                    hit("F19:deadline", 1);
+                }
+                ended
+            }
+        },
+    };
+    // Handlers that never end do not keep the process.
+    std::process::exit(match ended {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("ended: {error}");
+            if signalled.load(Ordering::SeqCst) { LEFT_OVER } else { NOT_STARTED }
+        }
+    })
+}

@@ -1,0 +1,169 @@
+//! The faults by their ids in the list of promises, and what a run wants of them.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// On which store a run is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Kind {
+    Postgres,
+    Sqlite,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Postgres => "postgres",
+            Kind::Sqlite => "sqlite",
+        })
+    }
+}
+
+macro_rules! faults {
+    ($($id:ident $store:ident $what:literal,)*) => {
+        /// A fault by its id.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        pub(crate) enum Fault { $($id,)* }
+
+        impl Fault {
+            pub(crate) const ALL: &[Fault] = &[$(Fault::$id,)*];
+
+            pub(crate) fn id(self) -> &'static str {
+                match self { $(Fault::$id => stringify!($id),)* }
+            }
+
+            pub(crate) fn what(self) -> &'static str {
+                match self { $(Fault::$id => $what,)* }
+            }
+
+            pub(crate) fn applies_to(self, kind: Kind) -> bool {
+                let only = match self { $(Fault::$id => stringify!($store),)* };
+                only == "both" || only == kind.to_string()
+            }
+        }
+    };
+}
+faults! {
+    F1 both "kill -9 at every named point and at random",
+    F2 both "SIGSTOP past the lease, then SIGCONT",
+    F3 postgres "the connection cut just before and just after COMMIT is forwarded",
+    F4 postgres "pg_terminate_backend every 0.2 to 2 s",
+    F5 both "futures dropped at any await",
+    F6 postgres "PostgreSQL stopped in immediate mode and started again, away 1 to 10 s",
+    F10 postgres "children behind pgbouncer in transaction mode",
+    F12 postgres "deadlocks and serialization failures",
+    F13 both "a transaction publishes and stalls while later ones commit",
+    F14 postgres "a worker with its clock off by an hour",
+    F15 both "handlers that hold every connection for longer than the lease",
+    F18 both "handlers that panic, block for ever, ignore cancellation, abort the process",
+    F19 both "SIGTERM with a deadline shorter than the handler; a second SIGTERM",
+    F22 sqlite "SQLite: kill, second processes, BUSY, FULL",
+    F24 both "one id from 8 connections at once, also with another body",
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.id())
+    }
+}
+
+impl FromStr for Fault {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Fault, String> {
+        Fault::ALL.iter().copied().find(|f| f.id().eq_ignore_ascii_case(text.trim())).ok_or_else(|| {
+            let known: Vec<_> = Fault::ALL.iter().map(|f| f.id()).collect();
+            format!("there is no fault `{}`; give `all`, `none` or some of {}", text.escape_debug(), known.join(","))
+        })
+    }
+}
+
+/// Which faults a run wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    All,
+    Some(Vec<Fault>),
+}
+
+impl FromStr for Wanted {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Wanted, String> {
+        match text {
+            "all" => Ok(Wanted::All),
+            "none" => Ok(Wanted::Some(Vec::new())),
+            list => list.split(',').map(str::parse).collect::<Result<_, _>>().map(Wanted::Some),
+        }
+    }
+}
+
+impl Wanted {
+    /// Those that there are on this store; one that was named and is not there is an error.
+    pub(crate) fn on(&self, kind: Kind) -> Result<Vec<Fault>, String> {
+        match self {
+            Wanted::All => Ok(Fault::ALL.iter().copied().filter(|f| f.applies_to(kind)).collect()),
+            Wanted::Some(list) => match list.iter().find(|f| !f.applies_to(kind)) {
+                Some(fault) => Err(format!("{fault} ({}) does not exist on {kind}", fault.what())),
+                None => {
+                    let mut list = list.clone();
+                    list.sort();
+                    list.dedup();
+                    Ok(list)
+                }
+            },
+        }
+    }
+}
+
+/// The named points at which workers are killed.
+pub(crate) const WORKER_POINTS: &[&str] = &[
+    "claimed",
+    "attempt-committed",
+    "request-sent",
+    "reply-received",
+    "outcome-commit-sent",
+    "reconciling",
+    "resolving",
+    "draining",
+];
+
+/// The named points at which publishers are killed.
+pub(crate) const PUBLISHER_POINTS: &[&str] = &["before-insert", "before-commit", "commit-sent"];
+
+/// Other named points, each reached in a process of its own. A point of retention belongs here, too.
+pub(crate) const OTHER_POINTS: &[&str] = &["migrating"];
+
+impl Fault {
+    /// What it is made of: each is counted by itself, as `F1:claimed`.
+    pub(crate) fn parts(self) -> Vec<&'static str> {
+        match self {
+            Fault::F1 => [WORKER_POINTS, PUBLISHER_POINTS, OTHER_POINTS, &["random"]].concat(),
+            Fault::F3 => vec!["before", "after"],
+            Fault::F5 => vec!["publish", "publish_now", "status", "list"],
+            Fault::F12 => vec!["40001", "40P01"],
+            Fault::F18 => vec!["panic", "block", "ignore", "abort"],
+            Fault::F19 => vec!["deadline", "second"],
+            Fault::F22 => vec!["kill", "busy", "stale", "full"],
+            Fault::F24 => vec!["conflict"],
+            _ => Vec::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_read() {
+        let all = Wanted::All.on(Kind::Sqlite).expect("all");
+        assert!(all.contains(&Fault::F22) && !all.contains(&Fault::F4));
+        assert_eq!("none".parse::<Wanted>().expect("none").on(Kind::Sqlite), Ok(vec![]));
+        assert_eq!("f2,F1".parse::<Wanted>().expect("a list").on(Kind::Postgres), Ok(vec![Fault::F1, Fault::F2]));
+        assert!("F4".parse::<Wanted>().expect("a list").on(Kind::Sqlite).is_err());
+        assert!("F99".parse::<Wanted>().is_err());
+    }
+}

@@ -1,0 +1,210 @@
+//! A run's history: what the three witnesses outside of postbox saw, and what its database says.
+
+use std::collections::BTreeMap;
+
+/// What the publishers' logs say of one external id.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Publish {
+    pub(crate) topic: String,
+    /// A row of the business's own was written with it.
+    pub(crate) business: bool,
+    /// Many tried to publish it under one dedup key.
+    pub(crate) dedup: bool,
+    /// What each was told: ok, fail, unknown, duplicate, conflict; and with which body.
+    pub(crate) told: Vec<(String, String)>,
+}
+
+/// Something the remote saw, by the line's first word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Call {
+    pub(crate) ext: String,
+    pub(crate) key: String,
+    pub(crate) delivery: i64,
+    pub(crate) number: u32,
+    /// When it came, and when the remote was through with it; microseconds.
+    pub(crate) received: u64,
+    pub(crate) over: Option<u64>,
+    pub(crate) applied: Vec<u64>,
+    /// The attempt was not on record when it came.
+    pub(crate) unrecorded: bool,
+    /// The database's clock when the handler began, in milliseconds.
+    pub(crate) clock: i64,
+    /// What the remote did with it.
+    pub(crate) how: String,
+}
+
+/// A handler that told that it ran.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) ext: String,
+    pub(crate) delivery: i64,
+    pub(crate) number: u32,
+    pub(crate) clock: i64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Message {
+    pub(crate) id: String,
+    pub(crate) topic: String,
+    pub(crate) ext: String,
+    pub(crate) due_ms: Option<i64>,
+    pub(crate) body: Option<String>,
+    pub(crate) deliveries: Vec<i64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Delivery {
+    pub(crate) id: i64,
+    pub(crate) state: String,
+    pub(crate) subscription: String,
+    pub(crate) message: String,
+    pub(crate) attempts: u32,
+    pub(crate) rev: i64,
+    pub(crate) note: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Attempt {
+    pub(crate) delivery: i64,
+    pub(crate) number: u32,
+    /// `None`: open.
+    pub(crate) outcome: Option<String>,
+    pub(crate) started_ms: i64,
+    pub(crate) finished_ms: Option<i64>,
+    pub(crate) error: String,
+    /// Worker and batch that put the start on record, and those that wrote the outcome.
+    pub(crate) begun_by: Option<String>,
+    pub(crate) ended_by: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Resolved {
+    pub(crate) delivery: i64,
+    pub(crate) number: u32,
+    pub(crate) answer: String,
+    pub(crate) source: String,
+    pub(crate) state_after: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Audited {
+    pub(crate) seq: i64,
+    pub(crate) action: String,
+    pub(crate) delivery: Option<i64>,
+    pub(crate) rev_before: Option<i64>,
+}
+
+/// A delivery that was seen in an end state while faults were on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Sample {
+    pub(crate) state: String,
+    pub(crate) rev: i64,
+}
+
+/// Everything the checks go by.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct History {
+    pub(crate) publishes: BTreeMap<String, Publish>,
+    pub(crate) calls: Vec<Call>,
+    pub(crate) notes: Vec<Seen>,
+    /// Rows that transactional handlers committed.
+    pub(crate) effects: Vec<Seen>,
+    /// Business rows, by external id.
+    pub(crate) business: Vec<String>,
+    pub(crate) messages: Vec<Message>,
+    pub(crate) deliveries: Vec<Delivery>,
+    pub(crate) attempts: Vec<Attempt>,
+    pub(crate) resolutions: Vec<Resolved>,
+    pub(crate) audit: Vec<Audited>,
+    pub(crate) samples: BTreeMap<i64, Vec<Sample>>,
+    /// What is left that should not be after healing, in words.
+    pub(crate) leftovers: Vec<String>,
+}
+
+impl History {
+    /// Reads a publisher's log; a last line that a kill cut off is not there.
+    pub(crate) fn read_publisher(&mut self, text: &str) {
+        for line in text.lines() {
+            let mut words = line.split_whitespace();
+            let (Some(ext), Some(word)) = (words.next(), words.next()) else { continue };
+            let publish = self.publishes.entry(ext.to_owned()).or_default();
+            match word {
+                "intent" => {
+                    publish.topic = words.next().unwrap_or_default().to_owned();
+                    match words.next() {
+                        Some("business") => publish.business = true,
+                        Some("dedup") => publish.dedup = true,
+                        _ => {}
+                    }
+                }
+                told => publish.told.push((told.to_owned(), words.next().unwrap_or_default().to_owned())),
+            }
+        }
+    }
+
+    /// Reads the remote's log.
+    pub(crate) fn read_remote(&mut self, text: &str) {
+        // The call of a key and a number that is under way: one after the other, if all is well.
+        let mut open: BTreeMap<(String, u32), usize> = BTreeMap::new();
+        for line in text.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            if let ["note", ext, delivery, number, clock, ..] = words.as_slice() {
+                self.notes.push(Seen {
+                    ext: (*ext).to_owned(),
+                    delivery: delivery.parse().unwrap_or_default(),
+                    number: number.parse().unwrap_or_default(),
+                    clock: clock.parse().unwrap_or_default(),
+                });
+                continue;
+            }
+            let [what, ext, key, delivery, number, rest @ ..] = words.as_slice() else { continue };
+            let number: u32 = number.parse().unwrap_or_default();
+            let at = rest.first().and_then(|t| t.parse().ok()).unwrap_or_default();
+            let id = ((*key).to_owned(), number);
+            if *what == "call" {
+                self.calls.push(Call {
+                    ext: (*ext).to_owned(),
+                    key: (*key).to_owned(),
+                    delivery: delivery.parse().unwrap_or_default(),
+                    number,
+                    received: at,
+                    over: None,
+                    applied: Vec::new(),
+                    unrecorded: false,
+                    clock: rest.get(1).and_then(|t| t.parse().ok()).unwrap_or_default(),
+                    how: String::new(),
+                });
+                open.insert(id, self.calls.len() - 1);
+                continue;
+            }
+            let Some(call) = open.get(&id).and_then(|index| self.calls.get_mut(*index)) else { continue };
+            match *what {
+                "applied" => call.applied.push(at),
+                "unrecorded" => call.unrecorded = true,
+                "over" => {
+                    call.over = Some(at);
+                    call.how = rest[1..].join(" ");
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn logs_are_read() {
+        let mut history = History::default();
+        history.read_publisher("p0-1 intent note business\np0-1 ok\nd-1 intent note dedup\nd-1 conflict b\n");
+        assert!(history.publishes["p0-1"].business);
+        assert_eq!(history.publishes["p0-1"].told, [("ok".to_owned(), String::new())]);
+        assert!(history.publishes["d-1"].dedup);
+        history.read_remote("call e k-7 7 1 100 555\nunrecorded e k-7 7 1\napplied e k-7 7 1 150\nover e k-7 7 1 160 Slow(3)\nnote e 8 2 777 plain 99\n");
+        let [call] = history.calls.as_slice() else { panic!("one call") };
+        assert!(call.unrecorded && call.applied == [150] && call.over == Some(160) && call.clock == 555);
+        assert_eq!((history.notes[0].delivery, history.notes[0].number, history.notes[0].clock), (8, 2, 777));
+    }
+}

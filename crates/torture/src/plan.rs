@@ -1,0 +1,103 @@
+//! The schedule: what is done to whom and when, from the seed alone.
+
+use std::time::Duration;
+
+use crate::fault::{Fault, Kind, OTHER_POINTS};
+use crate::proxy::{ABOUTS, Cut, When};
+
+/// Something that is done to the world.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Action {
+    /// kill -9 of a child.
+    Kill(Child),
+    /// SIGSTOP of a worker for this long.
+    Pause(usize, Duration),
+    /// SIGTERM of a worker, and a second one this much later, if it is still there.
+    Terminate(usize, Duration),
+    Cut(Cut),
+    /// pg_terminate_backend of so many.
+    EndBackends(u32),
+    /// PostgreSQL stops in immediate mode, and starts again after this long.
+    Crash(Duration),
+    /// A process of its own is killed at a named point.
+    Point(&'static str),
+}
+
+/// A child process of the run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Child {
+    Worker(usize),
+    Publisher(usize),
+}
+
+/// What a fault does next and how long it rests before.
+fn action(fault: Fault, dice: &mut fastrand::Rng, workers: usize, publishers: usize) -> Option<(Duration, Action)> {
+    let ms = Duration::from_millis;
+    let some = match fault {
+        Fault::F1 => match dice.u32(..10) {
+            0..6 => (ms(dice.u64(1000..4000)), Action::Kill(Child::Worker(dice.usize(..workers)))),
+            6..8 => (ms(dice.u64(1000..4000)), Action::Kill(Child::Publisher(dice.usize(..publishers)))),
+            _ => (ms(dice.u64(1000..4000)), Action::Point(OTHER_POINTS[dice.usize(..OTHER_POINTS.len())])),
+        },
+        // Longer than the lease, and a good deal shorter than what a "not done" waits for.
+        Fault::F2 => (ms(dice.u64(1500..5000)), Action::Pause(dice.usize(..workers), ms(dice.u64(2800..3600)))),
+        Fault::F3 => {
+            let when = if dice.bool() { When::Before } else { When::After };
+            (ms(dice.u64(100..900)), Action::Cut(Cut { when, about: ABOUTS[dice.usize(..ABOUTS.len())] }))
+        }
+        Fault::F4 => (ms(dice.u64(200..2000)), Action::EndBackends(dice.u32(1..4))),
+        Fault::F6 => {
+            let away = if dice.u32(..5) == 0 { dice.u64(4000..10_000) } else { dice.u64(1000..3000) };
+            (ms(dice.u64(8000..25_000)), Action::Crash(ms(away)))
+        }
+        Fault::F19 => (ms(dice.u64(1500..5000)), Action::Terminate(dice.usize(..workers), ms(dice.u64(100..700)))),
+        _ => return None,
+    };
+    Some(some)
+}
+
+/// Everything that happens within this time, in order. A fault comes at least once, early.
+pub(crate) fn schedule(
+    seed: u64,
+    faults: &[Fault],
+    kind: Kind,
+    span: Duration,
+    workers: usize,
+    publishers: usize,
+) -> Vec<(Duration, Action)> {
+    let mut schedule = Vec::new();
+    for fault in faults.iter().filter(|f| f.applies_to(kind)) {
+        // A stream of dice for each fault: leaving one out does not move the others.
+        let mut dice = fastrand::Rng::with_seed(seed ^ (*fault as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut at = Duration::from_millis(dice.u64(300..2000));
+        while at < span {
+            let Some((rest, action)) = action(*fault, &mut dice, workers, publishers) else { break };
+            schedule.push((at, action));
+            at += rest;
+        }
+    }
+    schedule.sort_by_key(|(at, _)| *at);
+    schedule
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_gives_one_schedule() {
+        let plan = |seed| schedule(seed, Fault::ALL, Kind::Postgres, Duration::from_secs(60), 5, 2);
+        assert_eq!(plan(7), plan(7));
+        assert_ne!(plan(7), plan(8));
+        assert!(plan(7).windows(2).all(|pair| pair[0].0 <= pair[1].0));
+        for wanted in ["Kill", "Pause", "Cut", "EndBackends", "Crash", "Terminate", "Point"] {
+            let there = plan(7).iter().any(|(_, action)| format!("{action:?}").starts_with(wanted));
+            assert!(there, "{wanted} comes within a minute");
+        }
+        // Without F4, the others stay where they are.
+        let without: Vec<Fault> = Fault::ALL.iter().copied().filter(|f| *f != Fault::F4).collect();
+        let mut rest = plan(7);
+        rest.retain(|(_, action)| !matches!(action, Action::EndBackends(_)));
+        assert_eq!(schedule(7, &without, Kind::Postgres, Duration::from_secs(60), 5, 2), rest);
+    }
+}

@@ -1,0 +1,313 @@
+//! What a run happens in: servers, addresses, folders, and the counts of what took effect.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
+
+use postbox_testkit::Server;
+
+use crate::child::ChildPlan;
+use crate::fault::{Fault, Kind};
+use crate::proxy::{Cut, Proxy, When};
+
+/// Handlers that hold every connection hold them for this long: past the lease.
+const HOG_MS: u64 = 1900;
+
+/// Everything that outlives a round.
+pub(crate) struct World {
+    pub(crate) kind: Kind,
+    pub(crate) faults: Vec<Fault>,
+    pub(crate) folder: PathBuf,
+    /// Everything is kept for a look.
+    pub(crate) keep: bool,
+    pub(crate) proxy: Option<Proxy>,
+    server: Mutex<Option<Server>>,
+    server_port: u16,
+    bouncer_port: Option<u16>,
+    bouncer: Mutex<Option<Child>>,
+    faketime: Option<PathBuf>,
+    pub(crate) counts: std::sync::Arc<Counts>,
+    broken: Mutex<Vec<String>>,
+    pub(crate) healing: AtomicBool,
+}
+
+/// A mutex, also after somebody panicked with it: what is behind them here is whole at any time.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// How often what took effect.
+#[derive(Debug, Default)]
+pub(crate) struct Counts(Mutex<BTreeMap<String, u64>>);
+
+impl Counts {
+    /// `F1:claimed` counts for `F1`, too.
+    pub(crate) fn add(&self, id: &str, times: u64) {
+        let mut counts = locked(&self.0);
+        *counts.entry(id.to_owned()).or_default() += times;
+        if let Some((fault, _)) = id.split_once(':') {
+            *counts.entry(fault.to_owned()).or_default() += times;
+        }
+    }
+
+    pub(crate) fn of(&self, id: &str) -> u64 {
+        locked(&self.0).get(id).copied().unwrap_or_default()
+    }
+
+    pub(crate) fn all(&self) -> BTreeMap<String, u64> {
+        locked(&self.0).clone()
+    }
+}
+
+impl World {
+    /// Starts what the faults need.
+    pub(crate) async fn start(kind: Kind, faults: Vec<Fault>, folder: &Path, keep: bool) -> Result<World, String> {
+        let counts = std::sync::Arc::new(Counts::default());
+        let mut world = World {
+            kind,
+            folder: folder.to_owned(),
+            keep,
+            proxy: None,
+            server: Mutex::new(None),
+            server_port: 0,
+            bouncer_port: None,
+            bouncer: Mutex::new(None),
+            faketime: None,
+            counts,
+            broken: Mutex::default(),
+            healing: AtomicBool::new(false),
+            faults,
+        };
+        if world.wants(Fault::F14) {
+            world.faketime = Some(faketime()?);
+        }
+        if kind == Kind::Sqlite {
+            return Ok(world);
+        }
+        let bouncer = if world.wants(Fault::F10) { Some(pgbouncer()?) } else { None };
+        let server = tokio::task::spawn_blocking(Server::start).await.map_err(|e| format!("PostgreSQL: {e}"))?;
+        let port = server.url().rsplit(':').next().and_then(|rest| rest.split('/').next()?.parse().ok());
+        world.server_port = port.ok_or("the server has no port")?;
+        world.server = Mutex::new(Some(server));
+        if world.wants(Fault::F3) {
+            let counts = world.counts.clone();
+            let hit = move |cut: Cut| {
+                counts.add(if cut.when == When::Before { "F3:before" } else { "F3:after" }, 1);
+            };
+            world.proxy = Some(Proxy::start(world.server_port, hit).await.map_err(|e| format!("the proxy: {e}"))?);
+        }
+        if let Some(program) = bouncer {
+            let (child, port) = world.start_bouncer(&program).map_err(|e| format!("pgbouncer: {e}"))?;
+            world.bouncer = Mutex::new(Some(child));
+            world.bouncer_port = Some(port);
+        }
+        Ok(world)
+    }
+
+    pub(crate) fn wants(&self, fault: Fault) -> bool {
+        self.faults.contains(&fault)
+    }
+
+    /// Something is not as promised, seen while the run goes on.
+    pub(crate) fn broken(&self, what: impl Into<String>) {
+        let what = what.into();
+        eprintln!("broken: {what}");
+        locked(&self.broken).push(what);
+    }
+
+    pub(crate) fn all_broken(&self) -> Vec<String> {
+        locked(&self.broken).clone()
+    }
+
+    /// Faults are on.
+    pub(crate) fn hostile(&self) -> bool {
+        !self.healing.load(Ordering::SeqCst)
+    }
+
+    fn start_bouncer(&self, program: &Path) -> io::Result<(Child, u16)> {
+        let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        // A folder of its own: it does not run as root, and the run's folder may be root's.
+        let folder = std::env::temp_dir().join(format!("postbox-bouncer-{}-{port}", std::process::id()));
+        std::fs::create_dir_all(&folder)?;
+        let ini = folder.join("pgbouncer.ini");
+        let text = format!(
+            "[databases]\npostgres = host=127.0.0.1 port={} dbname=postgres user=postgres\n\n[pgbouncer]\n\
+             listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n\
+             pool_mode = transaction\ndefault_pool_size = 20\nmax_client_conn = 500\n\
+             ignore_startup_parameters = extra_float_digits,options\nserver_login_retry = 0.3\n\
+             query_wait_timeout = 10\nserver_connect_timeout = 3\n",
+            self.server_port
+        );
+        std::fs::write(&ini, text)?;
+        let log = std::fs::File::create(self.folder.join("pgbouncer.log"))?;
+        // The shell ends it when its standard input closes: when this process is gone, however it went.
+        let script = "\"$0\" \"$@\" & server=$!; cat >/dev/null; kill -INT $server; wait $server";
+        let mut command = Command::new("/bin/sh");
+        if let Some((uid, gid)) = postbox_testkit::unprivileged_account() {
+            command.uid(uid).gid(gid);
+        }
+        let child = command
+            .args(["-c", script])
+            .arg(program)
+            .arg("-q")
+            .arg(&ini)
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()?;
+        Ok((child, port))
+    }
+
+    /// PostgreSQL stops as in a crash, and comes back.
+    pub(crate) async fn crash_server(self: &std::sync::Arc<Self>, away: Duration) {
+        let world = self.clone();
+        let crashed = tokio::task::spawn_blocking(move || {
+            let mut server = locked(&world.server);
+            if let Some(server) = server.as_mut() {
+                server.crash();
+                std::thread::sleep(away);
+                server.up();
+            }
+        });
+        match crashed.await {
+            Ok(()) => self.counts.add("F6", 1),
+            Err(error) => self.broken(format!("the run itself: PostgreSQL did not come back: {error}")),
+        }
+    }
+
+    /// Writes the database as SQL; a SQLite run's files are in the folder anyway.
+    pub(crate) async fn dump_server(self: &std::sync::Arc<Self>, to: &Path) {
+        let (world, to) = (self.clone(), to.to_owned());
+        let dumped = tokio::task::spawn_blocking(move || match locked(&world.server).as_ref() {
+            Some(server) => server.dump(&to),
+            None => Ok(()),
+        });
+        match dumped.await {
+            Ok(Ok(())) => {}
+            other => eprintln!("the database could not be dumped: {other:?}"),
+        }
+    }
+
+    /// Where the database really is.
+    pub(crate) fn direct(&self, round: u32) -> String {
+        match self.kind {
+            Kind::Postgres => self.address(self.server_port, "witness"),
+            Kind::Sqlite => format!("sqlite:{}", self.folder.join(format!("round-{round}.db")).display()),
+        }
+    }
+
+    fn address(&self, port: u16, name: &str) -> String {
+        format!("postgres://postgres@127.0.0.1:{port}/postgres?sslmode=disable&application_name={name}")
+    }
+
+    /// How the worker in this slot connects, and what is odd about it.
+    pub(crate) fn worker_plan(&self, slot: usize, mut plan: ChildPlan) -> ChildPlan {
+        let hostile = self.hostile();
+        let last = self.workers() - 1;
+        if self.wants(Fault::F15) && slot == last {
+            // Both stores: all the connections there are, in hands that do not let go for a lease.
+            plan.hog_ms = Some(if hostile { HOG_MS } else { 1 });
+            plan.pool_size = if hostile { 3 } else { 11 };
+            plan.tag = Some(Fault::F15).filter(|_| hostile);
+        }
+        if self.kind == Kind::Sqlite {
+            return plan;
+        }
+        match slot {
+            1 => self.through_proxy(&mut plan),
+            2 => self.through_bouncer(&mut plan),
+            3 if self.wants(Fault::F14) && hostile => plan.tag = Some(Fault::F14),
+            _ => {}
+        }
+        plan
+    }
+
+    pub(crate) fn publisher_plan(&self, slot: usize, mut plan: ChildPlan) -> ChildPlan {
+        match (self.kind, slot) {
+            (Kind::Postgres, 0) => self.through_proxy(&mut plan),
+            (Kind::Postgres, _) => self.through_bouncer(&mut plan),
+            _ => {}
+        }
+        plan
+    }
+
+    fn through_proxy(&self, plan: &mut ChildPlan) {
+        if let Some(proxy) = &self.proxy {
+            plan.url = self.address(proxy.port(), "proxied");
+        }
+    }
+
+    fn through_bouncer(&self, plan: &mut ChildPlan) {
+        if let Some(port) = self.bouncer_port {
+            plan.url = self.address(port, "pooled");
+            plan.prepared = false;
+            plan.wake_ups = false;
+            plan.tag = Some(Fault::F10);
+        }
+    }
+
+    /// Workers at once: one for each way to connect that the faults want.
+    pub(crate) fn workers(&self) -> usize {
+        match self.kind {
+            Kind::Postgres => 3 + usize::from(self.wants(Fault::F14)) + usize::from(self.wants(Fault::F15)),
+            Kind::Sqlite => 2 + usize::from(self.wants(Fault::F15)),
+        }
+    }
+
+    pub(crate) fn publishers(&self) -> usize {
+        2
+    }
+
+    /// Variables for a child whose clock is wrong.
+    pub(crate) fn wrong_clock(&self, plan: &ChildPlan) -> Vec<(&'static str, String)> {
+        let Some(library) = self.faketime.as_ref().filter(|_| plan.tag == Some(Fault::F14)) else { return Vec::new() };
+        let offset = if plan.life.is_multiple_of(2) { "+3600s" } else { "-3600s" };
+        vec![
+            ("LD_PRELOAD", library.display().to_string()),
+            ("FAKETIME", offset.to_owned()),
+            ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
+            ("DONT_FAKE_MONOTONIC", "1".to_owned()),
+        ]
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if let Ok(mut bouncer) = self.bouncer.lock()
+            && let Some(mut child) = bouncer.take()
+        {
+            drop(child.stdin.take());
+            child.wait().ok();
+            if let Some(port) = self.bouncer_port {
+                let folder = std::env::temp_dir().join(format!("postbox-bouncer-{}-{port}", std::process::id()));
+                std::fs::remove_dir_all(folder).ok();
+            }
+        }
+    }
+}
+
+/// A program from PATH, or from where Debian puts servers.
+fn pgbouncer() -> Result<PathBuf, String> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/usr/local/sbin".into()])
+        .map(|folder: PathBuf| folder.join("pgbouncer"))
+        .find(|program| program.exists())
+        .ok_or_else(|| {
+            "F10 needs pgbouncer; install Debian's package `pgbouncer` (scripts/test does), or leave F10 out".into()
+        })
+}
+
+fn faketime() -> Result<PathBuf, String> {
+    let found = std::fs::read_dir("/usr/lib").into_iter().flatten().flatten();
+    let mut found = found.map(|entry| entry.path().join("faketime/libfaketimeMT.so.1"));
+    found.find(|library| library.exists()).ok_or_else(|| {
+        "F14 needs libfaketime; install Debian's package `libfaketime` (scripts/test does), or leave F14 out".into()
+    })
+}
