@@ -101,7 +101,7 @@ async fn add<Db: Database>(desk: &Desk<'_>, wish: Add) -> Ended {
         ));
     };
     let pattern: Pattern =
-        wish.pattern.parse().map_err(|e: postbox::TopicError| usage(&tried, &e.to_string(), next()))?;
+        wish.pattern.parse().map_err(|e: postbox::TopicError| usage(&tried, e.to_string(), next()))?;
     let postbox = desk.open::<Db>().await?;
     let subscription = postbox.subscription(&wish.name).application(application).max_attempts(wish.max_attempts);
     let subscription = subscription.listening_to(pattern.clone());
