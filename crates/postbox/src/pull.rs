@@ -14,6 +14,7 @@ use crate::handler::Failure;
 use crate::lifecycle::{Kind, Policy};
 use crate::message::{DecodeError, Envelope, MAX_WAIT};
 use crate::pattern::{MAX_NAME_BYTES, Pattern};
+use crate::retention::Keep;
 use crate::postbox::Postbox;
 use crate::retry::RetryPolicy;
 use crate::store::{
@@ -174,12 +175,13 @@ impl<Db: Database> PullSubscription<Db> {
             name: self.name.clone(),
             renamed_from: Vec::new(),
             pattern: pattern.clone(),
-            policy: Policy { kind: Kind::Transactional, retry: self.retry },
+            policy: Policy { kind: Kind::Transactional, idempotent: false, retry: self.retry },
             timeout: Duration::from_secs(60),
             quiet: Duration::from_secs(60),
             reconciles: false,
             continues: false,
             start: self.start,
+            keep: Keep::default(),
         };
         let store = self.postbox.store();
         let ids = store.declare(&self.of()?, &[declared]).await?;

@@ -399,12 +399,12 @@ impl<S: Store> Shared<S> {
 fn ended(one: &PulledOne, ran: Duration, failure: Failure) -> Result<Settle, Error> {
     let number = one.item.attempts + 1;
     let now = Standing { state: State::Running, attempts: number, begun: true, lost: one.item.lost };
-    let Failure { error, permanent, retry_after } = failure;
-    let event = Happening::Ended(End::Failed { permanent, retry_after });
+    let Failure { error, end } = failure;
+    let event = Happening::Ended(end);
     let next = transition(now, event, &one.policy, fastrand::f64()).map_err(refused)?;
     let words = clean(error);
     let record =
-        OutcomeRecord { number, kind: "failed", error: Some(words.clone()), receipt: None, ran, ago: Duration::ZERO };
+        OutcomeRecord { number, kind: end.as_str(), error: Some(words.clone()), receipt: None, ran, ago: Duration::ZERO };
     Ok(Settle {
         lease: one.lease,
         part: 0,
@@ -413,6 +413,7 @@ fn ended(one: &PulledOne, ran: Duration, failure: Failure) -> Result<Settle, Err
         released: Vec::new(),
         follow_ups: Vec::new(),
         starts: Vec::new(),
+        seen: Vec::new(),
         close: true,
     })
 }

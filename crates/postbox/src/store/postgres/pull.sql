@@ -37,7 +37,7 @@ begun as (
 )
 select l.batch, g.delivery, g.subscription, g.message, g.priority, g.attempt, g.lost, g.rev + 1 as rev,
     s.kind, coalesce(m.max_attempts, s.max_attempts) as max_tries, s.retry_base_ms, s.retry_cap_ms,
-    m.topic, m.key, m.payload::pg_catalog.text as payload, m.headers::pg_catalog.text as headers,
+    m.topic, m.key, m.payload::pg_catalog.text as payload, m.body, m.content_type, m.headers::pg_catalog.text as headers,
     (extract(epoch from m.occurred_at) * 1000000::numeric)::bigint as occurred_us,
     m.source, m.external_id, m.correlation_id, m.causation_id, m.max_attempts
 from gone g

@@ -107,7 +107,7 @@ pub(super) async fn pull(
     settle::begin(work.on(), lease, &[(item.delivery, item.attempts + 1)]).await?;
     work.commit().await?;
     let own = item.envelope.as_ref().and_then(|e| e.max_attempts).and_then(|n| i32::try_from(n).ok());
-    let policy = policy_of(kind, own.unwrap_or(max_attempts), base_ms, cap_ms);
+    let policy = policy_of(kind, false, own.unwrap_or(max_attempts), base_ms, cap_ms);
     Ok(Some(PulledOne { lease, item, policy }))
 }
 

@@ -168,7 +168,7 @@ async fn hand_back(store: &SqliteStore, mut work: Work, worker: Uuid, token: Uui
     };
     let mut moves = Vec::new();
     for left in leftover(work.on(), worker, Some(token)).await? {
-        match decide::handed_back(&left.facts(Duration::ZERO)?) {
+        match decide::handed_back(&left.facts(&[], Duration::ZERO)?) {
             Ok(moved) => moves.push(moved),
             Err(_) => {
                 work.rollback().await?;

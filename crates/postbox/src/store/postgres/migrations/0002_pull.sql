@@ -141,7 +141,8 @@ $forgo_attempts$;
 create function {schema}.next(subscription text, application text default null)
 returns table (
     delivery bigint, id uuid, topic text, key text, payload jsonb, headers jsonb, attempt int, max_attempts int,
-    occurred_at timestamptz, source text, external_id text, correlation_id text, causation_id text
+    occurred_at timestamptz, source text, external_id text, correlation_id text, causation_id text,
+    body bytea, content_type text
 )
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $next$
@@ -191,8 +192,9 @@ begin
         end if;
         select m.id, m.topic, m.key, m.payload::pg_catalog.jsonb, m.headers::pg_catalog.jsonb,
             coalesce(m.max_attempts, s.max_attempts), coalesce(m.occurred_at, {schema}.minted_at(m.id)),
-            m.source, m.external_id, m.correlation_id, m.causation_id
-        into id, topic, key, payload, headers, max_attempts, occurred_at, source, external_id, correlation_id, causation_id
+            m.source, m.external_id, m.correlation_id, m.causation_id, m.body, m.content_type
+        into id, topic, key, payload, headers, max_attempts, occurred_at, source, external_id, correlation_id, causation_id,
+            body, content_type
         from {schema}.message m join {schema}.subscription s on s.id = wanted
         where m.id = taken_message;
         if found then
