@@ -8,7 +8,7 @@ use postbox::store::{
     Beat, ClaimRequest, Claimed, Declared, Guarded, HandlerTx, Item, LeaseRef, Move, OutcomeRecord, Registration,
     Settle, Start, Store, Success,
 };
-use postbox::{Envelope, Postbox, Postgres, RetryPolicy};
+use postbox::{Envelope, Keep, Postbox, Postgres, RetryPolicy};
 use postbox_testkit::{Fresh, Testable, on_both_stores};
 use uuid::Uuid;
 
@@ -35,12 +35,13 @@ fn registration(lease: Duration, subscriptions: &[(&str, &str, Kind)]) -> Regist
         name: (*name).into(),
         renamed_from: Vec::new(),
         pattern: pattern.parse().expect("a pattern"),
-        policy: Policy { kind: *kind, retry: RetryPolicy::default() },
+        policy: Policy { kind: *kind, idempotent: false, retry: RetryPolicy::default() },
         timeout: Duration::from_secs(60),
         quiet: Duration::from_secs(60),
         reconciles: false,
         continues: false,
         start: Start::Unrouted,
+        keep: Keep::default(),
     });
     Registration {
         worker: Uuid::now_v7(),
@@ -81,6 +82,7 @@ impl<Db: Testable> Hand<Db> {
             successes: Vec::new(),
             moves: Vec::new(),
             released: Vec::new(),
+            seen: Vec::new(),
             follow_ups: Vec::new(),
             starts: Vec::new(),
             close: false,
