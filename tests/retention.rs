@@ -561,3 +561,41 @@ async fn who_hands_out_old_messages_keeps_retention_away() {
     let error = sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut *strict).await.expect_err("refused");
     assert_eq!(error.as_database_error().and_then(|e| e.code()).as_deref(), Some("25001"));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_is_going_is_handed_out_to_nobody() {
+    let fresh = Postgres::fresh().await;
+    let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain, SOON)]).await;
+    publish(&fresh, "t").await;
+    hand.succeed("a").await;
+    let newcomer = Registration {
+        worker: Uuid::now_v7(),
+        name: "newcomer".into(),
+        application: "test".into(),
+        lease: Duration::from_secs(60),
+        subscriptions: vec![Declared { start: Start::Beginning, ..declared("late", "t", Kind::Plain, SOON) }],
+    };
+    fresh.postbox.store().register(&newcomer).await.expect("register");
+    // It has removed the message, and has not committed yet.
+    let mut removing = fresh.pool.begin().await.expect("begin");
+    let sql = format!("select deliveries + messages from {}.retain(0, 10, false)", fresh.schema());
+    let gone: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(&mut *removing).await.expect("retain");
+    assert_eq!(gone, 2);
+    let handing_out = {
+        let postbox = fresh.postbox.clone();
+        tokio::spawn(async move { while postbox.store().backfill().await.expect("backfill") {} })
+    };
+    let waits = format!(
+        "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%{}.retention for share%'",
+        fresh.schema()
+    );
+    while Postgres::count(&fresh, &waits).await == 0 {
+        assert!(!handing_out.is_finished(), "it does not wait");
+        tokio::task::yield_now().await;
+    }
+    removing.commit().await.expect("commit");
+    handing_out.await.expect("handed out");
+    while fresh.postbox.store().backfill().await.expect("backfill") {}
+    let subscriptions = fresh.postbox.admin().subscriptions().await.expect("subscriptions");
+    assert!(subscriptions.iter().all(|s| !s.backfilling && s.pending == 0), "{subscriptions:?}");
+}

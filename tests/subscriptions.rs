@@ -426,7 +426,11 @@ async fn everything_at_once_on_postgres() {
                         Ok(published) if back => undone.push(published.id),
                         Ok(published) => mine.push(Sent { id: published.id, after }),
                         Err(error) => {
-                            assert!(is_stale(&error) && ISOLATIONS[n % 3] != ISOLATIONS[0], "{}: {error}", ISOLATIONS[n % 3]);
+                            assert!(
+                                is_stale(&error) && ISOLATIONS[n % 3] != ISOLATIONS[0],
+                                "{}: {error}",
+                                ISOLATIONS[n % 3]
+                            );
                             failed = true;
                             break;
                         }

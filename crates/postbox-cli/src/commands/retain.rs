@@ -76,5 +76,9 @@ fn show(desk: &Desk<'_>, preview: &RetentionPreview) -> Ended {
 
 /// Not capped: the numbers are exact, and what they count is gone.
 fn counted(number: i64, one: &str, more: &str) -> String {
-    format!("{} {}", count(number), if number == 1 { one } else { more })
+    match number {
+        0 => format!("0 {more}"),
+        1 => format!("1 {one}"),
+        _ => format!("{} {more}", count(number)),
+    }
 }
