@@ -1,5 +1,6 @@
 //! What runs in processes of its own: workers, publishers, the fake remote, migrations.
 
+pub(crate) mod drops;
 pub(crate) mod handlers;
 pub(crate) mod publisher;
 pub(crate) mod races;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use postbox::{Draft, Envelope, Error, Postbox, PublishError, crash};
 use sqlx::Pool;
 
+use super::drops::{Cut, PATIENCE};
 use super::races::races;
 use super::{ChildPlan, hit, listen, say};
 use crate::fault::{Fault, Kind};
@@ -21,8 +22,6 @@ const LANES: usize = 3;
 const RACES: usize = 2;
 /// Nothing is published while this many deliveries are unfinished: healing shall not take long.
 const MOST_UNFINISHED: i64 = 250;
-/// The most a call may take; then it is dropped.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(15);
 
 /// What a publisher was told about a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,10 +171,10 @@ impl<Db: Site> Publisher<Db> {
             let pause = if self.full.load(Ordering::SeqCst) { 150 } else { dice.u64(10..90) };
             tokio::time::sleep(Duration::from_millis(pause)).await;
             match dice.u32(..100) {
-                0..60 => self.own_transaction(&mut dice).await,
-                60..90 => self.publish_now(&mut dice, PATIENCE).await,
+                0..55 => self.own_transaction(&mut dice).await,
+                55..80 => self.publish_now(&mut dice, Cut::LATE).await,
                 _ if self.plan.wants(Fault::F5) => self.dropped(&mut dice).await,
-                _ => self.publish_now(&mut dice, PATIENCE).await,
+                _ => self.publish_now(&mut dice, Cut::LATE).await,
             }
         }
         self.rest();
@@ -192,7 +191,7 @@ impl<Db: Site> Publisher<Db> {
                 for _ in 0..3 {
                     let messages = vec![(publisher.external_id(), "note")];
                     let told = if n < POOL_SIZE {
-                        publisher.publish_these(&messages, &mut dice, PATIENCE).await
+                        publisher.publish_these(&messages, &mut dice, Cut::LATE).await
                     } else {
                         publisher.intend(&messages, "business").await;
                         let transact = publisher.transact(&messages, false, &mut dice);
@@ -254,22 +253,22 @@ impl<Db: Site> Publisher<Db> {
         ended(&crash::commit("commit-sent", session.end("COMMIT")).await)
     }
 
-    pub(crate) async fn publish_now(&self, dice: &mut fastrand::Rng, patience: Duration) {
+    pub(crate) async fn publish_now(&self, dice: &mut fastrand::Rng, cut: Cut) {
         let messages = self.messages(dice, 5);
-        self.publish_these(&messages, dice, patience).await;
+        self.publish_these(&messages, dice, cut).await;
     }
 
-    async fn publish_these(&self, messages: &[(String, &str)], dice: &mut fastrand::Rng, patience: Duration) -> Told {
+    async fn publish_these(&self, messages: &[(String, &str)], dice: &mut fastrand::Rng, cut: Cut) -> Told {
         self.intend(messages, "-").await;
         let drafts: Vec<_> = messages.iter().map(|(ext, topic)| self.draft(topic, ext, dice)).collect();
-        let told = match tokio::time::timeout(patience, self.postbox.publish_now(drafts)).await {
-            Ok(Ok(_)) => Told::Ok,
-            Ok(Err(error)) => {
+        let told = match cut.off(self.postbox.publish_now(drafts)).await {
+            Some(Ok(_)) => Told::Ok,
+            Some(Err(error)) => {
                 surprising(&error);
                 Told::Unknown
             }
-            Err(_) => {
-                if patience < PATIENCE {
+            None => {
+                if cut.is_soon() {
                     hit("F5:publish_now", 1);
                 }
                 Told::Unknown
@@ -281,19 +280,18 @@ impl<Db: Site> Publisher<Db> {
 
     /// Futures dropped at any await; what comes after on the same pools must be sound.
     async fn dropped(&self, dice: &mut fastrand::Rng) {
-        let soon = Duration::from_micros(dice.u64(..4000));
-        match dice.u32(..4) {
-            0 => self.publish_now(dice, soon).await,
+        match dice.u32(..5) {
+            0 => {
+                let cut = Cut::soon(dice, 12);
+                self.publish_now(dice, cut).await;
+            }
             1 => {
-                let admin = self.postbox.admin();
-                if tokio::time::timeout(soon, admin.status()).await.is_err() {
+                if Cut::soon(dice, 12).off(self.postbox.admin().status()).await.is_none() {
                     hit("F5:status", 1);
                 }
             }
             2 => {
-                let admin = self.postbox.admin();
-                let filter = Default::default();
-                if tokio::time::timeout(soon, admin.list(&filter, 50)).await.is_err() {
+                if Cut::soon(dice, 12).off(self.postbox.admin().list(&Default::default(), 50)).await.is_none() {
                     hit("F5:list", 1);
                 }
             }
@@ -305,7 +303,7 @@ impl<Db: Site> Publisher<Db> {
                     && let [(ext, topic)] = messages.as_slice()
                     && let Ok(draft) = self.draft(topic, ext, dice)
                 {
-                    if tokio::time::timeout(soon, self.postbox.publish(session.on(), draft)).await.is_err() {
+                    if Cut::soon(dice, 3).off(self.postbox.publish(session.on(), draft)).await.is_none() {
                         hit("F5:publish", 1);
                     }
                     tokio::time::timeout(PATIENCE, session.end("ROLLBACK")).await.ok();
@@ -313,7 +311,7 @@ impl<Db: Site> Publisher<Db> {
                 self.told(&messages, Told::Fail).await;
             }
         }
-        self.publish_now(dice, PATIENCE).await;
+        self.publish_now(dice, Cut::LATE).await;
     }
 }
 

@@ -7,8 +7,9 @@ use postbox::{Envelope, Error, PublishError};
 use sqlx::pool::PoolConnection;
 use tokio::sync::Barrier;
 
+use super::drops::PATIENCE;
 use super::hit;
-use super::publisher::{PATIENCE, Publisher, Told, ended};
+use super::publisher::{Publisher, Told, ended};
 use crate::fault::{Fault, Kind};
 use crate::site::{Session, Site, code, number};
 
