@@ -10,8 +10,8 @@ use postbox::store::{
     ClaimRequest, Claimed, Declared, Guarded, LeaseRef, Move, Observation, Registration, Settle, Start, Store,
 };
 use postbox::{
-    Attempt, Envelope, Error, Failure, Operation, OperationFailure, Receipt, ResultExt, RetryPolicy, Router, Worker,
-    handler, operation,
+    Attempt, Envelope, Error, Failure, Keep, Operation, OperationFailure, Receipt, ResultExt, RetryPolicy, Router,
+    Worker, handler, operation,
 };
 use postbox_testkit::{Fresh, Testable, on_both_stores};
 use serde_json::json;
@@ -85,6 +85,7 @@ fn declared(name: &str, kind: Kind, idempotent: bool) -> Declared {
         reconciles: false,
         continues: false,
         start: Start::Unrouted,
+        keep: Keep::default(),
     }
 }
 

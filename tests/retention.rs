@@ -33,7 +33,7 @@ fn declared(name: &str, pattern: &str, kind: Kind, keep: Keep) -> Declared {
         name: name.into(),
         renamed_from: Vec::new(),
         pattern: pattern.parse().expect("a pattern"),
-        policy: Policy { kind, retry: RetryPolicy::default() },
+        policy: Policy { kind, idempotent: false, retry: RetryPolicy::default() },
         timeout: Duration::from_secs(60),
         quiet: Duration::from_secs(60),
         reconciles: false,
@@ -79,6 +79,7 @@ impl<Db: Testable> Hand<Db> {
             successes: Vec::new(),
             moves: Vec::new(),
             released: Vec::new(),
+            seen: Vec::new(),
             follow_ups: Vec::new(),
             starts: Vec::new(),
             close: false,
@@ -122,7 +123,7 @@ fn success(item: &Item) -> Success {
 }
 
 fn ended(item: &Item, kind: Kind, end: End, begun: bool) -> Move {
-    let policy = Policy { kind, retry: RetryPolicy::default() };
+    let policy = Policy { kind, idempotent: false, retry: RetryPolicy::default() };
     let number = item.attempts + 1;
     let attempts = if begun { number } else { item.attempts };
     let now = Standing { state: State::Running, attempts, begun, lost: item.lost };

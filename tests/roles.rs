@@ -6,7 +6,7 @@ use postbox::admin::{Filter, Resolution, Retry};
 use postbox::lifecycle::{Answer, Kind, Policy};
 use postbox::store::{ClaimRequest, Declared, LeaseRef, Registration, Settle, Start, Store};
 use postbox::{
-    Envelope, Error, Failure, Operation, OperationFailure, Postbox, Postgres, PublishError, Receipt, Reconciled,
+    Envelope, Error, Failure, Keep, Operation, OperationFailure, Postbox, Postgres, PublishError, Receipt, Reconciled,
     RetryPolicy, Router, Settings, Tx, handler, operation,
 };
 use postbox_testkit::{Fresh, Login, Testable};
@@ -209,12 +209,13 @@ async fn a_worker_works_and_the_record_stays_as_it_is() {
         name: name.into(),
         renamed_from: vec![],
         pattern: "v.*".parse().expect("a pattern"),
-        policy: Policy { kind, retry: RetryPolicy::default() },
+        policy: Policy { kind, idempotent: false, retry: RetryPolicy::default() },
         timeout: Duration::from_secs(60),
         quiet: Duration::ZERO,
         reconciles: false,
         continues: false,
         start: Start::Unrouted,
+        keep: Keep::default(),
     };
     let registration = Registration {
         worker: Uuid::now_v7(),
@@ -238,6 +239,7 @@ async fn a_worker_works_and_the_record_stays_as_it_is() {
         successes: vec![],
         moves: vec![],
         released: vec![],
+        seen: vec![],
         follow_ups: vec![],
         starts: vec![(operation.delivery, 1)],
         close: false,

@@ -23,7 +23,7 @@ fn declared(name: &str, pattern: &str) -> Declared {
         name: name.into(),
         renamed_from: Vec::new(),
         pattern: pattern.parse().expect("a pattern"),
-        policy: Policy { kind: Kind::Plain, retry: RetryPolicy::default() },
+        policy: Policy { kind: Kind::Plain, idempotent: false, retry: RetryPolicy::default() },
         timeout: Duration::from_secs(60),
         quiet: Duration::from_secs(60),
         reconciles: false,

@@ -66,10 +66,10 @@ pub mod crash;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod lifecycle;
-pub mod sql;
 #[cfg(feature = "planted-bugs")]
 #[doc(hidden)]
 pub mod planted;
+pub mod sql;
 #[doc(hidden)]
 pub mod store;
 #[cfg(feature = "tokio-postgres")]

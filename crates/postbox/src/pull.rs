@@ -14,8 +14,8 @@ use crate::handler::Failure;
 use crate::lifecycle::{Kind, Policy};
 use crate::message::{DecodeError, Envelope, MAX_WAIT};
 use crate::pattern::{MAX_NAME_BYTES, Pattern};
-use crate::retention::Keep;
 use crate::postbox::Postbox;
+use crate::retention::Keep;
 use crate::retry::RetryPolicy;
 use crate::store::{
     AsConnection, Completion, Database, Declared, DeliveryId, Observation, PullRequest, Start, Store, SubscriptionId,

@@ -403,8 +403,14 @@ fn ended(one: &PulledOne, ran: Duration, failure: Failure) -> Result<Settle, Err
     let event = Happening::Ended(end);
     let next = transition(now, event, &one.policy, fastrand::f64()).map_err(refused)?;
     let words = clean(error);
-    let record =
-        OutcomeRecord { number, kind: end.as_str(), error: Some(words.clone()), receipt: None, ran, ago: Duration::ZERO };
+    let record = OutcomeRecord {
+        number,
+        kind: end.as_str(),
+        error: Some(words.clone()),
+        receipt: None,
+        ran,
+        ago: Duration::ZERO,
+    };
     Ok(Settle {
         lease: one.lease,
         part: 0,

@@ -81,7 +81,13 @@ pub(super) async fn pull(store: &PgStore, request: PullRequest) -> Result<Option
             rev: row.try_get("rev")?,
             envelope: envelope(&row)?,
         },
-        policy: policy_of(kind, false, row.try_get("max_tries")?, row.try_get("retry_base_ms")?, row.try_get("retry_cap_ms")?),
+        policy: policy_of(
+            kind,
+            false,
+            row.try_get("max_tries")?,
+            row.try_get("retry_base_ms")?,
+            row.try_get("retry_cap_ms")?,
+        ),
     }))
 }
 

@@ -50,7 +50,7 @@ fn subscription_kind(subscription: SubscriptionId) -> Kind {
 
 fn policy(subscription: SubscriptionId) -> Policy {
     let retry = RetryPolicy { max_attempts: 3, base: Duration::from_millis(200), cap: Duration::from_secs(2) };
-    Policy { kind: subscription_kind(subscription), retry }
+    Policy { kind: subscription_kind(subscription), idempotent: false, retry }
 }
 
 fn outcome(number: u32, kind: &'static str) -> OutcomeRecord {

@@ -532,7 +532,8 @@ impl World {
 
     fn start(&mut self, place: usize) {
         let worker = Uuid::from_u128(self.dice.u128(..));
-        let lane = |id| Lane { id, policy: policy(id), timeout: TIMEOUT, quiet: QUIET, concurrency: None };
+        let late = QUIET + TIMEOUT + LEASE;
+        let lane = |id| Lane { id, policy: policy(id), timeout: TIMEOUT, quiet: QUIET, late, concurrency: None };
         let setup = Setup {
             worker,
             concurrency: self.dice.usize(1..4),
