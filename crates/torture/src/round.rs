@@ -198,6 +198,7 @@ impl<Db: Site> Stage<Db> {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         while under_way.join_next().await.is_some() {}
+        eprintln!("the faults were on for {:.1?}", begun.elapsed());
     }
 
     fn perform(&self, action: Action, under_way: &mut tokio::task::JoinSet<()>) {
@@ -243,6 +244,8 @@ impl<Db: Site> Stage<Db> {
 
     async fn heal_and_check(mut self) -> Result<Outcome, String> {
         let world = self.round.world.clone();
+        let begun = Instant::now();
+        let mut healed = Vec::new();
         world.healing.store(true, Ordering::SeqCst);
         if let Some(proxy) = &world.proxy {
             proxy.disarm();
@@ -265,13 +268,17 @@ impl<Db: Site> Stage<Db> {
                 history.leftovers.push(format!("{child:?} did not come to an end with its last messages"));
             }
         }
+        healed.push(format!("publishers done after {:.1?}", begun.elapsed()));
         self.wait_until_quiet(&mut history).await;
+        healed.push(format!("all quiet after {:.1?}", begun.elapsed()));
         // The children still have their connections open: a poisoned one would show.
         match dump::idle_in_transaction(&self.pool).await {
             Ok(idle) => history.leftovers.extend(idle),
             Err(error) => history.leftovers.push(format!("the database does not answer after healing: {error}")),
         }
         self.stop().await;
+        healed.push(format!("stopped after {:.1?}", begun.elapsed()));
+        eprintln!("healing: {}", healed.join(", "));
         for helper in &self.helpers {
             helper.abort();
         }
