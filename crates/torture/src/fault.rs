@@ -128,6 +128,7 @@ pub(crate) const WORKER_POINTS: &[&str] = &[
     "reconciling",
     "resolving",
     "draining",
+    "retention",
 ];
 
 /// The named points at which publishers are killed.

@@ -26,6 +26,7 @@ use crate::plan::{Action, Child, schedule};
 use crate::point::point_of_its_own;
 use crate::site::{SCHEMA, Site, number};
 use crate::slot::{Wish, keep};
+use crate::traffic::FLEETING;
 use crate::world::World;
 
 /// A fault that has not been hit by the end of its time is tried for this much longer.
@@ -157,6 +158,7 @@ impl<Db: Site> Stage<Db> {
         }));
         let samples: Arc<Mutex<BTreeMap<i64, Vec<Sample>>>> = Arc::default();
         helpers.push(tokio::spawn(take_samples::<Db>(pool.clone(), samples.clone())));
+        helpers.push(tokio::spawn(forget_soon::<Db>(pool.clone())));
         helpers.push(tokio::spawn(operator::operate::<Db>(round.clone(), world.direct(number), round.remote.clone())));
         let children = (0..world.workers()).map(Child::Worker).chain((0..world.publishers()).map(Child::Publisher));
         let slots = children
@@ -430,6 +432,23 @@ async fn take_samples<Db: Site>(pool: Pool<Db>, samples: Arc<Mutex<BTreeMap<i64,
                 known.push(sample);
             }
         }
+    }
+}
+
+/// Keeps one subscription's history for no time at all, which nobody can declare: so retention has
+/// something to remove.
+async fn forget_soon<Db: Site>(pool: Pool<Db>) {
+    let sql = format!(
+        "update {} set keep_succeeded_ms = 0 where name = '{FLEETING}' and keep_succeeded_ms > 0",
+        Db::postbox("subscription")
+    );
+    loop {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let forget = async {
+            let mut connection = Db::acquire(&pool).await?;
+            Db::run(&mut connection, sql.clone()).await
+        };
+        tokio::time::timeout(Duration::from_secs(5), forget).await.ok();
     }
 }
 

@@ -25,6 +25,9 @@ pub(crate) const MANY: u32 = 40;
 /// Few enough that operations die of it now and then.
 pub(crate) const FEW: u32 = 4;
 
+/// The topic, and the subscription, that keep no history.
+pub(crate) const FLEETING: &str = "fleeting";
+
 pub(crate) const SUBSCRIPTIONS: &[Subscribed] = &[
     of("note", &["note"], Behind::Plain, MANY),
     of("late", &["late"], Behind::Plain, MANY),
@@ -37,6 +40,8 @@ pub(crate) const SUBSCRIPTIONS: &[Subscribed] = &[
     of("chain_one", &["chain.one"], Behind::Operation, FEW),
     of("chain_two", &["chain.two"], Behind::Transactional, MANY),
     of("chain_three", &["chain.three"], Behind::Plain, MANY),
+    // Its history is removed by retention while all goes on.
+    of(FLEETING, &[FLEETING], Behind::Plain, MANY),
     of("hog", &["hog"], Behind::Transactional, MANY),
 ];
 
@@ -57,7 +62,8 @@ pub(crate) fn follows(topic: &str) -> Option<(&'static str, &'static str)> {
 /// A topic for the next message: a mixed load.
 pub(crate) fn topic(dice: &mut fastrand::Rng) -> &'static str {
     match dice.u32(..100) {
-        0..22 => "note",
+        0..16 => "note",
+        16..22 => FLEETING,
         22..40 => "project",
         40..45 => "pair.left",
         45..50 => "pair.right",

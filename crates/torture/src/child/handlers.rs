@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use super::{ChildPlan, LEASE, QUIET, TIMEOUT, hit};
 use crate::fault::{Fault, Kind};
 use crate::site::{Site, Texts};
-use crate::traffic::{FEW, MANY, follows};
+use crate::traffic::{FEW, FLEETING, MANY, follows};
 
 /// What the handlers share.
 pub(crate) struct Hands<Db: Site> {
@@ -293,6 +293,7 @@ pub(crate) fn routes<Db: Site>(hands: Hands<Db>, hogs: bool) -> Router<Db> {
     let router = Router::new()
         .on("note", plain!("note", note::<Db>))
         .on("late", plain!("late", note::<Db>))
+        .on(FLEETING, plain!("fleeting", note::<Db>))
         .on("project", plain!("project", project::<Db>))
         .on("pair.*", plain!("pair_note", note::<Db>))
         .on("pair.>", plain!("pair_project", project::<Db>))

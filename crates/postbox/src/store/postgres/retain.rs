@@ -6,6 +6,7 @@ use sqlx::Row;
 
 use super::{PgStore, Work, timestamp};
 use crate::admin::{ExpiredRow, Retained, RetentionPreview};
+use crate::crash;
 use crate::error::Error;
 use crate::retention::{Retention, millis};
 
@@ -19,13 +20,17 @@ pub(super) async fn retain(store: &PgStore, retention: &Retention) -> Result<Ret
         .bind(retention.tell)
         .fetch_one(work.on())
         .await?;
-    work.commit().await?;
-    Ok(Retained {
+    let retained = Retained {
         busy: row.try_get("busy")?,
         deliveries: row.try_get("deliveries")?,
         messages: row.try_get("messages")?,
         more: row.try_get("more")?,
-    })
+    };
+    match retained.deliveries {
+        0 => work.commit().await?,
+        _ => crash::commit("retention", work.commit()).await?,
+    }
+    Ok(retained)
 }
 
 pub(super) async fn preview(store: &PgStore, keep_unrouted: Duration) -> Result<RetentionPreview, Error> {

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::{SqliteStore, admin, json_of, timestamp};
 use crate::admin::{ExpiredRow, Retained, RetentionPreview};
+use crate::crash;
 use crate::error::Error;
 use crate::retention::{Retention, millis};
 
@@ -91,7 +92,10 @@ pub(super) async fn retain(store: &SqliteStore, retention: &Retention) -> Result
     let up_to = expired.iter().map(|(.., since)| *since).max();
     let removed = i64::try_from(expired.len()).unwrap_or(i64::MAX);
     note(db, removed, i64::try_from(messages).unwrap_or(i64::MAX), up_to, retention.tell).await?;
-    work.commit().await?;
+    match expired.len() {
+        0 => work.commit().await?,
+        _ => crash::commit("retention", work.commit()).await?,
+    }
     let full = |rows: usize| rows >= retention.most as usize;
     Ok(Retained {
         busy: false,
