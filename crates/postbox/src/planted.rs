@@ -108,7 +108,7 @@ mod bugs {
         raced(
             "takeover-reads-first",
             "a takeover reads what a lease holds before it has locked it",
-            &["a_settle_that_commits_while_a_takeover_waits_is_seen"],
+            &["a_settle_that_commits_during_a_takeover_is_seen"],
         ),
         raced(
             "sequence-as-cursor",

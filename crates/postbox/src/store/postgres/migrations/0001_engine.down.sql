@@ -11,7 +11,7 @@ drop function {schema}.check_message;
 drop function {schema}.uuid7;
 drop function {schema}.body_hash;
 drop function {schema}.minted_at;
-drop table {schema}.retention, {schema}.thinned, {schema}.audit, {schema}.audit_counter, {schema}.observation, {schema}.resolution, {schema}.dead_letter,
+drop table {schema}.audit, {schema}.retention, {schema}.thinned, {schema}.audit_counter, {schema}.observation, {schema}.resolution, {schema}.dead_letter,
     {schema}.doubt, {schema}.outcome_part, {schema}.outcome, {schema}.attempt, {schema}.lease, {schema}.worker,
     {schema}.scheduled, {schema}.ready, {schema}.dedup, {schema}.unrouted, {schema}.late_delivery, {schema}.message,
     {schema}.route, {schema}.subscription, {schema}.routing;
