@@ -62,11 +62,13 @@ impl<'a> Checker<'a> {
         for entry in history.audit.iter().filter(|a| a.action == "retry") {
             *retries.entry(entry.delivery.unwrap_or_default()).or_default() += 1;
         }
-        let brief = |ext: &&str| history.publishes.get(*ext).is_some_and(|p| p.topic == FLEETING);
+        let brief = |ext: &str| history.publishes.get(ext).is_some_and(|p| p.topic == FLEETING);
+        // Removed only when it was done: what was tried and put off is unfinished.
+        let done: Vec<_> = history.notes.iter().filter(|n| n.done && brief(&n.ext)).collect();
         Checker {
             history,
-            fleeting: history.notes.iter().map(|n| n.ext.as_str()).filter(brief).collect(),
-            fleeting_deliveries: history.notes.iter().filter(|n| brief(&n.ext.as_str())).map(|n| n.delivery).collect(),
+            fleeting: done.iter().map(|n| n.ext.as_str()).collect(),
+            fleeting_deliveries: done.iter().map(|n| n.delivery).collect(),
             by_ext: grouped(history.messages.iter().map(|m| (m.ext.as_str(), m))),
             messages: history.messages.iter().map(|m| (m.id.as_str(), m)).collect(),
             attempts,
@@ -277,6 +279,12 @@ impl<'a> Checker<'a> {
                     Some("lost") if behind.kind == Behind::Operation => {
                         self.broken("I5", format!("{what} was lost and not put in doubt"));
                     }
+                    Some(unseen @ ("in_doubt" | "panicked" | "timed_out")) if behind.kind == Behind::Operation => {
+                        let resolved = self.resolutions.get(&delivery.id).cloned().unwrap_or_default();
+                        if !resolved.iter().any(|r| r.number == attempt.number) {
+                            self.broken("I5", format!("{what} ended {unseen}, and nobody said how it ended"));
+                        }
+                    }
                     Some("failed") if behind.kind == Behind::Operation => {
                         let calls = self.calls.get(&delivery.id).cloned().unwrap_or_default();
                         if calls.iter().any(|c| c.number == attempt.number && !c.applied.is_empty()) {
@@ -312,6 +320,11 @@ impl<'a> Checker<'a> {
 
     /// I3 and I7: calls at the remote.
     fn calls(&mut self) {
+        let unchecked = self.history.calls.iter().filter(|c| c.how == "unchecked").count();
+        if unchecked > 20 && unchecked * 2 > self.history.calls.len() {
+            let all = self.history.calls.len();
+            self.broken("I3", format!("{unchecked} of {all} calls could not be looked up: the witness is blind"));
+        }
         let mut by_delivery: Vec<(i64, Vec<&Call>)> = self.calls.iter().map(|(d, c)| (*d, c.clone())).collect();
         by_delivery.sort_by_key(|(delivery, _)| *delivery);
         for (delivery, mut calls) in by_delivery {

@@ -151,6 +151,7 @@ pub(crate) async fn dump<Db: Site>(pool: &Pool<Db>, history: &mut History) -> Re
             delivery: whole(r, 1).unwrap_or_default(),
             number: count(r, 2),
             clock: whole(r, 3).unwrap_or_default(),
+            done: true,
         })
         .collect();
     let business = format!("select ext from {}", Db::table("business"));

@@ -40,6 +40,8 @@ pub(crate) struct Seen {
     pub(crate) delivery: i64,
     pub(crate) number: u32,
     pub(crate) clock: i64,
+    /// It was told that it is done.
+    pub(crate) done: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -148,12 +150,13 @@ impl History {
         let mut open: BTreeMap<(String, u32), usize> = BTreeMap::new();
         for line in text.lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
-            if let ["note", ext, delivery, number, clock, ..] = words.as_slice() {
+            if let ["note", ext, delivery, number, clock, rest @ ..] = words.as_slice() {
                 self.notes.push(Seen {
                     ext: (*ext).to_owned(),
                     delivery: delivery.parse().unwrap_or_default(),
                     number: number.parse().unwrap_or_default(),
                     clock: clock.parse().unwrap_or_default(),
+                    done: rest.last() == Some(&"done"),
                 });
                 continue;
             }
@@ -202,9 +205,10 @@ mod tests {
         assert!(history.publishes["p0-1"].business);
         assert_eq!(history.publishes["p0-1"].told, [("ok".to_owned(), String::new())]);
         assert!(history.publishes["d-1"].dedup);
-        history.read_remote("call e k-7 7 1 100 555\nunrecorded e k-7 7 1\napplied e k-7 7 1 150\nover e k-7 7 1 160 Slow(3)\nnote e 8 2 777 plain 99\n");
+        history.read_remote("call e k-7 7 1 100 555\nunrecorded e k-7 7 1\napplied e k-7 7 1 150\nover e k-7 7 1 160 Slow(3)\nnote e 8 2 777 plain 99 done\n");
         let [call] = history.calls.as_slice() else { panic!("one call") };
         assert!(call.unrecorded && call.applied == [150] && call.over == Some(160) && call.clock == 555);
         assert_eq!((history.notes[0].delivery, history.notes[0].number, history.notes[0].clock), (8, 2, 777));
+        assert!(history.notes[0].done);
     }
 }

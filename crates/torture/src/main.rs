@@ -185,14 +185,25 @@ async fn run(cli: Cli) -> Result<bool, String> {
     let world = Arc::new(World::start(cli.store, faults, folder.path(), cli.keep).await?);
     let begun = std::time::Instant::now();
     let mut sum = Outcome::default();
-    let (mut left, mut number) = (cli.span, 0);
+    let (mut left, mut number, mut known) = (cli.span, 0, 0);
     while !left.is_zero() {
         let span = left.min(ROUND);
         left -= span;
         let seed = seed.wrapping_add(u64::from(number).wrapping_mul(0x9e37_79b9));
+        if number > 0 {
+            eprintln!("round {number}: seed {seed} for {} s", span.as_secs());
+        }
         let outcome = match cli.store {
-            Kind::Postgres => play::<Postgres>(&world, number, seed, span, left.is_zero(), cli.span).await?,
-            Kind::Sqlite => play::<Sqlite>(&world, number, seed, span, left.is_zero(), cli.span).await?,
+            Kind::Postgres => play::<Postgres>(&world, number, seed, span, left.is_zero(), cli.span).await,
+            Kind::Sqlite => play::<Sqlite>(&world, number, seed, span, left.is_zero(), cli.span).await,
+        };
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
+            // What was found before is not forgotten, nor are the logs.
+            Err(error) => {
+                world.broken(format!("the run itself: round {number} did not come to its end: {error}"));
+                break;
+            }
         };
         let line = format!(
             "round {number}: {} messages, {} operations, {} in doubt, {} broken",
@@ -205,7 +216,8 @@ async fn run(cli: Cli) -> Result<bool, String> {
         for broken in &outcome.broken {
             eprintln!("broken: {broken}");
         }
-        let clean = outcome.broken.is_empty() && world.all_broken().is_empty();
+        let clean = outcome.broken.is_empty() && world.all_broken().len() == known;
+        known = world.all_broken().len();
         sum.messages += outcome.messages;
         sum.operations += outcome.operations;
         sum.in_doubt += outcome.in_doubt;
@@ -227,12 +239,24 @@ async fn run(cli: Cli) -> Result<bool, String> {
         seconds: (begun.elapsed().as_secs_f64() * 10.0).round() / 10.0,
         messages: sum.messages,
         operations: sum.operations,
-        faults: world.counts.all(),
+        faults: counted(&world),
         in_doubt: sum.in_doubt,
         broken,
     };
     tell(&report, cli.json)?;
     Ok(report.broken.is_empty())
+}
+
+/// Each wanted fault and each part of one, with its hits; none is 0.
+fn counted(world: &World) -> BTreeMap<String, u64> {
+    let mut all = world.counts.all();
+    for fault in &world.faults {
+        all.entry(fault.id().to_owned()).or_default();
+        for part in fault.parts() {
+            all.entry(format!("{fault}:{part}")).or_default();
+        }
+    }
+    all
 }
 
 /// A round that kept every promise leaves nothing.

@@ -157,7 +157,7 @@ impl Slot {
             seed: dice.u64(..),
             life: self.lives,
             log: round.folder.join(format!("{name}.witness")),
-            patience_ms: match dice.u32(..3) {
+            patience_ms: match dice.u32(..2) {
                 0 => None,
                 _ => Some(dice.u64(50..300)),
             },

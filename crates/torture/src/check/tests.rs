@@ -85,7 +85,8 @@ fn honest() -> History {
         how: "Answer".into(),
     };
     history.calls = vec![call(1, 1, 100, vec![]), call(1, 2, 300, vec![320]), call(6, 1, 900, vec![])];
-    let seen = |delivery: i64, number: u32, clock: i64| Seen { ext: String::new(), delivery, number, clock };
+    let seen =
+        |delivery: i64, number: u32, clock: i64| Seen { ext: String::new(), delivery, number, clock, done: true };
     history.notes = vec![seen(3, 1, 6000), seen(4, 1, 6000), seen(4, 2, 7000 + LATER as i64), seen(5, 1, 6000)];
     history.effects = vec![seen(2, 1, 6000)];
     history.audit = vec![Audited { seq: 1, action: "resolve refused".into(), delivery: Some(6), rev_before: None }];
@@ -132,7 +133,9 @@ fn i2_what_was_rolled_back_is_there() {
     told("I2", "and no business row", phantom);
     told("I2", "nobody published it", |h| h.messages[3].ext = "x".into());
     told("I2", "2 times", |h| h.messages.push(h.messages[3].clone()));
-    told("I2", "and is not there", |h| h.notes.push(Seen { ext: "z".into(), delivery: 77, number: 1, clock: 1 }));
+    told("I2", "and is not there", |h| {
+        h.notes.push(Seen { ext: "z".into(), delivery: 77, number: 1, clock: 1, done: true })
+    });
 }
 
 #[test]

@@ -71,7 +71,7 @@ impl<Db: Site> Hands<Db> {
     }
 
     /// The database's clock, over a connection that is nobody else's.
-    async fn clock(&self) -> Result<String, sqlx::Error> {
+    pub(crate) async fn clock(&self) -> Result<String, sqlx::Error> {
         let mut connection = Db::acquire(&self.side).await?;
         Ok(first(Db::rows(&mut connection, clock_sql::<Db>()).await?))
     }

@@ -320,7 +320,8 @@ impl<Db: Site> Publisher<Db> {
 pub(crate) fn ended(result: &Result<(), sqlx::Error>) -> Told {
     match result {
         Ok(()) => Told::Ok,
-        Err(error) => match code(error).as_deref().map(|c| c.get(..2).unwrap_or(c)) {
+        // SQLSTATEs have five characters; SQLite's numbers begin with the same digits by chance.
+        Err(error) => match code(error).as_deref().filter(|c| c.len() == 5).and_then(|c| c.get(..2)) {
             Some("40" | "23" | "25") => Told::Fail,
             _ => Told::Unknown,
         },

@@ -105,8 +105,10 @@ impl<Db: Site> Remote<Db> {
                 }
             }
             ["note", ext, delivery, number, clock, kind] => {
-                self.log.write(format!("note {ext} {delivery} {number} {clock} {kind} {}", self.now())).await;
-                match self.noted((*ext, *number)) {
+                let noted = self.noted((*ext, *number));
+                let told = noted.unwrap_or("reset");
+                self.log.write(format!("note {ext} {delivery} {number} {clock} {kind} {} {told}", self.now())).await;
+                match noted {
                     Some(answer) => answer,
                     None => return hang_up(stream.into_inner()),
                 }
@@ -138,9 +140,12 @@ impl<Db: Site> Remote<Db> {
         clock: &str,
     ) -> Option<&'static str> {
         let call = format!("{ext} {key} {delivery} {number}");
-        self.log.write(format!("call {call} {} {clock}", self.now())).await;
-        let mode = self.mode(key, number);
-        match self.on_record(delivery, number).await {
+        let mode = self.mode(ext, number);
+        // Looked up first: writing the log takes time, in which a late commit would come through.
+        let came = self.now();
+        let recorded = self.on_record(delivery, number).await;
+        self.log.write(format!("call {call} {came} {clock}")).await;
+        match recorded {
             Some(true) => {}
             Some(false) => self.log.write(format!("unrecorded {call}")).await,
             // Nothing is applied unchecked.
@@ -169,8 +174,8 @@ impl<Db: Site> Remote<Db> {
         }
     }
 
-    fn mode(&self, key: &str, number: &str) -> Mode {
-        let mut dice = self.dice((key, number));
+    fn mode(&self, ext: &str, number: &str) -> Mode {
+        let mut dice = self.dice((ext, number));
         if self.healing.load(Ordering::SeqCst) {
             return Mode::Answer;
         }
