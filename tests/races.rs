@@ -253,6 +253,35 @@ async fn a_settle_that_commits_during_a_takeover_is_seen() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_was_taken_over_in_part_does_not_live_on() {
+    let fresh = Postgres::fresh().await;
+    let hand = Hand::of(&fresh, Kind::Operation).await;
+    while hand.store().backfill().await.expect("backfill") {}
+    publish(&fresh, "t").await;
+    let begun = hand.claim().await;
+    let starts = vec![(begun.items[0].delivery, 1)];
+    hand.store().settle(&Settle { starts, ..hand.flush(&begun, 0) }).await.expect("begin");
+    publish(&fresh, "t").await;
+    let held = hand.claim().await;
+    let schema = fresh.schema();
+    // A settle of the second batch stands still with its lease row locked.
+    let mut settling = fresh.pool.begin().await.expect("begin");
+    let lock = format!("select from {schema}.lease where token = $1 for share");
+    sqlx::query(sqlx::AssertSqlSafe(lock)).bind(held.token).execute(&mut *settling).await.expect("lock");
+    let dead = format!("update {schema}.worker set expires_at = clock_timestamp() - interval '1 ms'");
+    Postgres::execute(&fresh, &dead).await;
+    let taken = fresh.postbox.store().take_over(0.0).await.expect("take over").expect("somebody dead");
+    assert_eq!((taken.in_doubt, taken.pending), (1, 0), "what could be taken");
+    // The paused worker comes back: it must learn that it is over, or it would believe in its lease.
+    let beat = Beat { worker: hand.worker, lease: Duration::from_secs(60) };
+    assert!(hand.store().beat(beat).await.expect("beat").is_none());
+    settling.rollback().await.expect("rollback");
+    let taken = fresh.postbox.store().take_over(0.0).await.expect("take over").expect("the rest of it");
+    assert_eq!((taken.in_doubt, taken.pending), (0, 1));
+    assert!(fresh.postbox.store().take_over(0.0).await.expect("take over").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_commits_late_is_not_passed_over() {
     let fresh = Postgres::fresh().await;
     let hand = Hand::of(&fresh, Kind::Plain).await;

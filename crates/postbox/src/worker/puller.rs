@@ -278,9 +278,10 @@ impl<S: Store> Shared<S> {
                     return Ok(Told::Recorded);
                 }
                 Some(Fate::Open) => {}
+                // Committed, or settled by somebody else: the record tells.
                 Some(Fate::Gone) | None => {
                     lock(&self.held).remove(&token);
-                    return Ok(Told::Committed);
+                    continue;
                 }
             }
             drop(looked);

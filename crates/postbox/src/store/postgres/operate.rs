@@ -65,7 +65,20 @@ pub(super) async fn cancel(store: &PgStore, delivery: DeliveryId, cancel: &Cance
 
 async fn carry_out(store: &PgStore, delivery: DeliveryId, wish: Wish<'_>) -> Result<AuditEntry, Error> {
     let mut work = store.durable().await?;
-    let Some((row, state)) = pull(store, &mut work, delivery).await? else {
+    // A consumer in SQL holds what it has for as long as its transaction is open.
+    store.query("set local lock_timeout = 5000").execute(work.on()).await?;
+    let pulled = match pull(store, &mut work, delivery).await {
+        Err(Error::Database(error))
+            if error.as_database_error().is_some_and(|e| e.code().as_deref() == Some("55P03")) =>
+        {
+            let error = Error::Conflict(format!(
+                "delivery {delivery} is in the hands of an open transaction; try again when that has ended"
+            ));
+            return Err(lost_race(store, work, wish.actor, wish.refused, wish.reason, delivery, error).await);
+        }
+        pulled => pulled?,
+    };
+    let Some((row, state)) = pulled else {
         let Some((found, _)) = find(store, &mut work, delivery).await? else {
             work.rollback().await?;
             return Err(no_delivery(delivery));

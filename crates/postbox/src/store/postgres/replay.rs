@@ -78,15 +78,17 @@ pub(super) async fn one(store: &PgStore, delivery: DeliveryId, replay: &Replay) 
 async fn lasting(store: &PgStore, work: &mut Work, ended: &[Ended]) -> Result<Vec<Ended>, Error> {
     let held: Vec<DeliveryId> = ended.iter().filter(|e| e.state != State::Succeeded).map(|e| e.delivery).collect();
     let sql = format!(
-        "select delivery from {}.dead_letter where delivery = any ($1) order by delivery for share",
+        "select delivery, state from {}.dead_letter where delivery = any ($1) order by delivery for share",
         store.schema
     );
     let rows = match held.is_empty() {
         true => Vec::new(),
         false => store.dynamic(sql).bind(held).fetch_all(work.on()).await?,
     };
-    let held: Vec<DeliveryId> = rows.iter().map(|r| r.try_get("delivery")).collect::<Result<_, _>>()?;
-    let stays = |e: &&Ended| e.state == State::Succeeded || held.contains(&e.delivery);
+    let held: Vec<(DeliveryId, String)> =
+        rows.iter().map(|r| Ok((r.try_get("delivery")?, r.try_get("state")?))).collect::<Result<_, Error>>()?;
+    let as_seen = |e: &Ended| held.iter().any(|(id, state)| *id == e.delivery && state == e.state.as_str());
+    let stays = |e: &&Ended| e.state == State::Succeeded || as_seen(e);
     Ok(ended.iter().filter(stays).cloned().collect())
 }
 

@@ -93,10 +93,16 @@ pub(super) async fn take_over(store: &PgStore, draw: f64) -> Result<Option<Taken
         .execute(work.on())
         .await?;
     forget(store, &mut work, &tokens).await?;
-    if !waits {
-        let sql = format!("delete from {}.worker where id = $1", store.schema);
-        store.dynamic(sql).bind(worker).execute(work.on()).await?;
-    }
+    // While something is left for later the row stays, and no heartbeat brings it back to life: a paused
+    // worker must not believe in its lease again after others have taken from it.
+    let sql = match waits {
+        false => format!("delete from {}.worker where id = $1", store.schema),
+        true => format!(
+            "update {}.worker set expires_at = timestamp with time zone '-infinity', asleep = false where id = $1",
+            store.schema
+        ),
+    };
+    store.dynamic(sql).bind(worker).execute(work.on()).await?;
     work.commit().await?;
     Ok(Some(taken))
 }

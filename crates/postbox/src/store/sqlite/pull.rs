@@ -130,8 +130,10 @@ pub(super) async fn complete(
     lease: LeaseRef,
     outcome: &Move,
 ) -> Result<Completion, Error> {
-    // The first statement writes, so that it waits for the lock before it takes its snapshot.
-    let ended = sqlx::query("delete from postbox_lease where token = ?1 and batch = ?2 and worker = ?3")
+    // The first statement writes, so that it waits for the lock before it takes its snapshot. It changes
+    // nothing, and the lease goes last: cut short anywhere, what the caller commits is still leased or done.
+    let held = "update postbox_lease set worker = worker where token = ?1 and batch = ?2 and worker = ?3";
+    let held = sqlx::query(held)
         .bind(lease.token)
         .bind(lease.batch)
         .bind(lease.worker)
@@ -143,10 +145,11 @@ pub(super) async fn complete(
             _ => Error::from(error),
         })?
         .rows_affected();
-    if ended == 0 {
+    if held == 0 {
         return Ok(Completion::Fenced);
     }
     settle::apply(caller, std::slice::from_ref(outcome), Some(lease)).await?;
+    settle::close(caller, lease.token).await?;
     Ok(Completion::Done)
 }
 

@@ -131,15 +131,16 @@ pub(super) async fn newest(store: &SqliteStore) -> Result<DeliveryId, Error> {
 pub(super) async fn page(store: &SqliteStore, ended: &[Ended], replay: &Replay) -> Result<u64, Error> {
     let mut work = store.write().await?;
     // Operations are replayed one by one, with a word on each; a removed subscription has nobody behind it.
+    // Only what is as it was seen: what was changed since is not replayed by an old look.
     let wanted: Vec<DeliveryId> = sqlx::query_scalar(
         "select d.id from json_each(?1) e
-         join postbox_delivery d on d.id = e.value
+         join postbox_delivery d on d.id = e.value ->> 0 and d.state = e.value ->> 1
          join postbox_subscription s on s.id = d.subscription and s.removed_at is null and s.kind <> 'operation'
          where d.state in ('succeeded', 'dead', 'cancelled')
              and exists (select 1 from postbox_message m where m.id = d.message)
          order by e.key",
     )
-    .bind(json_of(&ended.iter().map(|e| e.delivery).collect::<Vec<_>>())?)
+    .bind(json_of(&ended.iter().map(|e| (e.delivery, e.state.as_str())).collect::<Vec<_>>())?)
     .fetch_all(work.on())
     .await?;
     let wanted: std::collections::HashSet<DeliveryId> = wanted.into_iter().collect();
