@@ -158,7 +158,7 @@ impl<Db: Site> Stage<Db> {
         }));
         let samples: Arc<Mutex<BTreeMap<i64, Vec<Sample>>>> = Arc::default();
         helpers.push(tokio::spawn(take_samples::<Db>(pool.clone(), samples.clone())));
-        helpers.push(tokio::spawn(forget_soon::<Db>(pool.clone())));
+        helpers.push(tokio::spawn(age_soon::<Db>(pool.clone())));
         helpers.push(tokio::spawn(operator::operate::<Db>(round.clone(), world.direct(number), round.remote.clone())));
         let children = (0..world.workers()).map(Child::Worker).chain((0..world.publishers()).map(Child::Publisher));
         let slots = children
@@ -435,20 +435,31 @@ async fn take_samples<Db: Site>(pool: Pool<Db>, samples: Arc<Mutex<BTreeMap<i64,
     }
 }
 
-/// Keeps one subscription's history for no time at all, which nobody can declare: so retention has
-/// something to remove.
-async fn forget_soon<Db: Site>(pool: Pool<Db>) {
-    let sql = format!(
-        "update {} set keep_succeeded_ms = 0 where name = '{FLEETING}' and keep_succeeded_ms > 0",
-        Db::postbox("subscription")
-    );
+/// Makes one subscription's history old as soon as it is there, so that retention has something to
+/// remove: keeping it for a shorter time than an hour is nothing that a worker would declare.
+async fn age_soon<Db: Site>(pool: Pool<Db>) {
+    let sql = match Db::KIND {
+        Kind::Postgres => format!(
+            "update postbox.outcome_part set finished_at = finished_at - interval '40 days'
+             where finished_at > clock_timestamp() - interval '1 day'
+                 and subscriptions <@ array(select id from postbox.subscription where name = '{FLEETING}');
+             update postbox.outcome set finished_at = finished_at - interval '40 days'
+             where finished_at > clock_timestamp() - interval '1 day' and state_after = 'succeeded'
+                 and subscription in (select id from postbox.subscription where name = '{FLEETING}')"
+        ),
+        Kind::Sqlite => format!(
+            "update postbox_delivery set since = since - 40 * 86400000
+             where state = 'succeeded' and since > (select now from postbox_clock) - 86400000
+                 and subscription in (select id from postbox_subscription where name = '{FLEETING}')"
+        ),
+    };
     loop {
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let forget = async {
+        let age = async {
             let mut connection = Db::acquire(&pool).await?;
             Db::run(&mut connection, sql.clone()).await
         };
-        tokio::time::timeout(Duration::from_secs(5), forget).await.ok();
+        tokio::time::timeout(Duration::from_secs(5), age).await.ok();
     }
 }
 

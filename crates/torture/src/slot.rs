@@ -134,15 +134,18 @@ impl Slot {
         }
         let (often, some) = (dice.u32(1..12), dice.u32(1..3));
         let never: Vec<&str> = points.iter().copied().filter(|p| world.counts.of(&format!("F1:{p}")) == 0).collect();
+        // Retention looks once a minute, and when a worker starts.
+        let nth = |point: &str, wanted: u32| if point == "retention" { 1 } else { wanted };
         if !never.is_empty() {
-            return Some((never[(self.lives as usize + slot) % never.len()], some));
+            let point = never[(self.lives as usize + slot) % never.len()];
+            return Some((point, nth(point, some)));
         }
         if self.lives.is_multiple_of(2) {
             return None;
         }
         let point = points[(self.round.seed as usize % 64 + self.lives as usize / 2 * 3 + slot) % points.len()];
         let seldom = ["reconciling", "resolving", "draining"].contains(&point);
-        Some((point, if seldom { some } else { often }))
+        Some((point, nth(point, if seldom { some } else { often })))
     }
 
     async fn start(&self) -> std::io::Result<Life> {
