@@ -1,5 +1,5 @@
 //! A line of `publish --jsonl`: what it has to look like. The fuzz target for envelopes includes this
-//! file as it is, so it uses the library and serde only.
+//! file as it is, so it uses the library, serde and base64 only.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
