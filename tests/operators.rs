@@ -428,7 +428,8 @@ async fn a_snooze_leaves_its_lease<Db: Testable>() {
         detail: None,
         evidence: None,
     };
-    let settle = Settle { moves: vec![moved], seen: vec![seen], ..settle };
+    // A handler that snoozes for ever does not fill the disk with it.
+    let settle = Settle { moves: vec![moved], seen: vec![seen; 120], ..settle };
     for _ in 0..2 {
         assert_eq!(hand.postbox.store().settle(&settle).await.expect("settle"), Guarded::Done, "once, asked twice");
     }
@@ -443,7 +444,7 @@ async fn a_snooze_leaves_its_lease<Db: Testable>() {
     let shown = admin.show(snoozed).await.expect("show");
     assert_eq!(story(&shown), (State::Pending, 0, vec![]));
     assert!(shown.row.next_due_at.is_some());
-    assert_eq!(shown.records.iter().filter(|r| r.what == "snoozed").count(), 1, "{:?}", shown.records);
+    assert_eq!(shown.records.iter().filter(|r| r.what == "snoozed").count(), 100, "up to a limit");
 }
 
 async fn what_is_discarded_is_no_dead_letter<Db: Testable>() {

@@ -125,6 +125,28 @@ async fn failed_counts_in_the_transaction_in_a_savepoint_and_after_a_rollback() 
     let errors: Vec<_> = attempts.iter().map(|a| (a.number, a.error.as_deref().unwrap_or_default())).collect();
     assert_eq!(errors[1..], [(2, "two"), (3, "three"), (4, "four")]);
     assert!(!failed(&fresh, &mut other, delivery, "once more").await, "it is dead");
+    // An attempt that is named: that one, or none.
+    publish(&fresh, 1).await;
+    let at = format!("select {}.failed($1, 'late', '0 s', attempt => $2)", fresh.schema());
+    let mut tx = fresh.pool.begin().await.expect("begin");
+    let (delivery, _) = next(&fresh, &mut tx).await.expect("one is there");
+    tx.rollback().await.expect("rollback");
+    for (number, counted) in [(2, false), (1, true), (1, false), (2, true)] {
+        let told: bool = sqlx::query_scalar(sqlx::AssertSqlSafe(at.clone()))
+            .bind(delivery)
+            .bind(number)
+            .fetch_one(&mut *other)
+            .await
+            .expect("failed");
+        assert_eq!(told, counted, "attempt {number}");
+    }
+    let mut tx = fresh.pool.begin().await.expect("begin");
+    assert_eq!(next(&fresh, &mut tx).await, Some((delivery, 3)));
+    let told: bool =
+        sqlx::query_scalar(sqlx::AssertSqlSafe(at)).bind(delivery).bind(2).fetch_one(&mut *tx).await.expect("failed");
+    assert!(!told, "the third is in hand");
+    tx.commit().await.expect("commit");
+    assert_eq!(standing(&fresh, delivery).await.0, State::Succeeded);
     // What somebody else's transaction completed is not undone.
     publish(&fresh, 1).await;
     let mut tx = fresh.pool.begin().await.expect("begin");
@@ -206,7 +228,12 @@ async fn wrong_uses_are_told() {
         ("select {schema}.subscribe('x', 'a', max_attempts => 0)", "22023", "1 to 1000"),
         ("select {schema}.subscribe('x', 'a', start => 'soon')", "22023", "beginning"),
         ("select {schema}.subscribe('x', 'a', application => repeat('a', 64))", "22023", "63 bytes"),
+        ("select {schema}.subscribe('x', 'a', start => 'infinity')", "22023", "beginning"),
         ("select {schema}.failed(1, 'x', '-1 s')", "22023", "retry_after"),
+        ("select {schema}.publish('a', '1', at => 'infinity')", "22008", "due time"),
+        ("select {schema}.publish('a', '1', at => '200000-01-01')", "22008", "year 9999"),
+        ("select {schema}.publish('a', '1', occurred_at => '-infinity')", "22008", "time of occurrence"),
+        ("select {schema}.publish('a', '1', occurred_at => '4000-01-01 BC')", "22008", "year 1"),
     ] {
         let (found, message) = refused(&fresh, sql).await;
         assert!(found == code && message.contains(words), "{sql}: {found} {message}");
@@ -221,6 +248,33 @@ async fn wrong_uses_are_told() {
         let (code, message) = refused(&fresh, sql).await;
         assert!(code == "22023" && message.contains("operation"), "{sql}: {code} {message}");
     }
+}
+
+/// An old setting that some databases still have: backslashes in plain strings are escapes.
+#[tokio::test]
+async fn backslashes_mean_the_same_under_the_old_setting() {
+    let fresh = declared(4).await;
+    let mut on = fresh.pool.acquire().await.expect("a connection");
+    sqlx::raw_sql("set standard_conforming_strings = off; set escape_string_warning = off")
+        .execute(&mut *on)
+        .await
+        .expect("set");
+    let publish = format!("select {}.publish($1, body => 'x', content_type => $2)", fresh.schema());
+    for (topic, content_type, taken) in [
+        ("orders.placed", r#"text/plain; a="b\"c""#, true),
+        ("ordersxplaced", "text/plain", true),
+        ("orders..placed", "text/plain", false),
+        ("orders.placed", r#"text/plain; a="b\""#, false),
+        ("orders.placed", r#"text/plain; a="b"c""#, false),
+    ] {
+        let told = sqlx::query(sqlx::AssertSqlSafe(publish.clone())).bind(topic).bind(content_type).execute(&mut *on);
+        let told = told.await;
+        assert_eq!(told.is_ok(), taken, "{topic} {content_type}: {told:?}");
+    }
+    let (delivery, _) = next(&fresh, &mut on).await.expect("one is there");
+    assert_eq!(standing(&fresh, delivery).await.0, State::Succeeded);
+    // The next connection from the pool is not one with that setting.
+    on.close().await.expect("close");
 }
 
 #[tokio::test]
@@ -318,10 +372,15 @@ async fn the_backoff_is_the_librarys() {
             );
         }
     }
-    // What `failed` draws lies below it, and is not always the same.
+    // What `failed` draws lies below it, and is not always the same. All are taken first: on a slow
+    // machine those that failed would be due again meanwhile.
     publish(&fresh, 30).await;
     let mut tx = fresh.pool.begin().await.expect("begin");
+    let mut taken = Vec::new();
     while let Some((delivery, _)) = next(&fresh, &mut tx).await {
+        taken.push(delivery);
+    }
+    for delivery in taken {
         let sql = format!("select {schema}.failed($1, 'no')");
         sqlx::query(sqlx::AssertSqlSafe(sql)).bind(delivery).execute(&mut *tx).await.expect("failed");
     }

@@ -278,6 +278,39 @@ async fn a_worker_works_and_the_record_stays_as_it_is() {
     may_not(postbox.admin().resolve(operation.delivery, &word()).await);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_owners_least_time_holds_whatever_a_worker_declares() {
+    let fresh = Postgres::fresh().await;
+    let schema = fresh.schema();
+    let login = Login::with(&fresh, &["worker"]).await;
+    let postbox = open(&login).await;
+    for topic in ["t.a", "unrouted"] {
+        postbox.publish_now([Envelope::json(topic, &1)]).await.expect("publish");
+    }
+    let app = Router::new().on("t.a", handler(async |_: Envelope| {}).named("a"));
+    let worker = postbox.worker(app).poll_interval(Duration::from_millis(20)).start().await.expect("start");
+    let succeeded = async { while all_states(&fresh.postbox).await != [("a".into(), "succeeded".into())] {} };
+    tokio::time::timeout(PATIENCE, succeeded).await.expect("done");
+    worker.stop(None).await.expect("stop");
+
+    // It says that nothing is to be kept; the owner says an hour.
+    let mut connection = connection(&login).await;
+    let least = format!("update {schema}.retention set keep_at_least_ms = 3600000");
+    refused(&login, std::slice::from_ref(&least)).await;
+    Postgres::execute(&fresh, &least).await;
+    let shorten = format!("update {schema}.subscription set keep_succeeded_ms = 0, keep_dead_ms = 0");
+    sqlx::query(sqlx::AssertSqlSafe(shorten)).execute(&mut connection).await.expect("its own word");
+    let retain = format!("select deliveries + messages from {schema}.retain(0, 100, true)");
+    let mut removed = async || -> i64 {
+        sqlx::query_scalar(sqlx::AssertSqlSafe(retain.clone())).fetch_one(&mut connection).await.expect("retain")
+    };
+    assert_eq!(removed().await, 0);
+    let preview = fresh.postbox.admin().retention_preview(Duration::ZERO).await.expect("preview");
+    assert!(preview.deliveries.is_empty() && preview.messages == 0, "{preview:?}");
+    Postgres::execute(&fresh, &format!("update {schema}.retention set keep_at_least_ms = 0")).await;
+    assert_eq!(removed().await, 3, "a delivery and two messages");
+}
+
 fn word() -> Resolution {
     Resolution {
         rev: None,

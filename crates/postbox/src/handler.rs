@@ -43,7 +43,8 @@ impl Failure {
     }
 
     /// Not now: again after `wait` (at most 10 years), as if it had not been tried. That does not use
-    /// up an attempt, unless its start is on record, which it is after a worker died holding it.
+    /// up an attempt, unless its start is on record, which it is after a worker died holding it. Each is
+    /// on record, up to 100 of one attempt.
     pub fn snooze(wait: Duration) -> Self {
         Failure { error: format!("snoozed for {wait:?}"), end: End::Snoozed { wait } }
     }

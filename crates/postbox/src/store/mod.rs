@@ -246,6 +246,9 @@ pub struct LeaseRef {
     pub token: Uuid,
 }
 
+/// How many snoozes of one attempt are on record.
+pub(crate) const MOST_SNOOZES: i64 = 100;
+
 /// A wish for one delivery, to be settled in its caller's transaction.
 #[derive(Debug, Clone, Copy)]
 pub struct PullRequest {

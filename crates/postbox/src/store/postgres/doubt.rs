@@ -8,7 +8,7 @@ use sqlx::postgres::PgRow;
 use super::{PgStore, Work, envelope, millis, settle};
 use crate::error::Error;
 use crate::lifecycle::{Kind, State};
-use crate::store::{Answered, DeliveryId, Doubtful, Observation, SubscriptionId, decide, policy_of};
+use crate::store::{Answered, DeliveryId, Doubtful, MOST_SNOOZES, Observation, SubscriptionId, decide, policy_of};
 
 pub(super) async fn doubts(
     store: &PgStore,
@@ -136,10 +136,13 @@ pub(super) async fn observe(store: &PgStore, observations: &[Observation]) -> Re
     Ok(())
 }
 
-/// Writes down what was seen.
+/// Writes down what was seen. A handler may snooze for ever: so many of one attempt tell enough.
 pub(super) async fn keep(store: &PgStore, work: &mut Work, seen: &Observation) -> Result<(), Error> {
     let sql = format!(
-        "insert into {}.observation (delivery, number, worker, kind, detail) values ($1, $2, $3, $4, $5)",
+        "insert into {0}.observation (delivery, number, worker, kind, detail)
+         select $1, $2, $3, $4, $5
+         where $4 <> 'snoozed' or $6 > (
+            select pg_catalog.count(*) from {0}.observation o where o.delivery = $1 and o.number = $2 and o.kind = 'snoozed')",
         store.schema
     );
     store
@@ -149,6 +152,7 @@ pub(super) async fn keep(store: &PgStore, work: &mut Work, seen: &Observation) -
         .bind(seen.worker)
         .bind(seen.kind)
         .bind(&seen.detail)
+        .bind(MOST_SNOOZES)
         .execute(work.on())
         .await?;
     Ok(())

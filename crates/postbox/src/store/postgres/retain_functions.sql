@@ -105,7 +105,7 @@ begin
         cross join lateral (
             select x.delivery from {schema}.dead_letter x
             where x.subscription = s.id
-                and x.at < pg_catalog.statement_timestamp() - interval '1 millisecond' * s.keep_dead_ms::double precision
+                and x.at < pg_catalog.statement_timestamp() - interval '1 millisecond' * greatest(s.keep_dead_ms, own.keep_at_least_ms)::double precision
                 and x.delivery not in (select h.delivery from held h)
             order by x.at
             limit most
@@ -134,7 +134,7 @@ begin
             select o.* from (
                 select x.delivery, x.message, x.finished_at as at from {schema}.outcome x
                 where x.subscription = s.id and x.state_after = 'succeeded'
-                    and x.finished_at < pg_catalog.statement_timestamp() - interval '1 millisecond' * s.keep_succeeded_ms::double precision
+                    and x.finished_at < pg_catalog.statement_timestamp() - interval '1 millisecond' * greatest(s.keep_succeeded_ms, own.keep_at_least_ms)::double precision
                     and x.delivery not in (select h.delivery from held h)
                 order by x.finished_at
                 limit page
@@ -143,7 +143,7 @@ begin
             select r.* from (
                 select x.delivery, x.message, x.at from {schema}.resolution x
                 where x.subscription = s.id and x.state_after = 'succeeded'
-                    and x.at < pg_catalog.statement_timestamp() - interval '1 millisecond' * s.keep_succeeded_ms::double precision
+                    and x.at < pg_catalog.statement_timestamp() - interval '1 millisecond' * greatest(s.keep_succeeded_ms, own.keep_at_least_ms)::double precision
                     and x.delivery not in (select h.delivery from held h)
                 order by x.at
                 limit page
@@ -161,13 +161,13 @@ begin
     -- those that stay are looked at again once an hour only.
     own.parts_after := coalesce(own.parts_after, '-infinity');
     page := 0;
-    select pg_catalog.min(s.keep_succeeded_ms) into shortest from {schema}.subscription s;
+    select greatest(pg_catalog.min(s.keep_succeeded_ms), own.keep_at_least_ms) into shortest from {schema}.subscription s;
     for part in
         select p.batch, p.part, p.finished_at, p.deliveries, p.messages,
             not exists (select from {schema}.lease l where l.batch = p.batch)
-            and p.finished_at < pg_catalog.statement_timestamp() - interval '1 millisecond' * coalesce(
-                (select pg_catalog.max(s.keep_succeeded_ms) from {schema}.subscription s where s.id = any (p.subscriptions)),
-                shortest)::double precision as expired
+            and p.finished_at < pg_catalog.statement_timestamp() - interval '1 millisecond' * greatest(shortest,
+                (select pg_catalog.max(s.keep_succeeded_ms) from {schema}.subscription s where s.id = any (p.subscriptions))
+                )::double precision as expired
         from {schema}.outcome_part p
         where p.finished_at > own.parts_after
             and p.finished_at < pg_catalog.statement_timestamp() - interval '1 millisecond' * shortest::double precision
@@ -197,7 +197,7 @@ begin
     if not exists (select from {schema}.subscription s where not s.backfilled and s.removed_at is null) then
         with expired as materialized (
             select u.message from {schema}.unrouted u
-            where u.message < {schema}.uuid_at(pg_catalog.statement_timestamp() - interval '1 millisecond' * unrouted_ms::double precision)
+            where u.message < {schema}.uuid_at(pg_catalog.statement_timestamp() - interval '1 millisecond' * greatest(unrouted_ms, own.keep_at_least_ms)::double precision)
             order by u.message
             limit most
             for update skip locked

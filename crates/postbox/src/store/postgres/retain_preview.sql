@@ -20,7 +20,8 @@ with ended as (
 ),
 expired as materialized (
     select e.* from ended e
-    where e.at < pg_catalog.statement_timestamp() - interval '1 millisecond' * e.keep_ms::double precision
+    where e.at < pg_catalog.statement_timestamp() - interval '1 millisecond'
+            * greatest(e.keep_ms, (select t.keep_at_least_ms from {schema}.retention t))::double precision
         and e.delivery not in (
             select i.delivery from {schema}.lease l cross join lateral pg_catalog.unnest(l.deliveries) as i(delivery))
 )
@@ -41,7 +42,8 @@ select null, null, 'messages', (
         and not exists (select from {schema}.unrouted u where u.message = m.id)
 ) + (
     select pg_catalog.count(*) from {schema}.unrouted u
-    where u.message < {schema}.uuid_at(pg_catalog.statement_timestamp() - interval '1 millisecond' * $1::bigint::double precision)
+    where u.message < {schema}.uuid_at(pg_catalog.statement_timestamp() - interval '1 millisecond'
+            * greatest($1::bigint, (select t.keep_at_least_ms from {schema}.retention t))::double precision)
         and not exists (select from {schema}.subscription s where not s.backfilled and s.removed_at is null)
 ), null
 order by 1, 2, 3

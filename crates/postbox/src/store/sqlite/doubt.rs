@@ -9,7 +9,9 @@ use super::work::Work;
 use super::{SqliteStore, json_of, messages, millis, publish, settle};
 use crate::error::Error;
 use crate::lifecycle::{Kind, State};
-use crate::store::{Answered, DeliveryId, Doubtful, Observation, SubscriptionId, Word, decide, policy_of};
+use crate::store::{
+    Answered, DeliveryId, Doubtful, MOST_SNOOZES, Observation, SubscriptionId, Word, decide, policy_of,
+};
 
 row! {
     struct Due {
@@ -180,13 +182,16 @@ pub(super) async fn observe(store: &SqliteStore, observations: &[Observation]) -
 pub(super) async fn keep(db: &mut SqliteConnection, seen: &Observation) -> Result<(), Error> {
     sqlx::query(
         "insert into postbox_observation (delivery, number, worker, kind, detail, at)
-         select ?1, ?2, ?3, ?4, ?5, now from postbox_clock",
+         select ?1, ?2, ?3, ?4, ?5, now from postbox_clock
+         where ?4 <> 'snoozed' or ?6 > (
+            select count(*) from postbox_observation o where o.delivery = ?1 and o.number = ?2 and o.kind = 'snoozed')",
     )
     .bind(seen.delivery)
     .bind(seen.number)
     .bind(seen.worker)
     .bind(seen.kind)
     .bind(&seen.detail)
+    .bind(MOST_SNOOZES)
     .execute(db)
     .await?;
     Ok(())

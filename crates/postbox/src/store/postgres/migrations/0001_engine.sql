@@ -134,6 +134,8 @@ create table {schema}.scheduled (
     rev          int         not null
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
 create index scheduled_due on {schema}.scheduled (due_at);
+-- For those that pull from one subscription.
+create index scheduled_subscription on {schema}.scheduled (subscription, due_at);
 
 create table {schema}.worker (
     id            uuid        primary key,
@@ -309,7 +311,9 @@ create table {schema}.retention (
     up_to       timestamptz,
     told_at     timestamptz,
     parts_after timestamptz,
-    swept_at    timestamptz
+    swept_at    timestamptz,
+    -- Whatever workers declare, nothing goes earlier than this after its end. Only the owner sets it.
+    keep_at_least_ms bigint not null default 0 check (keep_at_least_ms >= 0)
 );
 insert into {schema}.retention default values;
 
@@ -396,12 +400,21 @@ declare
     is_stored boolean;
     first_id pg_catalog.uuid;
     same boolean;
+    asked timestamp with time zone;
 begin
     perform {schema}.check_message(topic, payload, key, headers, after, dedup_key, dedup_window,
         max_attempts, external_id, source, correlation_id, causation_id, body, content_type);
     if at is not null and after is not null then
         raise exception using errcode = '22023', message = 'postbox: give `after` or `at`, not both';
     end if;
+    -- What the library can show: jiff ends with the year 9999.
+    foreach asked in array array[at, occurred_at] loop
+        if asked < '0001-01-01 00:00:00+00' or asked >= '9999-12-30 22:00:00+00' then
+            raise exception using errcode = '22008', message = pg_catalog.format(
+                'postbox: the %s is %s; it must be from the year 1 to the end of the year 9999',
+                case when asked = at then 'due time' else 'time of occurrence' end, asked);
+        end if;
+    end loop;
     for round in 1 .. 5 loop
         select b.id, b.stored into new_id, is_stored
         from {schema}.publish_batch(
@@ -475,7 +488,7 @@ begin
         raise exception using errcode = '22023', message = 'postbox: a topic must not be empty; write it like `orders.placed`';
     elsif pg_catalog.octet_length(topic) > 255 then
         raise exception using errcode = '22023', message = pg_catalog.format('postbox: the topic is %s bytes long; the limit is 255', pg_catalog.octet_length(topic));
-    elsif topic !~ '^[A-Za-z0-9_:/@+-]+(\.[A-Za-z0-9_:/@+-]+)*$' then
+    elsif topic !~ '^[A-Za-z0-9_:/@+-]+([.][A-Za-z0-9_:/@+-]+)*$' then
         raise exception using errcode = '22023', message = 'postbox: the topic has an empty segment or a character other than letters, digits and _ - : / @ + between the dots';
     end if;
     if payload is null and body is null then
@@ -488,8 +501,9 @@ begin
         raise exception using errcode = '22023', message = pg_catalog.format('postbox: the payload is %s bytes; the limit is 1048576', pg_catalog.octet_length(body));
     elsif pg_catalog.octet_length(content_type) > 255 then
         raise exception using errcode = '22023', message = pg_catalog.format('postbox: the content type is %s bytes long; the limit is 255', pg_catalog.octet_length(content_type));
-    -- As check_content_type in content.rs: type/subtype; name=value; name="text".
-    elsif content_type !~ '^[A-Za-z0-9!#$%&''*+.^_`|~-]+/[A-Za-z0-9!#$%&''*+.^_`|~-]+( *; *[A-Za-z0-9!#$%&''*+.^_`|~-]+=([A-Za-z0-9!#$%&''*+.^_`|~-]+|"([] !#-[^-~]|\\[ -~])*"))*$' then
+    -- As check_content_type in content.rs: type/subtype; name=value; name="text". An e'' string reads
+    -- the same whatever standard_conforming_strings says.
+    elsif content_type !~ e'^[A-Za-z0-9!#$%&''*+.^_`|~-]+/[A-Za-z0-9!#$%&''*+.^_`|~-]+( *; *[A-Za-z0-9!#$%&''*+.^_`|~-]+=([A-Za-z0-9!#$%&''*+.^_`|~-]+|"([] !#-[^-~]|\\\\[ -~])*"))*$' then
         raise exception using errcode = '22023', message = 'postbox: the content type is no media type: write it like `image/png` or `text/plain; charset=utf-8`, 1 to 255 bytes of visible ASCII';
     end if;
     content := coalesce(payload::pg_catalog.text, '');

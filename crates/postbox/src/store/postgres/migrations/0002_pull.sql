@@ -53,7 +53,7 @@ begin
         exception when invalid_datetime_format or datetime_field_overflow or invalid_parameter_value then
             start_at := null;
         end;
-        if start_at is null then
+        if start_at is null or not pg_catalog.isfinite(start_at) then
             raise exception using errcode = '22023', message = 'postbox: start must be `unrouted`, `now`, `beginning` or a time like 2027-01-31 09:00+01';
         end if;
     end if;
@@ -217,8 +217,11 @@ end
 $next$;
 
 -- Counts a failed attempt at what `next` gave: in its transaction, or after that was rolled back.
--- False: the delivery has moved on, or somebody else has it now; nothing was counted.
-create function {schema}.failed(delivery bigint, error text, retry_after interval default null) returns boolean
+-- False: the delivery has moved on, or somebody else has it now; nothing was counted. With `attempt`,
+-- as `next` gave it, it counts that one only: somebody else may have failed at it since.
+create function {schema}.failed(
+    delivery bigint, error text, retry_after interval default null, attempt int default null
+) returns boolean
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $failed$
 #variable_conflict use_variable
@@ -258,7 +261,8 @@ begin
         -- The 32 bits of a row's xmin, beside the current transaction's 64.
         written_by := current_xid
             + (written_by - current_xid % 4294967296::bigint + 6442450944::bigint) % 4294967296::bigint - 2147483648::bigint;
-        mine := pg_catalog.pg_xact_status(written_by::pg_catalog.text::pg_catalog.xid8) = 'in progress';
+        mine := pg_catalog.pg_xact_status(written_by::pg_catalog.text::pg_catalog.xid8) = 'in progress'
+            and attempt_number = coalesce(attempt, attempt_number);
     end if;
 
     if not mine then
@@ -275,6 +279,7 @@ begin
         where (g.subscription, g.priority, g.pos) in (
             select l.subscription, l.priority, l.pos from {schema}.ready l
             where l.subscription = p.subscription and l.priority = p.priority and l.pos = p.pos
+                and l.attempt = coalesce(failed.attempt - 1, l.attempt)
             for update skip locked)
         returning g.attempt + 1, g.rev + 2, g.subscription, g.message, g.priority
         into attempt_number, next_rev, wanted, taken_message, taken_priority;
@@ -283,6 +288,7 @@ begin
             where g.delivery = (
                 select s.delivery from {schema}.scheduled s
                 where s.delivery = failed.delivery and s.due_at <= pg_catalog.statement_timestamp()
+                    and s.attempt = coalesce(failed.attempt - 1, s.attempt)
                 for update skip locked)
             returning g.attempt + 1, g.rev + 2, g.subscription, g.message, g.priority
             into attempt_number, next_rev, wanted, taken_message, taken_priority;
