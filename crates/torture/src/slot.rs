@@ -179,6 +179,8 @@ impl Slot {
             .arg(role)
             .arg(serde_json::to_string(&plan)?)
             .env_remove("POSTBOX_CRASH_POINT")
+            // Panics are part of the game: naming every frame of each takes seconds of a runtime's thread.
+            .env("RUST_BACKTRACE", "0")
             .envs(armed.map(|(point, nth)| ("POSTBOX_CRASH_POINT", format!("{point}:{nth}"))))
             .envs(round.world.wrong_clock(&plan))
             .stdin(Stdio::piped())
@@ -241,7 +243,9 @@ impl Slot {
                 () = at(life.terminated.map(|t| t + LONGEST_STOP)) => {
                     let name = self.name();
                     self.round.world.broken(format!(
-                        "F19: {name} (process {}) did not end within {LONGEST_STOP:?} of SIGTERM", life.pid
+                        "F19: {name} (process {}) did not end within {LONGEST_STOP:?} of SIGTERM; its threads: {}",
+                        life.pid,
+                        threads(life.pid)
                     ));
                     life.kill().await;
                     return;
@@ -387,6 +391,20 @@ impl Slot {
             _ => false,
         }
     }
+}
+
+/// What each thread of a process is at: its name, its state, and where in the kernel it waits.
+fn threads(pid: Pid) -> String {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return "gone".into() };
+    let told = tasks.flatten().map(|task| {
+        let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        // After the name in parentheses: the state, and from there on numbers; the times are the 12th and 13th.
+        let stat = read("stat");
+        let rest: Vec<&str> = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ').collect();
+        let at = |n: usize| rest.get(n).copied().unwrap_or("?").to_owned();
+        format!("{} {} {} ({}+{})", read("comm").trim(), at(0), read("wchan").trim(), at(11), at(12))
+    });
+    told.collect::<Vec<_>>().join(", ")
 }
 
 impl Life {
