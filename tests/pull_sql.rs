@@ -147,6 +147,18 @@ async fn failed_counts_in_the_transaction_in_a_savepoint_and_after_a_rollback() 
     assert!(!told, "the third is in hand");
     tx.commit().await.expect("commit");
     assert_eq!(standing(&fresh, delivery).await.0, State::Succeeded);
+    // Once for each time that `next` gave it, however often it is said.
+    publish(&fresh, 1).await;
+    let mut tx = fresh.pool.begin().await.expect("begin");
+    let (delivery, _) = next(&fresh, &mut tx).await.expect("one is there");
+    assert!(failed(&fresh, &mut tx, delivery, "one").await);
+    assert!(!failed(&fresh, &mut tx, delivery, "one again").await);
+    assert_eq!(next(&fresh, &mut tx).await, Some((delivery, 2)));
+    assert!(failed(&fresh, &mut tx, delivery, "two").await);
+    assert!(!failed(&fresh, &mut tx, delivery, "two again").await);
+    assert_eq!(next(&fresh, &mut tx).await, Some((delivery, 3)));
+    tx.commit().await.expect("commit");
+    assert_eq!(standing(&fresh, delivery).await.1.len(), 3);
     // What somebody else's transaction completed is not undone.
     publish(&fresh, 1).await;
     let mut tx = fresh.pool.begin().await.expect("begin");
@@ -229,7 +241,10 @@ async fn wrong_uses_are_told() {
         ("select {schema}.subscribe('x', 'a', start => 'soon')", "22023", "beginning"),
         ("select {schema}.subscribe('x', 'a', application => repeat('a', 64))", "22023", "63 bytes"),
         ("select {schema}.subscribe('x', 'a', start => 'infinity')", "22023", "beginning"),
+        ("select {schema}.subscribe('x', 'a', start => '200000-01-01')", "22023", "beginning"),
         ("select {schema}.failed(1, 'x', '-1 s')", "22023", "retry_after"),
+        ("select {schema}.failed(1, 'x', attempt => 0)", "22023", "from 1"),
+        ("select {schema}.failed(1, 'x', attempt => -2147483648)", "22023", "from 1"),
         ("select {schema}.publish('a', '1', at => 'infinity')", "22008", "due time"),
         ("select {schema}.publish('a', '1', at => '200000-01-01')", "22008", "year 9999"),
         ("select {schema}.publish('a', '1', occurred_at => '-infinity')", "22008", "time of occurrence"),

@@ -246,6 +246,19 @@ pub struct LeaseRef {
     pub token: Uuid,
 }
 
+impl Declared {
+    /// A former name that is stored beside the new one: only one of them can have been renamed.
+    pub(crate) fn tell_of_former(&self, names: &[String]) {
+        for name in names {
+            tracing::warn!(
+                subscription = self.name,
+                former = name,
+                "both names are stored, so nothing was renamed: an older program may have come back; what waits for the former name stays with it until `postbox subscriptions remove`"
+            );
+        }
+    }
+}
+
 /// How many snoozes of one attempt are on record.
 pub(crate) const MOST_SNOOZES: i64 = 100;
 

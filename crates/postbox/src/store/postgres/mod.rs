@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPool, PgPoolOptions, PgRow};
-use sqlx::{PgConnection, Postgres, Row};
+use sqlx::{Connection, PgConnection, Postgres, Row};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
@@ -161,6 +161,9 @@ impl HandlerTx<Postgres> for Work {
     }
 }
 
+/// How long a connection may take.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Takeovers lock first and read second: each statement must see what was committed before it,
 /// whatever the role's default isolation is.
 const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off";
@@ -274,11 +277,17 @@ impl Store for PgStore {
     async fn connect(settings: &Settings) -> Result<Self, Error> {
         let schema = settings.schema()?;
         let options = settings.postgres()?;
+        // A pool tries again for as long as it may, and then tells of a timeout: the first connection is
+        // made beside it, so that what is wrong is told at once and in the server's words.
+        let first = PgConnection::connect_with(&options);
+        match tokio::time::timeout(CONNECT_PATIENCE, first).await {
+            Ok(connection) => connection?.close().await?,
+            Err(_) => return Err(sqlx::Error::PoolTimedOut.into()),
+        }
         let pool = PgPoolOptions::new()
             .max_connections(settings.pool_size()?)
-            .acquire_timeout(Duration::from_secs(30))
-            .connect_with(options.clone())
-            .await?;
+            .acquire_timeout(CONNECT_PATIENCE)
+            .connect_lazy_with(options.clone());
         let mut store = PgStore {
             pool,
             options,

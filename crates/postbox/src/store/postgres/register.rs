@@ -163,10 +163,12 @@ async fn subscribe(
     let sql = format!(
         "select s.id, s.name, s.pattern, s.kind from {}.subscription s
          where s.application = $1 and s.name = any ($2) and s.removed_at is null
-         order by pg_catalog.array_position($2, s.name) limit 1",
+         order by pg_catalog.array_position($2, s.name)",
         store.schema
     );
-    let found = store.dynamic(sql).bind(application).bind(&names).fetch_optional(work.on()).await?;
+    let mut rows = store.dynamic(sql).bind(application).bind(&names).fetch_all(work.on()).await?.into_iter();
+    let found = rows.next();
+    declared.tell_of_former(&rows.map(|row| row.try_get("name")).collect::<Result<Vec<String>, _>>()?);
     let policy = declared.policy;
     let (keep_succeeded, keep_dead) = retention::stored(policy.kind, declared.keep);
     if let Some(row) = found {

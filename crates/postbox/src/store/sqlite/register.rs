@@ -152,16 +152,19 @@ fn same(one: &str, other: &str) -> Error {
 async fn known(db: &mut SqliteConnection, application: &str, declared: &Declared) -> Result<Option<Known>, Error> {
     let mut names = vec![declared.name.as_str()];
     names.extend(declared.renamed_from.iter().map(String::as_str));
-    let found = sqlx::query_as(
+    let found: Vec<Known> = sqlx::query_as(
         "select s.id, s.name, s.pattern, s.kind
          from json_each(?2) n join postbox_subscription s on s.application = ?1 and s.name = n.value
-         where s.removed_at is null order by n.key limit 1",
+         where s.removed_at is null order by n.key",
     )
     .bind(application)
     .bind(json_of(&names)?)
-    .fetch_optional(db)
+    .fetch_all(db)
     .await?;
-    Ok(found)
+    let mut found = found.into_iter();
+    let known = found.next();
+    declared.tell_of_former(&found.map(|former| former.name).collect::<Vec<_>>());
+    Ok(known)
 }
 
 /// Renames, changes or makes one subscription; whether publishers must fan out anew.

@@ -53,7 +53,7 @@ begin
         exception when invalid_datetime_format or datetime_field_overflow or invalid_parameter_value then
             start_at := null;
         end;
-        if start_at is null or not pg_catalog.isfinite(start_at) then
+        if start_at is null or start_at < '0001-01-01 00:00:00+00' or start_at >= '9999-12-30 22:00:00+00' then
             raise exception using errcode = '22023', message = 'postbox: start must be `unrouted`, `now`, `beginning` or a time like 2027-01-31 09:00+01';
         end if;
     end if;
@@ -234,6 +234,7 @@ declare
     taken_message pg_catalog.uuid;
     taken_priority smallint := 0;
     finished timestamp with time zone;
+    was pg_catalog.text;
     written_by bigint;
     mine boolean := false;
     current_xid bigint;
@@ -244,6 +245,9 @@ declare
 begin
     if retry_after < interval '0' or retry_after > interval '3660 days' then
         raise exception using errcode = '22023', message = 'postbox: retry_after must be between 0 and 10 years';
+    elsif attempt < 1 then
+        raise exception using errcode = '22023',
+            message = pg_catalog.format('postbox: attempt is %s; they count from 1, as `next` gave it', attempt);
     end if;
     -- Bounded, and without the password of a URL in it.
     words := pg_catalog.left(pg_catalog.regexp_replace(coalesce(nullif(error, ''), 'no reason was given'),
@@ -251,18 +255,22 @@ begin
 
     -- In the transaction of `next`: the success is there, and nobody else could see it. Written by a
     -- transaction that has not ended, which includes subtransactions of this one.
-    select o.number, o.rev, o.subscription, o.message, o.finished_at, o.xmin::pg_catalog.text::bigint
-    into attempt_number, next_rev, wanted, taken_message, finished, written_by
+    select o.number, o.rev, o.subscription, o.message, o.finished_at, o.kind, o.xmin::pg_catalog.text::bigint
+    into attempt_number, next_rev, wanted, taken_message, finished, was, written_by
     from {schema}.outcome o
-    where o.delivery = failed.delivery and o.kind = 'succeeded' and o.worker = nobody
+    where o.delivery = failed.delivery and o.worker = nobody
     order by o.number desc limit 1;
     if finished >= pg_catalog.transaction_timestamp() then
         current_xid := pg_catalog.pg_current_xact_id()::pg_catalog.text::bigint;
         -- The 32 bits of a row's xmin, beside the current transaction's 64.
         written_by := current_xid
             + (written_by - current_xid % 4294967296::bigint + 6442450944::bigint) % 4294967296::bigint - 2147483648::bigint;
-        mine := pg_catalog.pg_xact_status(written_by::pg_catalog.text::pg_catalog.xid8) = 'in progress'
-            and attempt_number = coalesce(attempt, attempt_number);
+        mine := pg_catalog.pg_xact_status(written_by::pg_catalog.text::pg_catalog.xid8) = 'in progress';
+        -- Counted already, and `next` has not given it again since.
+        if mine and was <> 'succeeded' then
+            return false;
+        end if;
+        mine := mine and attempt_number = coalesce(attempt, attempt_number);
     end if;
 
     if not mine then
