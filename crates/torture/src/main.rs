@@ -75,6 +75,8 @@ enum ChildCommand {
     #[command(hide = true)]
     Worker { plan: String },
     #[command(hide = true)]
+    Puller { plan: String },
+    #[command(hide = true)]
     Remote { plan: String },
     #[command(hide = true)]
     Migrate { plan: String },
@@ -157,6 +159,7 @@ fn failed(error: &str) -> ExitCode {
 async fn run_child(command: ChildCommand) -> Result<(), String> {
     let (ChildCommand::Publisher { plan }
     | ChildCommand::Worker { plan }
+    | ChildCommand::Puller { plan }
     | ChildCommand::Remote { plan }
     | ChildCommand::Migrate { plan }) = &command;
     let plan: ChildPlan =
@@ -166,6 +169,8 @@ async fn run_child(command: ChildCommand) -> Result<(), String> {
         (ChildCommand::Publisher { .. }, Kind::Sqlite) => child::publisher::run::<Sqlite>(plan).await,
         (ChildCommand::Worker { .. }, Kind::Postgres) => child::worker::run::<Postgres>(plan).await,
         (ChildCommand::Worker { .. }, Kind::Sqlite) => child::worker::run::<Sqlite>(plan).await,
+        (ChildCommand::Puller { .. }, Kind::Postgres) => child::puller::run::<Postgres>(plan).await,
+        (ChildCommand::Puller { .. }, Kind::Sqlite) => child::puller::run::<Sqlite>(plan).await,
         (ChildCommand::Remote { .. }, Kind::Postgres) => child::remote::run::<Postgres>(plan).await,
         (ChildCommand::Remote { .. }, Kind::Sqlite) => child::remote::run::<Sqlite>(plan).await,
         (ChildCommand::Migrate { .. }, Kind::Postgres) => child::migrate::<Postgres>(plan).await,

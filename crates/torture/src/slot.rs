@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::child::ChildPlan;
 use crate::child::worker::{LEFT_OVER, NOT_STARTED};
-use crate::fault::{Fault, Kind, PUBLISHER_POINTS, WORKER_POINTS};
+use crate::fault::{Fault, Kind, PUBLISHER_POINTS, PULLER_POINTS, WORKER_POINTS};
 use crate::plan::Child;
 use crate::round::Round;
 
@@ -84,6 +84,7 @@ impl Slot {
         match self.child {
             Child::Worker(n) => format!("w{n}"),
             Child::Publisher(n) => format!("p{n}"),
+            Child::Puller(n) => format!("q{n}"),
         }
     }
 
@@ -128,6 +129,7 @@ impl Slot {
             Child::Worker(slot) if slot < 3 => (WORKER_POINTS, slot),
             Child::Worker(_) => return None,
             Child::Publisher(slot) => (PUBLISHER_POINTS, slot),
+            Child::Puller(slot) => (PULLER_POINTS, slot),
         };
         if !world.wants(Fault::F1) || !world.hostile() {
             return None;
@@ -154,6 +156,7 @@ impl Slot {
         let slot_seed = match self.child {
             Child::Worker(n) => 100 + n as u64,
             Child::Publisher(n) => 200 + n as u64,
+            Child::Puller(n) => 300 + n as u64,
         };
         let mut dice = fastrand::Rng::with_seed(round.seed ^ (slot_seed << 32) ^ u64::from(self.lives));
         let plan = ChildPlan {
@@ -170,6 +173,7 @@ impl Slot {
         let (role, plan) = match self.child {
             Child::Worker(slot) => ("worker", round.world.worker_plan(slot, plan)),
             Child::Publisher(slot) => ("publisher", round.world.publisher_plan(slot, plan)),
+            Child::Puller(_) => ("puller", round.world.puller_plan(plan)),
         };
         let armed = self.arm(&mut dice);
         let log =
@@ -322,6 +326,7 @@ impl Slot {
                     return true;
                 }
                 life.kill_at = None;
+                life.tell("heal").await;
                 false
             }
             Wish::Quiet(done) => {
@@ -339,6 +344,12 @@ impl Slot {
                     Child::Publisher(_) => {
                         life.kill().await;
                         true
+                    }
+                    // In order, so that its worker row goes with it.
+                    Child::Puller(_) => {
+                        life.tell("end").await;
+                        life.terminated.get_or_insert_with(Instant::now);
+                        false
                     }
                 }
             }
