@@ -6,7 +6,7 @@ use crate::child::handlers::LATER;
 use crate::history::{Attempt, Call, Delivery, History, Message, Resolved};
 use crate::traffic::{Behind, FLEETING, SUBSCRIPTIONS, Subscribed, follows, is_poison, most_attempts, subscribed};
 
-mod load;
+pub(crate) mod load;
 
 /// The most lines for one invariant: the first tell enough.
 const MOST: usize = 10;

@@ -31,7 +31,7 @@ use serde::Serialize;
 
 use crate::child::ChildPlan;
 use crate::fault::{Kind, Wanted};
-use crate::round::{Outcome, missing, play};
+use crate::round::{Outcome, lacking, missing, play};
 use crate::world::World;
 
 /// Longer runs are made of rounds of this length, each on a fresh database.
@@ -235,6 +235,7 @@ async fn run(cli: Cli) -> Result<bool, String> {
     let mut broken = world.all_broken();
     broken.append(&mut sum.broken);
     broken.extend(missing(&world, cli.span).into_iter().map(|id| format!("{id} was wanted and never took effect")));
+    broken.extend(lacking(&world, cli.span).into_iter().map(|what| format!("{what} was never there")));
     if cli.keep || !broken.is_empty() {
         eprintln!("the logs are kept in {}", folder.keep().display());
     }

@@ -150,7 +150,7 @@ async fn call_off<Db: Site>(round: &Round, admin: &Admin<Db>, dice: &mut fastran
         actor: "ana".into(),
         reason: "nobody wants it any more".into(),
     };
-    if let Some(row) = some(admin, dice, 3, "state:pending").await?
+    if let Some(row) = some(admin, dice, 1, "state:pending").await?
         && let Ok(entry) = admin.cancel(row.id, &cancel(&row)).await
     {
         done(round, "operator:cancel-pending", &entry);

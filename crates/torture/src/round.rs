@@ -120,6 +120,16 @@ pub(crate) fn missing(world: &World, span: Duration) -> Vec<String> {
     wanted
 }
 
+/// What the load of a run that was long enough never had: known in the end only.
+pub(crate) fn lacking(world: &World, span: Duration) -> Vec<&'static str> {
+    if span < Duration::from_secs(60) {
+        return Vec::new();
+    }
+    let wanted = ["load:repeated-calls", "load:pulled", "load:poisoned", "load:pulled-in-sql", "load:poisoned-in-sql"];
+    let there = |what: &&str| world.kind == Kind::Postgres || !what.ends_with("-in-sql");
+    wanted.into_iter().filter(there).filter(|what| world.counts.of(what) == 0).collect()
+}
+
 pub(crate) struct Stage<Db: Site> {
     round: Arc<Round>,
     pool: Pool<Db>,
@@ -378,6 +388,9 @@ impl<Db: Site> Stage<Db> {
             .map(|a| a.delivery)
             .filter(|d| operations.contains(d))
             .collect();
+        for (what, times) in crate::check::load::seen(&history) {
+            self.round.world.counts.add(what, times);
+        }
         let broken = crate::check::check(&history);
         if self.round.world.keep || !broken.is_empty() {
             std::fs::write(folder.join("history.txt"), format!("{history:#?}")).ok();

@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::{Attempt, Behind, Checker, Delivery, Subscribed, describe, is_poison, subscribed};
-use crate::history::Audited;
-use crate::traffic::{POISON_ATTEMPTS, PULLED};
+use crate::history::{Audited, History};
+use crate::traffic::{POISON_ATTEMPTS, PULLED, PULLED_IN_SQL};
 
 /// A plain handler whose worker was given up may still run for as long as that is paused, waits for a
 /// connection or is blocked; after this, nothing runs any more.
@@ -14,6 +14,34 @@ const LATEST_RUN_MS: i64 = 10_000;
 /// Ends that leave open whether it happened.
 fn is_unseen(attempt: &Attempt) -> bool {
     matches!(attempt.outcome.as_deref(), Some("lost" | "in_doubt" | "panicked" | "timed_out"))
+}
+
+/// What a history must have had in it for its checks to mean something, and how often it had. The
+/// names are the same for any history, also for an empty one.
+pub(crate) fn seen(history: &History) -> Vec<(&'static str, u64)> {
+    let of = |name: &str| -> HashMap<i64, &Delivery> {
+        history.deliveries.iter().filter(|d| d.subscription == name).map(|d| (d.id, d)).collect()
+    };
+    let (repeats, pulled, in_sql) = (of("repeat"), of(PULLED), of(PULLED_IN_SQL));
+    let again = history.calls.iter().filter(|c| c.number > 1 && repeats.contains_key(&c.delivery));
+    let lost = |of: &HashMap<i64, &Delivery>| {
+        let lost = |a: &&Attempt| a.outcome.as_deref() == Some("lost") && of.contains_key(&a.delivery);
+        history.attempts.iter().filter(lost).count()
+    };
+    let ended = |of: &HashMap<i64, &Delivery>, state: &str| of.values().filter(|d| d.state == state).count();
+    let replays = |of: &HashMap<i64, &Delivery>| of.values().filter(|d| d.replay_of.is_some()).count();
+    let all = [
+        ("load:repeated-calls", again.count()),
+        ("load:known-at-the-remote", history.calls.iter().filter(|c| c.how.ends_with(" known")).count()),
+        ("load:lost-and-repeated", lost(&repeats)),
+        ("load:pulled", ended(&pulled, "succeeded")),
+        ("load:pulled-and-lost", lost(&pulled)),
+        ("load:poisoned", ended(&pulled, "dead")),
+        ("load:pulled-in-sql", ended(&in_sql, "succeeded")),
+        ("load:poisoned-in-sql", ended(&in_sql, "dead")),
+        ("load:pulled-replays", replays(&pulled) + replays(&in_sql)),
+    ];
+    all.into_iter().map(|(what, times)| (what, times as u64)).collect()
 }
 
 impl<'a> Checker<'a> {

@@ -377,3 +377,10 @@ fn many_lines_are_cut_short() {
     history.leftovers = (0..30).map(|n| n.to_string()).collect();
     assert!(check(&history).iter().any(|line| line == "I14: and 20 more"));
 }
+
+#[test]
+fn what_the_load_had_is_counted() {
+    let seen: BTreeMap<_, _> = load::seen(&honest()).into_iter().collect();
+    assert_eq!(seen["load:repeated-calls"], 2);
+    assert_eq!((seen["load:pulled"], seen["load:poisoned"], seen["load:pulled-and-lost"]), (1, 1, 1));
+}
