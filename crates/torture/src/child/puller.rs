@@ -17,8 +17,14 @@ use crate::log::Log;
 use crate::site::{SCHEMA, Session, Site, Texts};
 use crate::traffic::{MANY, PULLED, PULLED_IN_SQL, is_poison};
 
-/// Pulls at once from the library.
-const LANES: u64 = 2;
+/// Pulls at once from the library, and how long each works in its transaction, in milliseconds: on
+/// SQLite that is time in which nobody else writes.
+const fn effort(kind: Kind) -> (u64, u64) {
+    match kind {
+        Kind::Postgres => (2, 20),
+        Kind::Sqlite => (1, 4),
+    }
+}
 
 struct Puller<Db: Site> {
     plan: ChildPlan,
@@ -77,7 +83,7 @@ pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::er
         _ => {}
     });
     let mut lanes = tokio::task::JoinSet::new();
-    for lane in 0..LANES {
+    for lane in 0..effort(Db::KIND).0 {
         lanes.spawn(puller.clone().pull(fastrand::Rng::with_seed(puller.plan.seed ^ (0xb011 + lane))));
     }
     if Db::KIND == Kind::Postgres {
@@ -155,7 +161,7 @@ impl<Db: Site> Puller<Db> {
             // The connection is closed, which rolls back.
             return None;
         }
-        tokio::time::sleep(Duration::from_millis(dice.u64(..20))).await;
+        tokio::time::sleep(Duration::from_millis(dice.u64(..effort(Db::KIND).1))).await;
         if end == End::Commit {
             let told = ended(&crash::commit("pull-commit-sent", session.end("COMMIT")).await);
             self.told(PULLED, &hand, told).await;
@@ -219,7 +225,7 @@ impl<Db: Site> Puller<Db> {
         let end = self.end(&hand, dice);
         session.run("SAVEPOINT work").await.ok()?;
         self.effect(&mut session, &hand).await.ok()?;
-        tokio::time::sleep(Duration::from_millis(dice.u64(..20))).await;
+        tokio::time::sleep(Duration::from_millis(dice.u64(..effort(Db::KIND).1))).await;
         let failed = format!(
             "select cast({SCHEMA}.failed({}, 'as the dice fell', retry_after => '50 ms') as text)",
             hand.delivery
