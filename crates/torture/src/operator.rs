@@ -42,13 +42,21 @@ pub(crate) async fn operate<Db: Site>(round: Arc<Round>, url: String, remote: St
             doubts(&round, &admin, &remote, &mut dice).await?;
             if round.world.hostile() {
                 dead(&admin, &mut dice, &mut looked_at).await?;
-                call_off(&round, &admin, &mut dice).await?;
-                repeat(&round, &admin, &mut dice).await?;
             }
             Ok::<(), Error>(())
         };
         // A database that is away is asked again.
         tokio::time::timeout(Duration::from_secs(10), turn).await.ok();
+        if round.world.hostile() {
+            // One or the other: where one writer is fought for, both would not come to their end.
+            let turn = async {
+                match dice.bool() {
+                    true => call_off(&round, &admin, &mut dice).await,
+                    false => repeat(&round, &admin, &mut dice).await,
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(10), turn).await.ok();
+        }
     }
 }
 
@@ -128,14 +136,20 @@ fn done(round: &Round, deed: &str, entry: &AuditEntry) {
     }
 }
 
-/// One of those that match, in one turn of `turns`.
+/// In one turn of `turns`; what was never done goes before.
+fn is_due(round: &Round, dice: &mut fastrand::Rng, turns: u32, deed: &str) -> bool {
+    dice.u32(..turns) == 0 || round.world.counts.of(deed) == 0
+}
+
+/// One of those that match, if the deed is due.
 async fn some<Db: Site>(
+    round: &Round,
     admin: &Admin<Db>,
     dice: &mut fastrand::Rng,
-    turns: u32,
+    (turns, deed): (u32, &str),
     filter: &str,
 ) -> Result<Option<DeliveryRow>, Error> {
-    if dice.u32(..turns) != 0 {
+    if !is_due(round, dice, turns, deed) {
         return Ok(None);
     }
     let rows = admin.list(&filter.parse()?, 50).await?;
@@ -150,17 +164,17 @@ async fn call_off<Db: Site>(round: &Round, admin: &Admin<Db>, dice: &mut fastran
         actor: "ana".into(),
         reason: "nobody wants it any more".into(),
     };
-    if let Some(row) = some(admin, dice, 1, "state:pending").await?
+    if let Some(row) = some(round, admin, dice, (1, "operator:cancel-pending"), "state:pending").await?
         && let Ok(entry) = admin.cancel(row.id, &cancel(&row)).await
     {
         done(round, "operator:cancel-pending", &entry);
     }
-    if let Some(row) = some(admin, dice, 10, "state:dead").await?
+    if let Some(row) = some(round, admin, dice, (5, "operator:cancel-dead"), "state:dead").await?
         && let Ok(entry) = admin.cancel(row.id, &cancel(&row)).await
     {
         done(round, "operator:cancel-dead", &entry);
     }
-    if let Some(row) = some(admin, dice, 4, "state:in_doubt").await? {
+    if let Some(row) = some(round, admin, dice, (2, "operator:cancel-refused"), "state:in_doubt").await? {
         match admin.cancel(row.id, &cancel(&row)).await {
             Ok(_) => {
                 round.world.broken(format!("I6: delivery {} was called off while it was in doubt", row.id));
@@ -169,7 +183,7 @@ async fn call_off<Db: Site>(round: &Round, admin: &Admin<Db>, dice: &mut fastran
             Err(_) => {}
         }
     }
-    if let Some(row) = some(admin, dice, 20, "state:cancelled").await? {
+    if let Some(row) = some(round, admin, dice, (10, "operator:retry-cancelled"), "state:cancelled").await? {
         let retry = Retry { rev: Some(row.rev), actor: "ben".into(), reason: "it is wanted after all".into() };
         if let Ok(entry) = admin.retry(row.id, &retry).await {
             done(round, "operator:retry-cancelled", &entry);
@@ -183,7 +197,10 @@ async fn call_off<Db: Site>(round: &Round, admin: &Admin<Db>, dice: &mut fastran
 async fn repeat<Db: Site>(round: &Round, admin: &Admin<Db>, dice: &mut fastrand::Rng) -> Result<(), Error> {
     let ended = "state:succeeded,dead,cancelled subscription:";
     let wish = |irreversible| Replay { actor: "ana".into(), reason: "it is wanted twice".into(), irreversible };
-    if let Some(row) = some(admin, dice, 6, &format!("{ended}charge,blind,repeat,chain_one")).await? {
+    if let Some(row) =
+        some(round, admin, dice, (3, "operator:replay-operation"), &format!("{ended}charge,blind,repeat,chain_one"))
+            .await?
+    {
         if dice.u32(..3) == 0 && admin.replay(row.id, &wish(false)).await.is_ok() {
             round.world.broken(format!("I7: operation {} was replayed without the word that it is meant", row.id));
         }
@@ -191,7 +208,7 @@ async fn repeat<Db: Site>(round: &Round, admin: &Admin<Db>, dice: &mut fastrand:
             done(round, "operator:replay-operation", &replayed.audit);
         }
     }
-    if dice.u32(..8) == 0 {
+    if is_due(round, dice, 4, "operator:replay") {
         let plain = "note,late,project,pair_note,pair_project,chain_two,chain_three,pulled,pulled_in_sql";
         let filter: Filter = format!("{ended}{plain}").parse()?;
         // Bounded by where it begins: what is older than the latest few is left.

@@ -61,7 +61,7 @@ fn action(fault: Fault, dice: &mut fastrand::Rng, crew: Crew) -> Option<(Duratio
             let away = if dice.u32(..5) == 0 { dice.u64(4000..10_000) } else { dice.u64(1000..3000) };
             (ms(dice.u64(8000..25_000)), Action::Crash(ms(away)))
         }
-        Fault::F19 => (ms(dice.u64(1500..5000)), Action::Terminate(dice.usize(..workers), ms(dice.u64(100..700)))),
+        Fault::F19 => (ms(dice.u64(1000..3000)), Action::Terminate(dice.usize(..workers), ms(dice.u64(100..700)))),
         _ => return None,
     };
     Some(some)

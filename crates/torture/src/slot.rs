@@ -165,7 +165,7 @@ impl Slot {
             log: round.folder.join(format!("{name}.witness")),
             patience_ms: match dice.u32(..2) {
                 0 => None,
-                _ => Some(dice.u64(50..300)),
+                _ => Some(dice.u64(20..200)),
             },
             name: name.clone(),
             ..round.plan()
