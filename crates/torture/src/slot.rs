@@ -150,6 +150,17 @@ impl Slot {
         Some((point, nth(point, if seldom { some } else { often })))
     }
 
+    /// How long a SIGTERM waits for what runs, in every second life; the end that never came goes before.
+    fn patience(&self, dice: &mut fastrand::Rng) -> Option<u64> {
+        let never = |part: &str| self.round.world.counts.of(part) == 0;
+        let (patient, wait) = (dice.bool(), dice.u64(10..120));
+        match (never("F19:deadline"), never("F19:second")) {
+            (true, false) => Some(wait),
+            (false, true) => None,
+            _ => patient.then_some(wait),
+        }
+    }
+
     async fn start(&self) -> std::io::Result<Life> {
         let round = &self.round;
         let name = self.name();
@@ -163,10 +174,7 @@ impl Slot {
             seed: dice.u64(..),
             life: self.lives,
             log: round.folder.join(format!("{name}.witness")),
-            patience_ms: match dice.u32(..2) {
-                0 => None,
-                _ => Some(dice.u64(20..200)),
-            },
+            patience_ms: self.patience(&mut dice),
             name: name.clone(),
             ..round.plan()
         };
