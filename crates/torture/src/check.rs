@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::child::handlers::LATER;
 use crate::history::{Attempt, Call, Delivery, History, Message, Resolved};
-use crate::traffic::{Behind, FLEETING, SUBSCRIPTIONS, Subscribed, follows, subscribed};
+use crate::traffic::{Behind, FLEETING, SUBSCRIPTIONS, Subscribed, follows, is_poison, most_attempts, subscribed};
+
+pub(crate) mod load;
 
 /// The most lines for one invariant: the first tell enough.
 const MOST: usize = 10;
@@ -20,6 +22,12 @@ pub(crate) fn check(history: &History) -> Vec<String> {
     checker.due_times();
     checker.end_states();
     checker.audit();
+    checker.repeats();
+    checker.keys();
+    checker.pulls();
+    checker.cancels();
+    checker.replays();
+    checker.acted();
     for left in &history.leftovers {
         checker.broken("I14", left);
     }
@@ -41,6 +49,10 @@ struct Checker<'a> {
     fleeting_deliveries: HashSet<i64>,
     /// Recorded retries by an operator, per delivery.
     retries: HashMap<i64, u32>,
+    /// Successes that something follows from, by external id: replays are successes of their own.
+    done: HashMap<&'a str, usize>,
+    /// Deliveries of operations that were declared idempotent.
+    idempotent: HashSet<i64>,
     broken: BTreeMap<&'static str, Vec<String>>,
 }
 
@@ -65,12 +77,24 @@ impl<'a> Checker<'a> {
         let brief = |ext: &str| history.publishes.get(ext).is_some_and(|p| p.topic == FLEETING);
         // Removed only when it was done: what was tried and put off is unfinished.
         let done: Vec<_> = history.notes.iter().filter(|n| n.done && brief(&n.ext)).collect();
+        let messages: HashMap<_, _> = history.messages.iter().map(|m| (m.id.as_str(), m)).collect();
+        let mut successes: HashMap<&str, usize> = HashMap::new();
+        for delivery in history.deliveries.iter().filter(|d| d.state == "succeeded") {
+            if let Some(message) = messages.get(delivery.message.as_str()) {
+                *successes.entry(&message.ext).or_default() += 1;
+            }
+        }
         Checker {
             history,
+            done: successes,
+            idempotent: (history.deliveries.iter())
+                .filter(|d| subscribed(&d.subscription).is_some_and(|s| s.kind == Behind::Idempotent))
+                .map(|d| d.id)
+                .collect(),
             fleeting: done.iter().map(|n| n.ext.as_str()).collect(),
             fleeting_deliveries: done.iter().map(|n| n.delivery).collect(),
             by_ext: grouped(history.messages.iter().map(|m| (m.ext.as_str(), m))),
-            messages: history.messages.iter().map(|m| (m.id.as_str(), m)).collect(),
+            messages,
             attempts,
             resolutions: grouped(history.resolutions.iter().map(|r| (r.delivery, r))),
             calls: grouped(history.calls.iter().map(|c| (c.delivery, c))),
@@ -155,7 +179,10 @@ impl<'a> Checker<'a> {
         let mut reached: HashMap<(&str, &str), u32> = HashMap::new();
         for delivery in &self.history.deliveries {
             *places.entry(delivery.id).or_default() += 1;
-            *reached.entry((&delivery.message, &delivery.subscription)).or_default() += 1;
+            // A replay is one more, and checked as such.
+            if delivery.replay_of.is_none() {
+                *reached.entry((&delivery.message, &delivery.subscription)).or_default() += 1;
+            }
         }
         for (delivery, count) in places.iter().filter(|(_, count)| **count > 1) {
             self.broken("I6", format!("delivery {delivery} is in {count} places at once"));
@@ -208,7 +235,9 @@ impl<'a> Checker<'a> {
                 if happened == 1 && attempts.last().and_then(|a| a.outcome.as_deref()) != Some("in_doubt") {
                     let last = attempts.last().and_then(|a| a.outcome.clone());
                     // A panic or a timeout of an operation is a doubt as well.
-                    if !matches!(last.as_deref(), Some("panicked" | "timed_out")) {
+                    if !matches!(last.as_deref(), Some("panicked" | "timed_out"))
+                        && !self.may_have_done(behind, &attempts)
+                    {
                         self.broken(
                             "I4",
                             format!("{told} was resolved, and its last attempt was not in doubt: {last:?}"),
@@ -216,9 +245,9 @@ impl<'a> Checker<'a> {
                     }
                 }
                 let there = match behind.kind {
-                    Behind::Operation => self.applied(delivery.id) > 0,
+                    Behind::Operation | Behind::Idempotent => self.applied(delivery.id) > 0,
                     Behind::Plain => self.notes.contains_key(&delivery.id),
-                    Behind::Transactional => effects == 1,
+                    Behind::Transactional | Behind::Pulled => effects == 1,
                 };
                 if !there {
                     self.broken("I4", format!("{told} succeeded, and its effect is not there ({effects} rows)"));
@@ -227,14 +256,14 @@ impl<'a> Checker<'a> {
                 if succeeded + happened > 0 {
                     self.broken("I4", format!("{told} has succeeded before, and is {}", delivery.state));
                 }
-                if behind.kind == Behind::Transactional && effects > 0 {
+                if behind.kind.commits_its_effect() && effects > 0 {
                     self.broken("I4", format!("{told} is {}, and {effects} effects are there", delivery.state));
                 }
                 let abandoned = resolved.iter().any(|r| r.answer == "abandoned");
-                if behind.kind == Behind::Operation && self.applied(delivery.id) > 0 && !abandoned {
+                if behind.kind.calls() && self.applied(delivery.id) > 0 && !abandoned {
                     self.broken("I5", format!("{told} is {}, and it was applied", delivery.state));
                 }
-                if behind.kind != Behind::Operation {
+                if !behind.kind.calls() && !self.is_poisoned(delivery) && !self.was_called_off(delivery) {
                     self.broken("I1", format!("{told} is {}: {}", delivery.state, delivery.note));
                 }
             }
@@ -248,7 +277,7 @@ impl<'a> Checker<'a> {
         let Some((topic, end)) = follows(&message.topic) else { return };
         let ext = format!("{}{end}", message.ext);
         let there = self.by_ext.get(ext.as_str()).map_or(0, Vec::len);
-        let wanted = usize::from(delivery.state == "succeeded");
+        let wanted = self.done.get(message.ext.as_str()).copied().unwrap_or_default();
         if there != wanted {
             self.broken("I4", format!("{told} has {there} follow-ups {topic} ({ext}) instead of {wanted}"));
         }
@@ -267,7 +296,8 @@ impl<'a> Checker<'a> {
             if delivery.attempts != numbers.len() as u32 {
                 self.broken("I11", format!("{told} counts {} attempts and has {numbers:?}", delivery.attempts));
             }
-            let most = behind.max_attempts + self.retries.get(&delivery.id).copied().unwrap_or_default();
+            let topic = self.messages.get(delivery.message.as_str()).map_or("", |m| m.topic.as_str());
+            let most = most_attempts(behind, topic) + self.retries.get(&delivery.id).copied().unwrap_or_default();
             if numbers.len() as u32 > most {
                 self.broken("I11", format!("{told} made {} attempts of {most}", numbers.len()));
             }
@@ -285,7 +315,7 @@ impl<'a> Checker<'a> {
                             self.broken("I5", format!("{what} ended {unseen}, and nobody said how it ended"));
                         }
                     }
-                    Some("failed") if behind.kind == Behind::Operation => {
+                    Some("failed") if behind.kind.calls() => {
                         let calls = self.calls.get(&delivery.id).cloned().unwrap_or_default();
                         if calls.iter().any(|c| c.number == attempt.number && !c.applied.is_empty()) {
                             self.broken("I5", format!("{what} failed ({}), and was applied", attempt.error));
@@ -310,10 +340,16 @@ impl<'a> Checker<'a> {
     fn un_counted(&mut self, delivery: &Delivery, behind: &Subscribed, told: &str, counted: u32) {
         let seen = match behind.kind {
             Behind::Plain => self.notes.get(&delivery.id).into_iter().flatten().max().copied(),
-            Behind::Transactional => self.effects.get(&delivery.id).into_iter().flatten().max().copied(),
-            Behind::Operation => self.calls.get(&delivery.id).into_iter().flatten().map(|c| c.number).max(),
+            Behind::Transactional | Behind::Pulled => {
+                self.effects.get(&delivery.id).into_iter().flatten().max().copied()
+            }
+            Behind::Operation | Behind::Idempotent => {
+                self.calls.get(&delivery.id).into_iter().flatten().map(|c| c.number).max()
+            }
         };
-        if let Some(seen) = seen.filter(|seen| *seen > counted) {
+        // A plain run whose worker was lost is not counted, but for its next one, which a cancel may spare.
+        let spared = u32::from(behind.kind == Behind::Plain && self.was_called_off(delivery));
+        if let Some(seen) = seen.filter(|seen| *seen > counted + spared) {
             self.broken("I11", format!("{told} ran as attempt {seen}, and counts {counted}"));
         }
     }
@@ -340,7 +376,9 @@ impl<'a> Checker<'a> {
                     self.broken("I7", format!("{what} called the remote more than once: {}", timeline(&calls)));
                 }
             }
-            for pair in calls.windows(2) {
+            // A repeat under one key may meet a call whose worker was given up: the remote applies one.
+            let repeats = self.is_idempotent(delivery);
+            for pair in calls.windows(2).filter(|_| !repeats) {
                 if pair[0].over.is_none_or(|over| over > pair[1].received) {
                     let what = format!("calls of delivery {delivery} ({})", pair[0].ext);
                     self.broken("I7", format!("{what} overlap at the remote: {}", timeline(&calls)));
@@ -382,7 +420,9 @@ impl<'a> Checker<'a> {
             };
             let message = self.messages.get(delivery.message.as_str()).copied();
             let told = describe(delivery, message);
-            if let Some(due) = message.and_then(|m| m.due_ms).filter(|due| clock < *due) {
+            // What an operator replays, or has tried again, is due now.
+            let hurried = delivery.replay_of.is_some() || self.retries.contains_key(&id);
+            if let Some(due) = message.and_then(|m| m.due_ms).filter(|due| clock < *due && !hurried) {
                 self.broken("I13", format!("attempt {number} of {told} began {} ms before its due time", due - clock));
             }
             // A retry that was put off by the handler's own word, unless an operator wanted it now.
@@ -412,7 +452,8 @@ impl<'a> Checker<'a> {
             for sample in samples {
                 let same = delivery.state == sample.state && delivery.rev == sample.rev;
                 let acted = self.history.audit.iter().any(|entry| {
-                    entry.delivery == Some(*id) && entry.action == "retry" && entry.rev_before == Some(sample.rev)
+                    let may = entry.action == "retry" || (entry.action == "cancel" && sample.state == "dead");
+                    entry.delivery == Some(*id) && may && entry.rev_before == Some(sample.rev)
                 });
                 if !same && (sample.state == "succeeded" || !acted) {
                     let (state, rev) = (&delivery.state, delivery.rev);

@@ -52,11 +52,13 @@ pub(crate) async fn dump<Db: Site>(pool: &Pool<Db>, history: &mut History) -> Re
     let deliveries = match Db::KIND {
         Kind::Postgres => {
             "select cast(d.delivery as text), d.state, s.name, cast(d.message as text), cast(d.attempt as text),
-                cast(d.rev as text), d.note
-             from postbox.delivery d join postbox.subscription s on s.id = d.subscription"
+                cast(d.rev as text), d.note, cast(l.replay_of as text)
+             from postbox.delivery d join postbox.subscription s on s.id = d.subscription
+             left join postbox.late_delivery l on l.delivery = d.delivery"
         }
         Kind::Sqlite => {
-            "select cast(d.id as text), d.state, s.name, hex(d.message), cast(d.attempt as text), cast(d.rev as text), d.note
+            "select cast(d.id as text), d.state, s.name, hex(d.message), cast(d.attempt as text), cast(d.rev as text), d.note,
+                cast(d.replay_of as text)
              from postbox_delivery d join postbox_subscription s on s.id = d.subscription"
         }
     };
@@ -71,6 +73,7 @@ pub(crate) async fn dump<Db: Site>(pool: &Pool<Db>, history: &mut History) -> Re
             attempts: count(r, 4),
             rev: whole(r, 5).unwrap_or_default(),
             note: text(r, 6),
+            replay_of: whole(r, 7),
         })
         .collect();
     let attempts = match Db::KIND {
@@ -125,11 +128,21 @@ pub(crate) async fn dump<Db: Site>(pool: &Pool<Db>, history: &mut History) -> Re
             state_after: text(r, 4),
         })
         .collect();
-    let audit = format!(
-        "select cast(seq as text), action, cast(delivery as text), cast(rev_before as text) from {}",
-        Db::postbox("audit")
-    );
-    history.audit = read(pool, audit)
+    let audit = match Db::KIND {
+        Kind::Postgres => {
+            "select cast(seq as text), action, cast(delivery as text), cast(rev_before as text), cast(rev_after as text),
+                state_before, state_after, cast(cast(extract(epoch from at) * 1000 as bigint) as text), reason,
+                detail ->> 'replayed_as'
+             from postbox.audit"
+        }
+        Kind::Sqlite => {
+            "select cast(seq as text), action, cast(delivery as text), cast(rev_before as text), cast(rev_after as text),
+                state_before, state_after, cast(at as text), reason,
+                cast(json_extract(detail, '$.replayed_as') as text)
+             from postbox_audit"
+        }
+    };
+    history.audit = read(pool, audit.into())
         .await?
         .iter()
         .map(|r| Audited {
@@ -137,6 +150,12 @@ pub(crate) async fn dump<Db: Site>(pool: &Pool<Db>, history: &mut History) -> Re
             action: text(r, 1),
             delivery: whole(r, 2),
             rev_before: whole(r, 3),
+            rev_after: whole(r, 4),
+            state_before: text(r, 5),
+            state_after: text(r, 6),
+            at_ms: whole(r, 7).unwrap_or_default(),
+            reason: text(r, 8),
+            replayed_as: whole(r, 9),
         })
         .collect();
     let effects = format!(
@@ -167,7 +186,7 @@ pub(crate) async fn sample<Db: Site>(pool: &Pool<Db>) -> Result<Vec<(i64, Sample
     };
     let sql = format!(
         "select cast({id} as text), state, cast(rev as text) from {view}
-         where state in ('succeeded', 'dead') order by {id} desc limit 300"
+         where state in ('succeeded', 'dead', 'cancelled') order by {id} desc limit 300"
     );
     let rows = read(pool, sql).await?;
     let sample = |r: &Texts| Sample { state: text(r, 1), rev: whole(r, 2).unwrap_or_default() };

@@ -134,6 +134,10 @@ pub(crate) const WORKER_POINTS: &[&str] = &[
 /// The named points at which publishers are killed.
 pub(crate) const PUBLISHER_POINTS: &[&str] = &["before-insert", "before-commit", "commit-sent"];
 
+/// The named points at which those who pull are killed: leased and not handed out, handed out, and
+/// with their COMMIT sent.
+pub(crate) const PULLER_POINTS: &[&str] = &["pull-leased", "pulled", "pull-commit-sent"];
+
 /// Other named points, each reached in a process of its own. A point of retention belongs here, too.
 pub(crate) const OTHER_POINTS: &[&str] = &["migrating"];
 
@@ -141,9 +145,9 @@ impl Fault {
     /// What it is made of: each is counted by itself, as `F1:claimed`.
     pub(crate) fn parts(self) -> Vec<&'static str> {
         match self {
-            Fault::F1 => [WORKER_POINTS, PUBLISHER_POINTS, OTHER_POINTS, &["random"]].concat(),
+            Fault::F1 => [WORKER_POINTS, PUBLISHER_POINTS, PULLER_POINTS, OTHER_POINTS, &["random"]].concat(),
             Fault::F3 => vec!["before", "after"],
-            Fault::F5 => vec!["publish", "publish_now", "status", "list"],
+            Fault::F5 => vec!["publish", "publish_now", "status", "list", "next"],
             Fault::F12 => vec!["40001", "40P01"],
             Fault::F18 => vec!["panic", "block", "ignore", "abort"],
             Fault::F19 => vec!["deadline", "second"],

@@ -63,6 +63,8 @@ pub(crate) struct Delivery {
     pub(crate) attempts: u32,
     pub(crate) rev: i64,
     pub(crate) note: String,
+    /// The delivery that an operator had repeated as this one.
+    pub(crate) replay_of: Option<i64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,12 +90,38 @@ pub(crate) struct Resolved {
     pub(crate) state_after: String,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Audited {
     pub(crate) seq: i64,
     pub(crate) action: String,
     pub(crate) delivery: Option<i64>,
     pub(crate) rev_before: Option<i64>,
+    pub(crate) rev_after: Option<i64>,
+    pub(crate) state_before: String,
+    pub(crate) state_after: String,
+    /// The database's clock, in milliseconds.
+    pub(crate) at_ms: i64,
+    pub(crate) reason: String,
+    pub(crate) replayed_as: Option<i64>,
+}
+
+/// What the operator was told is done, with its number in the audit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Acted {
+    pub(crate) seq: i64,
+    pub(crate) action: String,
+    pub(crate) delivery: i64,
+}
+
+/// What somebody who pulled was told about the end of their transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Pull {
+    pub(crate) subscription: String,
+    pub(crate) ext: String,
+    pub(crate) delivery: i64,
+    pub(crate) number: u32,
+    /// ok, fail, unknown.
+    pub(crate) told: String,
 }
 
 /// A delivery that was seen in an end state while faults were on.
@@ -118,6 +146,8 @@ pub(crate) struct History {
     pub(crate) attempts: Vec<Attempt>,
     pub(crate) resolutions: Vec<Resolved>,
     pub(crate) audit: Vec<Audited>,
+    pub(crate) acted: Vec<Acted>,
+    pub(crate) pulls: Vec<Pull>,
     pub(crate) samples: BTreeMap<i64, Vec<Sample>>,
     /// What is left that should not be after healing, in words.
     pub(crate) leftovers: Vec<String>,
@@ -141,6 +171,21 @@ impl History {
                 }
                 told => publish.told.push((told.to_owned(), words.next().unwrap_or_default().to_owned())),
             }
+        }
+    }
+
+    /// Reads the log of somebody who pulls.
+    pub(crate) fn read_puller(&mut self, text: &str) {
+        for line in text.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let [subscription, ext, delivery, number, told] = words.as_slice() else { continue };
+            self.pulls.push(Pull {
+                subscription: (*subscription).to_owned(),
+                ext: (*ext).to_owned(),
+                delivery: delivery.parse().unwrap_or_default(),
+                number: number.parse().unwrap_or_default(),
+                told: (*told).to_owned(),
+            });
         }
     }
 
@@ -210,5 +255,8 @@ mod tests {
         assert!(call.unrecorded && call.applied == [150] && call.over == Some(160) && call.clock == 555);
         assert_eq!((history.notes[0].delivery, history.notes[0].number, history.notes[0].clock), (8, 2, 777));
         assert!(history.notes[0].done);
+        history.read_puller("pulled e 9 2 ok\npulled e 9");
+        let [pull] = history.pulls.as_slice() else { panic!("one pull") };
+        assert_eq!((pull.delivery, pull.number, pull.told.as_str()), (9, 2, "ok"));
     }
 }

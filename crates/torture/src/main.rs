@@ -31,7 +31,7 @@ use serde::Serialize;
 
 use crate::child::ChildPlan;
 use crate::fault::{Kind, Wanted};
-use crate::round::{Outcome, missing, play};
+use crate::round::{Outcome, lacking, missing, play};
 use crate::world::World;
 
 /// Longer runs are made of rounds of this length, each on a fresh database.
@@ -74,6 +74,8 @@ enum ChildCommand {
     Publisher { plan: String },
     #[command(hide = true)]
     Worker { plan: String },
+    #[command(hide = true)]
+    Puller { plan: String },
     #[command(hide = true)]
     Remote { plan: String },
     #[command(hide = true)]
@@ -157,6 +159,7 @@ fn failed(error: &str) -> ExitCode {
 async fn run_child(command: ChildCommand) -> Result<(), String> {
     let (ChildCommand::Publisher { plan }
     | ChildCommand::Worker { plan }
+    | ChildCommand::Puller { plan }
     | ChildCommand::Remote { plan }
     | ChildCommand::Migrate { plan }) = &command;
     let plan: ChildPlan =
@@ -166,6 +169,8 @@ async fn run_child(command: ChildCommand) -> Result<(), String> {
         (ChildCommand::Publisher { .. }, Kind::Sqlite) => child::publisher::run::<Sqlite>(plan).await,
         (ChildCommand::Worker { .. }, Kind::Postgres) => child::worker::run::<Postgres>(plan).await,
         (ChildCommand::Worker { .. }, Kind::Sqlite) => child::worker::run::<Sqlite>(plan).await,
+        (ChildCommand::Puller { .. }, Kind::Postgres) => child::puller::run::<Postgres>(plan).await,
+        (ChildCommand::Puller { .. }, Kind::Sqlite) => child::puller::run::<Sqlite>(plan).await,
         (ChildCommand::Remote { .. }, Kind::Postgres) => child::remote::run::<Postgres>(plan).await,
         (ChildCommand::Remote { .. }, Kind::Sqlite) => child::remote::run::<Sqlite>(plan).await,
         (ChildCommand::Migrate { .. }, Kind::Postgres) => child::migrate::<Postgres>(plan).await,
@@ -230,6 +235,7 @@ async fn run(cli: Cli) -> Result<bool, String> {
     let mut broken = world.all_broken();
     broken.append(&mut sum.broken);
     broken.extend(missing(&world, cli.span).into_iter().map(|id| format!("{id} was wanted and never took effect")));
+    broken.extend(lacking(&world, cli.span).into_iter().map(|what| format!("{what} was never there")));
     if cli.keep || !broken.is_empty() {
         eprintln!("the logs are kept in {}", folder.keep().display());
     }

@@ -28,15 +28,26 @@ pub(crate) enum Action {
 pub(crate) enum Child {
     Worker(usize),
     Publisher(usize),
+    Puller(usize),
+}
+
+/// How many children of each kind there are.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Crew {
+    pub(crate) workers: usize,
+    pub(crate) publishers: usize,
+    pub(crate) pullers: usize,
 }
 
 /// What a fault does next and how long it rests before.
-fn action(fault: Fault, dice: &mut fastrand::Rng, workers: usize, publishers: usize) -> Option<(Duration, Action)> {
+fn action(fault: Fault, dice: &mut fastrand::Rng, crew: Crew) -> Option<(Duration, Action)> {
+    let Crew { workers, publishers, pullers } = crew;
     let ms = Duration::from_millis;
     let some = match fault {
         Fault::F1 => match dice.u32(..10) {
             0..6 => (ms(dice.u64(1000..4000)), Action::Kill(Child::Worker(dice.usize(..workers)))),
-            6..8 => (ms(dice.u64(1000..4000)), Action::Kill(Child::Publisher(dice.usize(..publishers)))),
+            6 => (ms(dice.u64(1000..4000)), Action::Kill(Child::Publisher(dice.usize(..publishers)))),
+            7 => (ms(dice.u64(1000..4000)), Action::Kill(Child::Puller(dice.usize(..pullers)))),
             _ => (ms(dice.u64(1000..4000)), Action::Point(OTHER_POINTS[dice.usize(..OTHER_POINTS.len())])),
         },
         // Longer than the lease, and a good deal shorter than what a "not done" waits for.
@@ -50,28 +61,21 @@ fn action(fault: Fault, dice: &mut fastrand::Rng, workers: usize, publishers: us
             let away = if dice.u32(..5) == 0 { dice.u64(4000..10_000) } else { dice.u64(1000..3000) };
             (ms(dice.u64(8000..25_000)), Action::Crash(ms(away)))
         }
-        Fault::F19 => (ms(dice.u64(1500..5000)), Action::Terminate(dice.usize(..workers), ms(dice.u64(100..700)))),
+        Fault::F19 => (ms(dice.u64(1000..3000)), Action::Terminate(dice.usize(..workers), ms(dice.u64(100..700)))),
         _ => return None,
     };
     Some(some)
 }
 
 /// Everything that happens within this time, in order. A fault comes at least once, early.
-pub(crate) fn schedule(
-    seed: u64,
-    faults: &[Fault],
-    kind: Kind,
-    span: Duration,
-    workers: usize,
-    publishers: usize,
-) -> Vec<(Duration, Action)> {
+pub(crate) fn schedule(seed: u64, faults: &[Fault], kind: Kind, span: Duration, crew: Crew) -> Vec<(Duration, Action)> {
     let mut schedule = Vec::new();
     for fault in faults.iter().filter(|f| f.applies_to(kind)) {
         // A stream of dice for each fault: leaving one out does not move the others.
         let mut dice = fastrand::Rng::with_seed(seed ^ (*fault as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut at = Duration::from_millis(dice.u64(300..2000));
         while at < span {
-            let Some((rest, action)) = action(*fault, &mut dice, workers, publishers) else { break };
+            let Some((rest, action)) = action(*fault, &mut dice, crew) else { break };
             schedule.push((at, action));
             at += rest;
         }
@@ -86,7 +90,8 @@ mod tests {
 
     #[test]
     fn a_seed_gives_one_schedule() {
-        let plan = |seed| schedule(seed, Fault::ALL, Kind::Postgres, Duration::from_secs(60), 5, 2);
+        let crew = Crew { workers: 5, publishers: 2, pullers: 1 };
+        let plan = |seed| schedule(seed, Fault::ALL, Kind::Postgres, Duration::from_secs(60), crew);
         assert_eq!(plan(7), plan(7));
         assert_ne!(plan(7), plan(8));
         assert!(plan(7).windows(2).all(|pair| pair[0].0 <= pair[1].0));
@@ -98,6 +103,6 @@ mod tests {
         let without: Vec<Fault> = Fault::ALL.iter().copied().filter(|f| *f != Fault::F4).collect();
         let mut rest = plan(7);
         rest.retain(|(_, action)| !matches!(action, Action::EndBackends(_)));
-        assert_eq!(schedule(7, &without, Kind::Postgres, Duration::from_secs(60), 5, 2), rest);
+        assert_eq!(schedule(7, &without, Kind::Postgres, Duration::from_secs(60), crew), rest);
     }
 }

@@ -20,7 +20,7 @@ use crate::child::races::COUNTERS;
 use crate::child::{ChildPlan, LEASE};
 use crate::dump;
 use crate::fault::{Fault, Kind};
-use crate::history::{History, Sample};
+use crate::history::{Acted, History, Sample};
 use crate::operator;
 use crate::plan::{Action, Child, schedule};
 use crate::point::point_of_its_own;
@@ -41,6 +41,8 @@ pub(crate) struct Round {
     pub(crate) seed: u64,
     pub(crate) folder: PathBuf,
     remote: String,
+    /// What the operator was told is done.
+    pub(crate) acted: Mutex<Vec<Acted>>,
     /// Whether a worker of this process is on record; asked here, as the keepers know no database.
     look: LookOut,
 }
@@ -109,9 +111,23 @@ pub(crate) fn missing(world: &World, span: Duration) -> Vec<String> {
     if span >= Duration::from_secs(60) {
         let parts = |f: &Fault| f.parts().into_iter().map(|part| format!("{f}:{part}")).collect::<Vec<_>>();
         wanted.extend(world.faults.iter().flat_map(parts));
+        // It acts while faults are on.
+        if !world.faults.is_empty() {
+            wanted.extend(operator::DEEDS.iter().map(|deed| (*deed).to_owned()));
+        }
     }
     wanted.retain(|id| world.counts.of(id) == 0);
     wanted
+}
+
+/// What the load of a run that was long enough never had: known in the end only.
+pub(crate) fn lacking(world: &World, span: Duration) -> Vec<&'static str> {
+    if span < Duration::from_secs(60) {
+        return Vec::new();
+    }
+    let wanted = ["load:repeated-calls", "load:pulled", "load:poisoned", "load:pulled-in-sql", "load:poisoned-in-sql"];
+    let there = |what: &&str| world.kind == Kind::Postgres || !what.ends_with("-in-sql");
+    wanted.into_iter().filter(there).filter(|what| world.counts.of(what) == 0).collect()
 }
 
 pub(crate) struct Stage<Db: Site> {
@@ -145,7 +161,8 @@ impl<Db: Site> Stage<Db> {
         let pool = Db::pool(&world.direct(number), 6, Duration::from_secs(20)).map_err(|e| e.to_string())?;
         prepare::<Db>(&pool, &world.direct(number)).await.map_err(|e| format!("a fresh database: {e}"))?;
         let (look, mut asked) = mpsc::unbounded_channel::<(String, oneshot::Sender<Option<bool>>)>();
-        let mut round = Round { world: world.clone(), number, seed, folder, remote: String::new(), look };
+        let mut round =
+            Round { world: world.clone(), number, seed, folder, remote: String::new(), acted: Mutex::default(), look };
         let (remote, address) = start_remote(&round).await.map_err(|e| format!("the remote: {e}"))?;
         round.remote = address;
         let round = Arc::new(round);
@@ -161,6 +178,7 @@ impl<Db: Site> Stage<Db> {
         helpers.push(tokio::spawn(age_soon::<Db>(pool.clone())));
         helpers.push(tokio::spawn(operator::operate::<Db>(round.clone(), world.direct(number), round.remote.clone())));
         let children = (0..world.workers()).map(Child::Worker).chain((0..world.publishers()).map(Child::Publisher));
+        let children = children.chain((0..world.crew().pullers).map(Child::Puller));
         let slots = children
             .map(|child| {
                 let (wishes, task) = keep(round.clone(), child);
@@ -180,7 +198,7 @@ impl<Db: Site> Stage<Db> {
     async fn hostilities(&self, seed: u64, span: Duration, whole: Option<Duration>) {
         let world = &self.round.world;
         let begun = Instant::now();
-        let plan = schedule(seed, &world.faults, world.kind, span + OVERTIME, world.workers(), world.publishers());
+        let plan = schedule(seed, &world.faults, world.kind, span + OVERTIME, world.crew());
         let mut under_way = tokio::task::JoinSet::new();
         for (at, action) in plan {
             let until = at.min(span).saturating_sub(begun.elapsed());
@@ -353,13 +371,16 @@ impl<Db: Site> Stage<Db> {
             let log = std::fs::read_to_string(folder.join(format!("p{slot}.witness"))).unwrap_or_default();
             history.read_publisher(&log);
         }
+        for slot in 0..self.round.world.crew().pullers {
+            let log = std::fs::read_to_string(folder.join(format!("q{slot}.witness"))).unwrap_or_default();
+            history.read_puller(&log);
+        }
+        history.acted = self.round.acted.lock().map(|acted| acted.clone()).unwrap_or_default();
         let log =
             std::fs::read_to_string(folder.join("remote.witness")).map_err(|e| format!("the remote's log: {e}"))?;
         history.read_remote(&log);
         let operations: std::collections::HashSet<i64> = (history.deliveries.iter())
-            .filter(|d| {
-                crate::traffic::subscribed(&d.subscription).is_some_and(|s| s.kind == crate::traffic::Behind::Operation)
-            })
+            .filter(|d| crate::traffic::subscribed(&d.subscription).is_some_and(|s| s.kind.calls()))
             .map(|d| d.id)
             .collect();
         let doubts: std::collections::HashSet<i64> = (history.attempts.iter())
@@ -367,6 +388,9 @@ impl<Db: Site> Stage<Db> {
             .map(|a| a.delivery)
             .filter(|d| operations.contains(d))
             .collect();
+        for (what, times) in crate::check::load::seen(&history) {
+            self.round.world.counts.add(what, times);
+        }
         let broken = crate::check::check(&history);
         if self.round.world.keep || !broken.is_empty() {
             std::fs::write(folder.join("history.txt"), format!("{history:#?}")).ok();

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::child::ChildPlan;
 use crate::child::worker::{LEFT_OVER, NOT_STARTED};
-use crate::fault::{Fault, Kind, PUBLISHER_POINTS, WORKER_POINTS};
+use crate::fault::{Fault, Kind, PUBLISHER_POINTS, PULLER_POINTS, WORKER_POINTS};
 use crate::plan::Child;
 use crate::round::Round;
 
@@ -84,6 +84,7 @@ impl Slot {
         match self.child {
             Child::Worker(n) => format!("w{n}"),
             Child::Publisher(n) => format!("p{n}"),
+            Child::Puller(n) => format!("q{n}"),
         }
     }
 
@@ -128,6 +129,7 @@ impl Slot {
             Child::Worker(slot) if slot < 3 => (WORKER_POINTS, slot),
             Child::Worker(_) => return None,
             Child::Publisher(slot) => (PUBLISHER_POINTS, slot),
+            Child::Puller(slot) => (PULLER_POINTS, slot),
         };
         if !world.wants(Fault::F1) || !world.hostile() {
             return None;
@@ -148,28 +150,38 @@ impl Slot {
         Some((point, nth(point, if seldom { some } else { often })))
     }
 
+    /// How long a SIGTERM waits for what runs, in every second life; the end that never came goes before.
+    fn patience(&self, dice: &mut fastrand::Rng) -> Option<u64> {
+        let never = |part: &str| self.round.world.counts.of(part) == 0;
+        let (patient, wait) = (dice.bool(), dice.u64(10..120));
+        match (never("F19:deadline"), never("F19:second")) {
+            (true, false) => Some(wait),
+            (false, true) => None,
+            _ => patient.then_some(wait),
+        }
+    }
+
     async fn start(&self) -> std::io::Result<Life> {
         let round = &self.round;
         let name = self.name();
         let slot_seed = match self.child {
             Child::Worker(n) => 100 + n as u64,
             Child::Publisher(n) => 200 + n as u64,
+            Child::Puller(n) => 300 + n as u64,
         };
         let mut dice = fastrand::Rng::with_seed(round.seed ^ (slot_seed << 32) ^ u64::from(self.lives));
         let plan = ChildPlan {
             seed: dice.u64(..),
             life: self.lives,
             log: round.folder.join(format!("{name}.witness")),
-            patience_ms: match dice.u32(..2) {
-                0 => None,
-                _ => Some(dice.u64(50..300)),
-            },
+            patience_ms: self.patience(&mut dice),
             name: name.clone(),
             ..round.plan()
         };
         let (role, plan) = match self.child {
             Child::Worker(slot) => ("worker", round.world.worker_plan(slot, plan)),
             Child::Publisher(slot) => ("publisher", round.world.publisher_plan(slot, plan)),
+            Child::Puller(_) => ("puller", round.world.puller_plan(plan)),
         };
         let armed = self.arm(&mut dice);
         let log =
@@ -326,6 +338,7 @@ impl Slot {
                     return true;
                 }
                 life.kill_at = None;
+                life.tell("heal").await;
                 false
             }
             Wish::Quiet(done) => {
@@ -343,6 +356,12 @@ impl Slot {
                     Child::Publisher(_) => {
                         life.kill().await;
                         true
+                    }
+                    // In order, so that its worker row goes with it.
+                    Child::Puller(_) => {
+                        life.tell("end").await;
+                        life.terminated.get_or_insert_with(Instant::now);
+                        false
                     }
                 }
             }

@@ -13,6 +13,7 @@ use postbox_testkit::Server;
 
 use crate::child::ChildPlan;
 use crate::fault::{Fault, Kind};
+use crate::plan::Crew;
 use crate::proxy::{Cut, Proxy, When};
 
 /// Handlers that hold every connection hold them for this long: past the lease.
@@ -237,6 +238,19 @@ impl World {
         plan
     }
 
+    /// Those who pull take each way to connect in turn.
+    pub(crate) fn puller_plan(&self, mut plan: ChildPlan) -> ChildPlan {
+        if !self.hostile() {
+            plan.faults.clear();
+        }
+        match (self.kind, plan.life % 3) {
+            (Kind::Postgres, 1) => self.through_proxy(&mut plan),
+            (Kind::Postgres, 2) => self.through_bouncer(&mut plan),
+            _ => {}
+        }
+        plan
+    }
+
     fn through_proxy(&self, plan: &mut ChildPlan) {
         if let Some(proxy) = &self.proxy {
             plan.url = self.address(proxy.port(), "proxied");
@@ -258,6 +272,10 @@ impl World {
             Kind::Postgres => 3 + usize::from(self.wants(Fault::F14)) + usize::from(self.wants(Fault::F15)),
             Kind::Sqlite => 2 + usize::from(self.wants(Fault::F15)),
         }
+    }
+
+    pub(crate) fn crew(&self) -> Crew {
+        Crew { workers: self.workers(), publishers: self.publishers(), pullers: 1 }
     }
 
     pub(crate) fn publishers(&self) -> usize {

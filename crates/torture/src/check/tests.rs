@@ -1,15 +1,18 @@
 //! A checker that cannot fail proves nothing: each lie in a history is told.
 
 use super::*;
-use crate::history::{Audited, Sample, Seen};
+use crate::history::{Acted, Audited, Pull, Sample, Seen};
 
 /// What happened, and was put on record as it happened: an operation that was in doubt, found and
-/// followed up; a transactional handler; a delayed plain one; a crowd with one dedup key; a rollback.
+/// followed up; a transactional handler; a delayed plain one; a crowd with one dedup key; a rollback;
+/// an idempotent operation that called three times; one that was pulled again after a rollback, and one
+/// that nobody could handle; one that was called off; and two replays, one of an operation.
 fn honest() -> History {
     let mut history = History::default();
     history.read_publisher(
         "a intent chain.one business\na ok\nb intent late -\nb unknown\nd intent note dedup\nd ok x\nd duplicate x\n\
-         d conflict y\nr intent note business\nr fail\nu intent note -\nu unknown\ng intent blind -\ng ok\n",
+         d conflict y\nr intent note business\nr fail\nu intent note -\nu unknown\ng intent blind -\ng ok\n\
+         h intent repeat -\nh ok\ni intent pull.good -\ni ok\nj intent pull.poison -\nj ok\nk intent note -\nk ok\n",
     );
     history.business = vec!["a".into()];
     let message = |id: &str, topic: &str, ext: &str| Message {
@@ -27,6 +30,10 @@ fn honest() -> History {
         Message { due_ms: Some(5000), ..message("m4", "late", "b") },
         Message { body: Some("x".into()), deliveries: vec![5], ..message("m5", "note", "d") },
         message("m6", "blind", "g"),
+        message("m7", "repeat", "h"),
+        message("m8", "pull.good", "i"),
+        message("m9", "pull.poison", "j"),
+        message("m10", "note", "k"),
     ];
     let delivery = |id: i64, subscription: &str, attempts: u32, state: &str| Delivery {
         id,
@@ -36,7 +43,9 @@ fn honest() -> History {
         attempts,
         rev: 4,
         note: String::new(),
+        replay_of: None,
     };
+    let replay = |of: i64, again: Delivery| Delivery { message: format!("m{of}"), replay_of: Some(of), ..again };
     history.deliveries = vec![
         delivery(1, "chain_one", 2, "succeeded"),
         delivery(2, "chain_two", 1, "succeeded"),
@@ -44,6 +53,12 @@ fn honest() -> History {
         delivery(4, "late", 2, "succeeded"),
         delivery(5, "note", 1, "succeeded"),
         delivery(6, "blind", 1, "dead"),
+        delivery(7, "repeat", 3, "succeeded"),
+        delivery(8, "pulled", 2, "succeeded"),
+        delivery(9, "pulled", 3, "dead"),
+        delivery(10, "note", 0, "cancelled"),
+        replay(6, delivery(11, "blind", 1, "succeeded")),
+        replay(5, delivery(12, "note", 1, "succeeded")),
     ];
     let attempt = |delivery: i64, number: u32, outcome: &str| Attempt {
         delivery,
@@ -64,6 +79,16 @@ fn honest() -> History {
         attempt(4, 2, "succeeded"),
         attempt(5, 1, "succeeded"),
         attempt(6, 1, "failed"),
+        attempt(7, 1, "lost"),
+        attempt(7, 2, "in_doubt"),
+        attempt(7, 3, "succeeded"),
+        attempt(8, 1, "failed"),
+        attempt(8, 2, "succeeded"),
+        attempt(9, 1, "failed"),
+        attempt(9, 2, "lost"),
+        attempt(9, 3, "failed"),
+        attempt(11, 1, "succeeded"),
+        attempt(12, 1, "succeeded"),
     ];
     history.resolutions = vec![Resolved {
         delivery: 1,
@@ -85,11 +110,32 @@ fn honest() -> History {
         how: "Answer".into(),
     };
     history.calls = vec![call(1, 1, 100, vec![]), call(1, 2, 300, vec![320]), call(6, 1, 900, vec![])];
+    // The second one comes while the first, whose worker was given up, is still there.
+    history.calls.extend([call(7, 1, 1000, vec![1010]), call(7, 2, 1020, vec![]), call(7, 3, 1200, vec![])]);
+    history.calls.push(call(11, 1, 1500, vec![1520]));
     let seen =
         |delivery: i64, number: u32, clock: i64| Seen { ext: String::new(), delivery, number, clock, done: true };
     history.notes = vec![seen(3, 1, 6000), seen(4, 1, 6000), seen(4, 2, 7000 + LATER as i64), seen(5, 1, 6000)];
-    history.effects = vec![seen(2, 1, 6000)];
-    history.audit = vec![Audited { seq: 1, action: "resolve refused".into(), delivery: Some(6), rev_before: None }];
+    history.notes.push(seen(12, 1, 6000));
+    history.effects = vec![seen(2, 1, 6000), seen(8, 2, 6000)];
+    history.read_puller("pulled i 8 1 fail\npulled i 8 2 ok\npulled j 9 1 fail\n");
+    let entry = |seq: i64, action: &str, delivery: i64, state: &str| Audited {
+        seq,
+        action: action.into(),
+        delivery: Some(delivery),
+        state_before: state.into(),
+        state_after: state.into(),
+        at_ms: 8000,
+        reason: "it is wanted twice".into(),
+        ..Audited::default()
+    };
+    history.audit = vec![
+        entry(1, "resolve refused", 6, "dead"),
+        Audited { state_after: "cancelled".into(), rev_after: Some(4), ..entry(2, "cancel", 10, "pending") },
+        Audited { replayed_as: Some(11), ..entry(3, "replay: irreversible", 6, "dead") },
+        Audited { replayed_as: Some(12), ..entry(4, "replay", 5, "succeeded") },
+    ];
+    history.acted = vec![Acted { seq: 2, action: "cancel".into(), delivery: 10 }];
     history.samples = BTreeMap::from([(2, vec![Sample { state: "succeeded".into(), rev: 4 }])]);
     history
 }
@@ -182,7 +228,9 @@ fn i6_a_write_without_the_lease() {
 fn i6_an_operator_may() {
     let mut history = honest();
     history.samples.insert(5, vec![Sample { state: "dead".into(), rev: 2 }]);
-    history.audit.push(Audited { seq: 2, action: "retry".into(), delivery: Some(5), rev_before: Some(2) });
+    let retry =
+        Audited { seq: 5, action: "retry".into(), delivery: Some(5), rev_before: Some(2), ..Audited::default() };
+    history.audit.push(retry);
     assert_eq!(check(&history), [""; 0]);
 }
 
@@ -192,6 +240,99 @@ fn i7_calls_that_overlap_or_repeat() {
     told("I7", "overlap", |h| h.calls[0].over = None);
     told("I7", "more than once", |h| h.calls[1].number = 1);
     told("I7", "applied 2 times", |h| h.calls[0].applied.push(120));
+}
+
+#[test]
+fn repeats_that_are_none_under_one_key() {
+    told("I7", "is idempotent, and was applied 2 times", |h| h.calls[4].applied.push(1030));
+    told("I7", "called under 2 keys", |h| h.calls[4].key = "other".into());
+    told("I7", "share the key", |h| h.calls[6].key = "k-6".into());
+    // What may have happened is not given up by itself.
+    let give_up = |h: &mut History, at: u32, how: &str| {
+        h.attempts.retain(|a| a.delivery != 7 || a.number <= at);
+        h.deliveries[6].attempts = at;
+        h.deliveries[6].state = "dead".into();
+        h.attempts.iter_mut().filter(|a| a.delivery == 7 && a.number == at).for_each(|a| a.outcome = Some(how.into()));
+    };
+    told("I5", "ended in_doubt: no other", |h| give_up(h, 2, "in_doubt"));
+    told("I5", "was given up, and attempt 1 ended lost", |h| give_up(h, 3, "failed"));
+    told("I5", "and it was applied", |h| give_up(h, 3, "failed"));
+    told("I7", "overlap", |h| h.deliveries[6].subscription = "charge".into());
+}
+
+#[test]
+fn pulls_that_are_not_what_was_told() {
+    told("I1", "was committed, and is", |h| h.attempts[12].outcome = Some("failed".into()));
+    told("I1", "its effect is there: false", |h| h.effects[1].number = 1);
+    told("I2", "was rolled back, and is", |h| h.effects.push(Seen { number: 1, ..h.effects[1].clone() }));
+    told("I4", "effect is not of that", |h| h.effects[1].number = 1);
+    told("I4", "its effect is not there (2 rows)", |h| h.effects.push(h.effects[1].clone()));
+    told("I4", "nobody committed it", |h| {
+        h.deliveries[8].state = "succeeded".into();
+        h.attempts[15].outcome = Some("succeeded".into());
+        h.effects.push(Seen { delivery: 9, number: 3, ..h.effects[1].clone() });
+    });
+    told("I11", "given up after 2 attempts of 3", |h| {
+        h.deliveries[8].attempts = 2;
+        h.attempts.remove(15);
+    });
+    told("I11", "made 4 attempts of 3", |h| {
+        h.deliveries[8].attempts = 4;
+        h.attempts.push(Attempt { number: 4, ..h.attempts[15].clone() });
+    });
+    told("I1", "is dead", |h| h.messages[8].topic = "pull.good".into());
+    told("I1", "was committed", |h| {
+        let gone = Pull { delivery: 99, ..h.pulls[1].clone() };
+        h.pulls.push(gone);
+    });
+}
+
+#[test]
+fn what_was_called_off_and_ran() {
+    told("I8", "no operator's action on record", |h| h.audit[1].action = "other".into());
+    told("I1", "is cancelled", |h| h.audit[1].action = "other".into());
+    told("I6", "from running to cancelled", |h| h.audit[1].state_before = "running".into());
+    told("I6", "from pending to in_doubt", |h| h.audit[1].state_after = "in_doubt".into());
+    told("I6", "was called off, and is pending", |h| h.deliveries[9].state = "pending".into());
+    told("I1", "was called off, and is nowhere", |h| h.deliveries.retain(|d| d.id != 10));
+    told("I6", "ran after it was called off", |h| {
+        h.deliveries[9].attempts = 1;
+        h.attempts.push(Attempt { delivery: 10, started_ms: 8001, finished_ms: Some(8002), ..h.attempts[0].clone() });
+    });
+    told("I6", "ran long after", |h| h.notes.push(Seen { delivery: 10, clock: 20_000, ..h.notes[0].clone() }));
+    told("I11", "ran as attempt 2, and counts 0", |h| {
+        h.notes.push(Seen { delivery: 10, number: 2, ..h.notes[0].clone() })
+    });
+    told("I7", "called the remote after it was called off", |h| {
+        h.calls.push(Call { delivery: 10, clock: 8001, ..h.calls[0].clone() })
+    });
+    told("I6", "was cancelled at revision 3", |h| {
+        h.samples.insert(10, vec![Sample { state: "cancelled".into(), rev: 3 }]);
+    });
+    told("I8", "is not in the audit as told", |h| h.acted[0].seq = 1);
+}
+
+/// A run whose worker was lost is not counted, and the next one was called off.
+#[test]
+fn a_lost_run_before_a_cancel_is_none() {
+    let mut history = honest();
+    history.notes.push(Seen { delivery: 10, ..history.notes[0].clone() });
+    assert_eq!(check(&history), [""; 0]);
+}
+
+#[test]
+fn replays_that_nobody_asked_for() {
+    told("I8", "is on record 0 times", |h| h.audit[3].action = "other".into());
+    told("I8", "is on record 2 times", |h| h.audit.push(Audited { seq: 5, ..h.audit[3].clone() }));
+    told("I8", "which is none of the same", |h| h.deliveries[11].replay_of = Some(4));
+    told("I1", "which is not there as its replay", |h| h.deliveries.retain(|d| d.id != 12));
+    told("I1", "2 deliveries for note", |h| h.deliveries[11].replay_of = None);
+    told("I6", "replayed while it was in_doubt", |h| h.audit[2].state_before = "in_doubt".into());
+    told("I7", "replayed by `replay`", |h| h.audit[2].action = "replay".into());
+    told("I7", "with the reason ``", |h| h.audit[2].reason.clear());
+    // Each has an effect of its own.
+    told("I4", "its effect is not there", |h| h.notes.retain(|n| n.delivery != 12));
+    told("I7", "applied 2 times", |h| h.calls[6].applied.push(1540));
 }
 
 #[test]
@@ -235,4 +376,11 @@ fn many_lines_are_cut_short() {
     let mut history = honest();
     history.leftovers = (0..30).map(|n| n.to_string()).collect();
     assert!(check(&history).iter().any(|line| line == "I14: and 20 more"));
+}
+
+#[test]
+fn what_the_load_had_is_counted() {
+    let seen: BTreeMap<_, _> = load::seen(&honest()).into_iter().collect();
+    assert_eq!(seen["load:repeated-calls"], 2);
+    assert_eq!((seen["load:pulled"], seen["load:poisoned"], seen["load:pulled-and-lost"]), (1, 1, 1));
 }

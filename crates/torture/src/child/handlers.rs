@@ -178,6 +178,26 @@ pub(crate) const LATER: u64 = 400;
 
 async fn charge<Db: Site>(
     op: Operation,
+    payload: Payload<Body>,
+    attempt: Attempt,
+    hands: State<Hands<Db>>,
+) -> Result<Receipt, OperationFailure> {
+    call("charge", op, payload, attempt, hands).await
+}
+
+/// A call that the remote applies once per idempotency key, however often it comes.
+async fn repeat<Db: Site>(
+    op: Operation,
+    payload: Payload<Body>,
+    attempt: Attempt,
+    hands: State<Hands<Db>>,
+) -> Result<Receipt, OperationFailure> {
+    call("repeat", op, payload, attempt, hands).await
+}
+
+async fn call<Db: Site>(
+    what: &str,
+    op: Operation,
     Payload(body): Payload<Body>,
     attempt: Attempt,
     State(hands): State<Hands<Db>>,
@@ -185,7 +205,7 @@ async fn charge<Db: Site>(
     let _running = hands.enter();
     let clock = hands.clock().await.not_done()?;
     let key = op.idempotency_key();
-    let line = format!("charge {} {key} {} {} {clock}", body.ext, attempt.delivery, attempt.number);
+    let line = format!("{what} {} {key} {} {} {clock}", body.ext, attempt.delivery, attempt.number);
     let answer = match hands.misbehave(&body.ext).await.not_done()? {
         true => ask_blocking(&hands.plan.remote, &line)?,
         false => ask(&hands.plan.remote, &line, true).await?,
@@ -282,7 +302,10 @@ pub(crate) fn routes<Db: Site>(hands: Hands<Db>, hogs: bool) -> Router<Db> {
     }
     macro_rules! charging {
         ($name:literal) => {
-            operation(charge::<Db>)
+            charging!($name, charge::<Db>)
+        };
+        ($name:literal, $f:expr) => {
+            operation($f)
                 .named($name)
                 .max_attempts(FEW)
                 .backoff(quick(50).0, quick(50).1)
@@ -299,6 +322,7 @@ pub(crate) fn routes<Db: Site>(hands: Hands<Db>, hogs: bool) -> Router<Db> {
         .on("pair.>", plain!("pair_project", project::<Db>))
         .on("charge", charging!("charge").reconcile(find_charge::<Db>))
         .on("blind", charging!("blind"))
+        .on("repeat", charging!("repeat", repeat::<Db>).idempotent())
         .on(
             "chain.one",
             charging!("chain_one").reconcile(find_charge::<Db>).then(|body: Body, _: &Receipt| {

@@ -1,8 +1,9 @@
-//! What runs in processes of its own: workers, publishers, the fake remote, migrations.
+//! What runs in processes of its own: workers, publishers, those who pull, the fake remote, migrations.
 
 pub(crate) mod drops;
 pub(crate) mod handlers;
 pub(crate) mod publisher;
+pub(crate) mod puller;
 pub(crate) mod races;
 pub(crate) mod remote;
 pub(crate) mod worker;

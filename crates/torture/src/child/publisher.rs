@@ -14,7 +14,7 @@ use super::{ChildPlan, hit, listen, say};
 use crate::fault::{Fault, Kind};
 use crate::log::Log;
 use crate::site::{Session, Site, code, number};
-use crate::traffic::topic;
+use crate::traffic::{POISON_ATTEMPTS, is_poison, topic};
 
 /// Publishers at once in one process.
 const LANES: usize = 3;
@@ -32,7 +32,7 @@ pub(crate) enum Told {
 }
 
 impl Told {
-    fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Told::Ok => "ok",
             Told::Fail => "fail",
@@ -119,6 +119,7 @@ impl<Db: Site> Publisher<Db> {
         let body = serde_json::json!({ "ext": ext, "fill": "x".repeat(size) });
         let draft = Envelope::json(topic, &body)?.external_id(ext);
         Ok(match topic {
+            topic if is_poison(topic) => draft.max_attempts(POISON_ATTEMPTS),
             "late" => draft.after(Duration::from_millis(dice.u64(100..2500))),
             _ => draft,
         })
@@ -214,7 +215,7 @@ impl<Db: Site> Publisher<Db> {
     }
 
     fn messages(&self, dice: &mut fastrand::Rng, most: usize) -> Vec<(String, &'static str)> {
-        (0..dice.usize(1..=most)).map(|_| (self.external_id(), topic(dice))).collect()
+        (0..dice.usize(1..=most)).map(|_| (self.external_id(), topic(dice, Db::KIND))).collect()
     }
 
     /// Business rows and messages: both, or none.

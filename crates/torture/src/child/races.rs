@@ -36,7 +36,7 @@ pub(crate) async fn races<Db: Site>(publisher: Arc<Publisher<Db>>, mut dice: fas
             Fault::F12 => publisher.conflict(&mut dice).await,
             Fault::F13 => publisher.stall(&mut dice).await,
             Fault::F15 => publisher.hogs(&mut dice).await,
-            Fault::F22 if dice.bool() => publisher.disk_full(&mut dice).await,
+            Fault::F22 if dice.u32(..4) == 0 => publisher.disk_full(&mut dice).await,
             Fault::F22 => publisher.busy(&mut dice).await,
             _ => publisher.crowd(&mut dice).await,
         }

@@ -1,7 +1,7 @@
 //! The fake remote: it knows what it was asked and what it did, and keeps that on its own disk.
 //!
 //! `charge` is the irreversible call: before it is applied, the remote looks over a connection of its
-//! own whether the attempt is on record. What it does with a call follows from the seed, the key and
+//! own whether the attempt is on record. `repeat` is the same, applied once per key. What it does with a call follows from the seed, the key and
 //! the attempt, not from the order in which calls come.
 
 use std::collections::HashSet;
@@ -98,8 +98,9 @@ impl<Db: Site> Remote<Db> {
         }
         let words: Vec<&str> = line.split_whitespace().collect();
         let answer = match words.as_slice() {
-            ["charge", ext, key, delivery, number, clock] => {
-                match self.charge(received, ext, key, delivery, number, clock).await {
+            [what @ ("charge" | "repeat"), ext, key, delivery, number, clock] => {
+                let once = *what == "repeat";
+                match self.charge(received, once, [ext, key, delivery, number], clock).await {
                     Some(answer) => answer,
                     None => return hang_up(stream.into_inner()),
                 }
@@ -129,17 +130,10 @@ impl<Db: Site> Remote<Db> {
         stream.get_mut().write_all(format!("{answer}\n").as_bytes()).await.ok();
     }
 
-    /// `None`: the connection is reset.
-    async fn charge(
-        &self,
-        received: Instant,
-        ext: &str,
-        key: &str,
-        delivery: &str,
-        number: &str,
-        clock: &str,
-    ) -> Option<&'static str> {
-        let call = format!("{ext} {key} {delivery} {number}");
+    /// `None`: the connection is reset. With `once`, a key that was applied before is not applied again.
+    async fn charge(&self, received: Instant, once: bool, call: [&str; 4], clock: &str) -> Option<&'static str> {
+        let [ext, key, delivery, number] = call;
+        let call = call.join(" ");
         let mode = self.mode(ext, number);
         // Looked up first: writing the log takes time, in which a late commit would come through.
         let came = self.now();
@@ -159,12 +153,19 @@ impl<Db: Site> Remote<Db> {
         }
         let refused = matches!(mode, Mode::Deaf | Mode::ResetBefore | Mode::Later | Mode::Refuse);
         let late = received.elapsed() > LATEST;
+        let known = once && locked(&self.applied).contains(key);
         if !refused && !late {
-            locked(&self.applied).insert(key.to_owned());
-            self.log.write(format!("applied {call} {}", self.now())).await;
+            // Of two calls at once, one is new.
+            let new = locked(&self.applied).insert(key.to_owned());
+            if new || !once {
+                self.log.write(format!("applied {call} {}", self.now())).await;
+            }
         }
-        self.log.write(format!("over {call} {} {mode:?}", self.now())).await;
+        let again = if known { " known" } else { "" };
+        self.log.write(format!("over {call} {} {mode:?}{again}", self.now())).await;
         match mode {
+            // It cannot refuse what it has done.
+            Mode::Refuse if known => Some("done"),
             _ if late => Some("later"),
             Mode::Answer | Mode::Slow(_) => Some("done"),
             Mode::Silent | Mode::Deaf => Some("never"),
