@@ -212,7 +212,48 @@ async fn each_delivery_is_claimed_once<Db: Testable>() {
     assert_eq!(count(&fresh, State::Succeeded).await, 200);
 }
 
+/// What is on record of these deliveries, and what is counted.
+async fn record<Db: Testable>(fresh: &Fresh<Db>, claimed: &Claimed) -> Vec<String> {
+    let mut record = Vec::new();
+    for item in &claimed.items {
+        let shown = fresh.postbox.admin().show(item.delivery).await.expect("show");
+        let outcomes: Vec<_> = shown.attempts.iter().map(|a| (a.number, a.outcome.clone())).collect();
+        record.push(format!("{} {} {} {outcomes:?}", shown.row.id, shown.row.state, shown.row.rev));
+    }
+    for s in fresh.postbox.admin().status().await.expect("status").subscriptions {
+        let counts = (s.pending, s.scheduled, s.running, s.in_doubt, s.dead, s.succeeded_last_hour);
+        record.push(format!("{} {counts:?}", s.name));
+    }
+    record
+}
+
+/// The part is free and no attempt has ended yet: nothing but the fence stands in the way.
+async fn who_was_taken_over_settles_nothing<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
+    publish(&fresh, "t", 2).await;
+    let claimed = hand.claim(2).await;
+    let late = Settle {
+        successes: vec![success(&claimed.items[0])],
+        moves: vec![ended(&claimed.items[1], Kind::Plain, REFUSED, false)],
+        ..hand.flush(&claimed, 0)
+    };
+    assert_eq!(hand.dies(&fresh).await, (2, 0, 0));
+    let heir = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
+    let again = heir.claim(2).await;
+    assert_eq!(again.items.len(), 2);
+    let before = record(&fresh, &again).await;
+    let answer = fresh.postbox.store().settle(&late).await;
+    assert_eq!(record(&fresh, &again).await, before, "who was taken over has changed something");
+    assert_eq!(answer.expect("settle"), Guarded::Fenced);
+    let own = Settle { successes: again.items.iter().map(success).collect(), close: true, ..heir.flush(&again, 0) };
+    assert_eq!(heir.settle(own).await, Guarded::Done, "who holds the lease settles");
+}
+
+const REFUSED: End = End::Failed { permanent: true, retry_after: None };
+
 async fn a_settle_counts_once_and_needs_its_lease<Db: Testable>() {
+    who_was_taken_over_settles_nothing::<Db>().await;
     let fresh = Db::fresh().await;
     let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
     publish(&fresh, "t", 2).await;
@@ -220,7 +261,7 @@ async fn a_settle_counts_once_and_needs_its_lease<Db: Testable>() {
     let (one, two) = (&claimed.items[0], &claimed.items[1]);
     let first = Settle {
         successes: vec![success(one)],
-        moves: vec![ended(two, Kind::Plain, End::Failed { permanent: true, retry_after: None }, false)],
+        moves: vec![ended(two, Kind::Plain, REFUSED, false)],
         ..hand.flush(&claimed, 0)
     };
     assert_eq!(hand.settle(first.clone()).await, Guarded::Done);

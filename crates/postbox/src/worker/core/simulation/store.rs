@@ -270,14 +270,14 @@ impl Model {
     }
 
     fn settle(&mut self, settle: &Settle, now: Duration) -> Checked<Said> {
-        if planted!("follow-ups-apart") {
-            self.follow(&settle.follow_ups)?;
-        }
         if self.parts.contains(&(settle.lease.batch, settle.part)) {
             return Ok(Said::Guarded(Guarded::Done));
         }
         let token = settle.lease.token;
         if self.leases.get(&token).is_none_or(|l| l.batch != settle.lease.batch) {
+            if planted!("follow-ups-apart") {
+                self.follow(&settle.follow_ups)?;
+            }
             return Ok(Said::Guarded(Guarded::Fenced));
         }
         self.parts.insert((settle.lease.batch, settle.part));
@@ -306,9 +306,7 @@ impl Model {
             self.let_go(token, item.delivery)?;
             self.moved(&decide::released(item), now)?;
         }
-        if !planted!("follow-ups-apart") {
-            self.follow(&settle.follow_ups)?;
-        }
+        self.follow(&settle.follow_ups)?;
         for (delivery, number) in &settle.starts {
             self.begin(token, *delivery, *number)?;
         }
