@@ -3,12 +3,10 @@
 
 use std::time::Duration;
 
-use postbox::lifecycle::{Kind, Policy, Standing, State};
-use postbox::store::{
-    Beat, ClaimRequest, Claimed, Declared, Guarded, HandlerTx, Item, LeaseRef, Move, OutcomeRecord, Registration,
-    Settle, Start, Store, Success,
-};
-use postbox::{Envelope, Keep, Postbox, Postgres, RetryPolicy};
+use postbox::lifecycle::{End, Kind, State};
+use postbox::store::{Beat, Guarded, HandlerTx, Item, LeaseRef, Move, Registration, Settle, Store};
+use postbox::{Envelope, Postgres};
+use postbox_testkit::hand::{Hand, declared, ended, publish, registration, success};
 use postbox_testkit::{Fresh, Testable, on_both_stores};
 use uuid::Uuid;
 
@@ -23,107 +21,14 @@ fn planted_bugs_are_caught() {
     postbox_testkit::planted::each_is_caught("races");
 }
 
-/// A registered worker, driven by hand.
-struct Hand<Db: Testable> {
-    postbox: Postbox<Db>,
-    worker: Uuid,
-    subscriptions: Vec<i32>,
-}
-
-fn registration(lease: Duration, subscriptions: &[(&str, &str, Kind)]) -> Registration {
-    let declared = subscriptions.iter().map(|(name, pattern, kind)| Declared {
-        name: (*name).into(),
-        renamed_from: Vec::new(),
-        pattern: pattern.parse().expect("a pattern"),
-        policy: Policy { kind: *kind, idempotent: false, retry: RetryPolicy::default() },
-        timeout: Duration::from_secs(60),
-        quiet: Duration::from_secs(60),
-        reconciles: false,
-        continues: false,
-        start: Start::Unrouted,
-        keep: Keep::default(),
-    });
-    Registration {
-        worker: Uuid::now_v7(),
-        name: "hand".into(),
-        application: "test".into(),
-        lease,
-        subscriptions: declared.collect(),
-    }
-}
-
-impl<Db: Testable> Hand<Db> {
-    async fn new(fresh: &Fresh<Db>, registration: Registration) -> Self {
-        // A postbox of its own: it can die by itself.
-        let postbox: Postbox<Db> = Postbox::open(fresh.settings.clone()).await.expect("a second postbox");
-        let subscriptions = postbox.store().register(&registration).await.expect("register");
-        Hand { postbox, worker: registration.worker, subscriptions }
-    }
-
-    async fn of(fresh: &Fresh<Db>, kind: Kind) -> Self {
-        Hand::new(fresh, registration(Duration::from_secs(60), &[("one", "t", kind), ("after", "after", Kind::Plain)]))
-            .await
-    }
-
-    fn store(&self) -> &Db::Store {
-        self.postbox.store()
-    }
-
-    async fn claim(&self) -> Claimed {
-        let wanted = self.subscriptions.iter().map(|id| (*id, 10)).collect();
-        let request = ClaimRequest { worker: self.worker, token: Uuid::now_v7(), wanted };
-        self.store().claim(&request).await.expect("claim")
-    }
-
-    fn flush(&self, claimed: &Claimed, part: i32) -> Settle {
-        Settle {
-            lease: LeaseRef { worker: self.worker, batch: claimed.batch, token: claimed.token },
-            part,
-            successes: Vec::new(),
-            moves: Vec::new(),
-            released: Vec::new(),
-            seen: Vec::new(),
-            follow_ups: Vec::new(),
-            starts: Vec::new(),
-            close: false,
-        }
-    }
-}
-
-async fn publish<Db: Testable>(fresh: &Fresh<Db>, topic: &str) {
-    fresh.postbox.publish_now([Envelope::json(topic, &1)]).await.expect("publish");
-}
-
-fn success(item: &Item) -> Success {
-    Success {
-        delivery: item.delivery,
-        message: item.message,
-        subscription: item.subscription,
-        ran: Duration::from_millis(1),
-    }
+async fn hand_of<Db: Testable>(fresh: &Fresh<Db>, kind: Kind) -> Hand<Db> {
+    let subscriptions = vec![declared("one", "t", kind), declared("after", "after", Kind::Plain)];
+    Hand::registered(fresh, &registration(subscriptions)).await
 }
 
 /// A success with an outcome row of its own.
 fn succeeded(item: &Item) -> Move {
-    Move {
-        delivery: item.delivery,
-        message: item.message,
-        subscription: item.subscription,
-        priority: item.priority,
-        rev: item.rev + 1,
-        standing: Standing { state: State::Succeeded, attempts: 1, begun: false, lost: 0 },
-        delay: Duration::ZERO,
-        quiet: Duration::ZERO,
-        note: String::new(),
-        outcome: Some(OutcomeRecord {
-            number: 1,
-            kind: "succeeded",
-            error: None,
-            receipt: None,
-            ran: Duration::from_millis(1),
-            ago: Duration::ZERO,
-        }),
-    }
+    ended(item, Kind::Plain, End::Succeeded, false)
 }
 
 /// Asks until the answer is one, a minute at most.
@@ -138,25 +43,25 @@ async fn until_one(fresh: &Fresh<Postgres>, what: &str, sql: &str) {
 
 async fn what_has_begun_is_not_handed_back<Db: Testable>() {
     let fresh = Db::fresh().await;
-    publish(&fresh, "t").await;
-    let hand = Hand::of(&fresh, Kind::Operation).await;
-    while hand.store().backfill().await.expect("backfill") {}
-    let claimed = hand.claim().await;
+    publish(&fresh, "t", 1).await;
+    let hand = hand_of(&fresh, Kind::Operation).await;
+    hand.backfill().await;
+    let claimed = hand.claim(10).await;
     let starts = vec![(claimed.items[0].delivery, 1)];
     let begun = hand.store().settle(&Settle { starts, ..hand.flush(&claimed, 0) }).await.expect("settle");
     assert_eq!(begun, Guarded::Done);
     hand.store().disown(hand.worker, claimed.token).await.expect_err("it may be happening");
-    assert_eq!(hand.claim().await.items.len(), 0, "nobody else gets it");
+    assert_eq!(hand.claim(10).await.items.len(), 0, "nobody else gets it");
     let shown = fresh.postbox.admin().show(claimed.items[0].delivery).await.expect("show");
     assert_eq!((shown.row.state, shown.row.attempt), (State::Running, 1));
 }
 
 async fn a_fenced_flush_publishes_nothing<Db: Testable>() {
     let fresh = Db::fresh().await;
-    let hand = Hand::of(&fresh, Kind::Plain).await;
-    while hand.store().backfill().await.expect("backfill") {}
-    publish(&fresh, "t").await;
-    let claimed = hand.claim().await;
+    let hand = hand_of(&fresh, Kind::Plain).await;
+    hand.backfill().await;
+    publish(&fresh, "t", 1).await;
+    let claimed = hand.claim(10).await;
     let mut late = hand.flush(&claimed, 0);
     late.successes = vec![success(&claimed.items[0])];
     late.follow_ups = vec![Envelope::json("after", &1).expect("a draft")];
@@ -164,18 +69,18 @@ async fn a_fenced_flush_publishes_nothing<Db: Testable>() {
     Db::kill(&fresh, hand.postbox, worker).await;
     assert!(fresh.postbox.store().take_over(0.0).await.expect("take over").is_some());
     assert_eq!(fresh.postbox.store().settle(&late).await.expect("settle"), Guarded::Fenced);
-    let heir = Hand::of(&fresh, Kind::Plain).await;
-    let again = heir.claim().await;
+    let heir = hand_of(&fresh, Kind::Plain).await;
+    let again = heir.claim(10).await;
     let topics: Vec<&str> = again.items.iter().filter_map(|i| i.envelope.as_ref()).map(|e| e.topic.as_str()).collect();
     assert_eq!(topics, ["t"], "what follows from an outcome that was not written is not published");
 }
 
 async fn a_fenced_transaction_leaves_no_effect<Db: Testable>() {
     let fresh = Db::fresh().await;
-    let hand = Hand::of(&fresh, Kind::Transactional).await;
-    while hand.store().backfill().await.expect("backfill") {}
-    publish(&fresh, "t").await;
-    let claimed = hand.claim().await;
+    let hand = hand_of(&fresh, Kind::Transactional).await;
+    hand.backfill().await;
+    publish(&fresh, "t", 1).await;
+    let claimed = hand.claim(10).await;
     let held = LeaseRef { worker: hand.worker, batch: claimed.batch, token: claimed.token };
     let lost = LeaseRef { token: Uuid::now_v7(), ..held };
     for (lease, expected) in [(lost, Guarded::Fenced), (held, Guarded::Done)] {
@@ -185,19 +90,21 @@ async fn a_fenced_transaction_leaves_no_effect<Db: Testable>() {
         let settled = hand.store().settle_open(tx, lease, &succeeded(&claimed.items[0]), &[]).await;
         assert_eq!(settled.expect("settle"), expected);
     }
-    assert_eq!(hand.claim().await.items.len(), 1, "the effect of the one that was settled, and no other");
+    assert_eq!(hand.claim(10).await.items.len(), 1, "the effect of the one that was settled, and no other");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_worker_that_lives_is_left_alone() {
     let fresh = Postgres::fresh().await;
-    let hand = Hand::new(&fresh, registration(Duration::from_millis(50), &[("one", "t", Kind::Plain)])).await;
+    let short =
+        Registration { lease: Duration::from_millis(50), ..registration(vec![declared("one", "t", Kind::Plain)]) };
+    let hand = Hand::registered(&fresh, &short).await;
     // Its sign of life holds for a minute; its lease row gets older than what it registered with.
     let beat = Beat { worker: hand.worker, lease: Duration::from_secs(60) };
     assert!(hand.store().beat(beat).await.expect("beat").is_some());
-    while hand.store().backfill().await.expect("backfill") {}
-    publish(&fresh, "t").await;
-    assert_eq!(hand.claim().await.items.len(), 1);
+    hand.backfill().await;
+    publish(&fresh, "t", 1).await;
+    assert_eq!(hand.claim(10).await.items.len(), 1);
     let old = format!(
         "select count(*) from {}.lease where claimed_at < clock_timestamp() - interval '100 milliseconds'",
         fresh.schema()
@@ -210,10 +117,10 @@ async fn a_slow_worker_that_lives_is_left_alone() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_settle_that_commits_during_a_takeover_is_seen() {
     let fresh = Postgres::fresh().await;
-    let hand = Hand::of(&fresh, Kind::Plain).await;
-    while hand.store().backfill().await.expect("backfill") {}
-    publish(&fresh, "t").await;
-    let claimed = hand.claim().await;
+    let hand = hand_of(&fresh, Kind::Plain).await;
+    hand.backfill().await;
+    publish(&fresh, "t", 1).await;
+    let claimed = hand.claim(10).await;
     let schema = fresh.schema();
     // Somebody's lock stops the flush half-way: it has its lease row, and has not committed.
     let mut blocker = fresh.pool.begin().await.expect("begin");
@@ -255,14 +162,14 @@ async fn a_settle_that_commits_during_a_takeover_is_seen() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_was_taken_over_in_part_does_not_live_on() {
     let fresh = Postgres::fresh().await;
-    let hand = Hand::of(&fresh, Kind::Operation).await;
-    while hand.store().backfill().await.expect("backfill") {}
-    publish(&fresh, "t").await;
-    let begun = hand.claim().await;
+    let hand = hand_of(&fresh, Kind::Operation).await;
+    hand.backfill().await;
+    publish(&fresh, "t", 1).await;
+    let begun = hand.claim(10).await;
     let starts = vec![(begun.items[0].delivery, 1)];
     hand.store().settle(&Settle { starts, ..hand.flush(&begun, 0) }).await.expect("begin");
-    publish(&fresh, "t").await;
-    let held = hand.claim().await;
+    publish(&fresh, "t", 1).await;
+    let held = hand.claim(10).await;
     let schema = fresh.schema();
     // A settle of the second batch stands still with its lease row locked.
     let mut settling = fresh.pool.begin().await.expect("begin");
@@ -284,19 +191,19 @@ async fn a_worker_that_was_taken_over_in_part_does_not_live_on() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_commits_late_is_not_passed_over() {
     let fresh = Postgres::fresh().await;
-    let hand = Hand::of(&fresh, Kind::Plain).await;
-    while hand.store().backfill().await.expect("backfill") {}
+    let hand = hand_of(&fresh, Kind::Plain).await;
+    hand.backfill().await;
     // The first publisher draws the lower position and stalls; the second commits.
     let mut tx = fresh.postbox.store().begin().await.expect("begin");
     fresh.postbox.publish(tx.connection(), Envelope::json("t", &"first").expect("a draft")).await.expect("publish");
-    publish(&fresh, "t").await;
-    let second = hand.claim().await;
+    publish(&fresh, "t", 1).await;
+    let second = hand.claim(10).await;
     assert_eq!(second.items.len(), 1, "what has committed");
     let successes = vec![success(&second.items[0])];
     let flush = Settle { successes, close: true, ..hand.flush(&second, 0) };
     assert_eq!(hand.store().settle(&flush).await.expect("settle"), Guarded::Done);
     fresh.postbox.store().commit(tx).await.expect("commit");
-    let first = hand.claim().await;
+    let first = hand.claim(10).await;
     assert_eq!(first.items.len(), 1, "both are delivered");
     assert!(first.items[0].delivery < second.items[0].delivery, "the late one has the lower position");
 }
@@ -306,11 +213,11 @@ async fn history_waits_for_publishers_in_flight() {
     let fresh = Postgres::fresh().await;
     let mut tx = fresh.postbox.store().begin().await.expect("begin");
     fresh.postbox.publish(tx.connection(), Envelope::json("t", &1).expect("a draft")).await.expect("publish");
-    let hand = Hand::of(&fresh, Kind::Plain).await;
+    let hand = hand_of(&fresh, Kind::Plain).await;
     for _ in 0..3 {
-        while hand.store().backfill().await.expect("backfill") {}
+        hand.backfill().await;
     }
     fresh.postbox.store().commit(tx).await.expect("commit");
-    while hand.store().backfill().await.expect("backfill") {}
-    assert_eq!(hand.claim().await.items.len(), 1, "it was published before the subscription, and seen after it");
+    hand.backfill().await;
+    assert_eq!(hand.claim(10).await.items.len(), 1, "it was published before the subscription, and seen after it");
 }

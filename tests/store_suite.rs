@@ -1,20 +1,23 @@
 //! Every verb of the store, concurrency included, the same for each database. A store is done when
 //! this passes.
 
+#[path = "store_suite/subscriptions.rs"]
+mod subscriptions;
+
 use std::collections::HashSet;
 use std::time::Duration;
 
 use postbox::admin::{Filter, Resolution, Retry};
-use postbox::lifecycle::{Answer, End, Event, Kind, Policy, Standing, State, transition};
-use postbox::store::{
-    Answered, Beat, ClaimRequest, Claimed, Declared, Evidence, Guarded, Item, LeaseRef, Move, Observation,
-    OutcomeRecord, Registration, Settle, Speaker, Start, Store, Success,
-};
-use postbox::{Envelope, Error, Keep, Postbox, PublishError, RetryPolicy};
+use postbox::lifecycle::{Answer, End, Kind, State};
+use postbox::store::{Answered, Beat, ClaimRequest, Claimed, Evidence, Guarded, Observation, Settle, Speaker, Store};
+use postbox::{Envelope, Error, PublishError};
+use postbox_testkit::hand::{Hand, declared, ended, publish, success};
 use postbox_testkit::{Fresh, Testable, on_both_stores};
 use serde_json::json;
 use sqlx::Connection;
 use uuid::Uuid;
+
+use self::subscriptions::*;
 
 on_both_stores!(
     each_delivery_is_claimed_once,
@@ -41,138 +44,6 @@ on_both_stores!(
     a_rollback_leaves_nothing,
     stranded_deliveries_are_told,
 );
-
-/// A worker of the suite: registered, but driven by hand.
-struct Hand<Db: Testable> {
-    postbox: Postbox<Db>,
-    worker: Uuid,
-    subscriptions: Vec<i32>,
-}
-
-fn declared(name: &str, pattern: &str, kind: Kind) -> Declared {
-    Declared {
-        name: name.into(),
-        renamed_from: Vec::new(),
-        pattern: pattern.parse().expect("a pattern"),
-        policy: Policy { kind, retry: RetryPolicy::default(), idempotent: false },
-        timeout: Duration::from_secs(60),
-        quiet: Duration::from_secs(60),
-        reconciles: kind == Kind::Operation,
-        continues: false,
-        start: Start::Unrouted,
-        keep: Keep::default(),
-    }
-}
-
-impl<Db: Testable> Hand<Db> {
-    async fn register(fresh: &Fresh<Db>, subscriptions: Vec<Declared>) -> Self {
-        // A connection of its own: it can die by itself.
-        let postbox: Postbox<Db> = Postbox::open(fresh.settings.clone()).await.expect("a second postbox");
-        let registration = Registration {
-            worker: Uuid::now_v7(),
-            name: "hand".into(),
-            application: "test".into(),
-            lease: Duration::from_secs(60),
-            subscriptions,
-        };
-        let subscriptions = postbox.store().register(&registration).await.expect("register");
-        while postbox.store().backfill().await.expect("backfill") {}
-        Hand { postbox, worker: registration.worker, subscriptions }
-    }
-
-    fn store(&self) -> &Db::Store {
-        self.postbox.store()
-    }
-
-    async fn claim(&self, room: u32) -> Claimed {
-        let wanted = self.subscriptions.iter().map(|id| (*id, room)).collect();
-        let request = ClaimRequest { worker: self.worker, token: Uuid::now_v7(), wanted };
-        self.store().claim(&request).await.expect("claim")
-    }
-
-    fn lease(&self, claimed: &Claimed) -> LeaseRef {
-        LeaseRef { worker: self.worker, batch: claimed.batch, token: claimed.token }
-    }
-
-    fn flush(&self, claimed: &Claimed, part: i32) -> Settle {
-        Settle {
-            lease: self.lease(claimed),
-            part,
-            successes: Vec::new(),
-            moves: Vec::new(),
-            released: Vec::new(),
-            seen: Vec::new(),
-            follow_ups: Vec::new(),
-            starts: Vec::new(),
-            close: false,
-        }
-    }
-
-    async fn begin(&self, claimed: &Claimed, part: i32, items: &[&Item]) {
-        let starts = items.iter().map(|i| (i.delivery, i.attempts + 1)).collect();
-        let settle = Settle { starts, ..self.flush(claimed, part) };
-        assert_eq!(self.store().settle(&settle).await.expect("begin"), Guarded::Done);
-    }
-
-    async fn settle(&self, settle: Settle) -> Guarded {
-        self.store().settle(&settle).await.expect("settle")
-    }
-
-    /// Dies, and is taken over by somebody else.
-    async fn dies(self, fresh: &Fresh<Db>) -> (usize, usize, usize) {
-        let worker = self.worker;
-        Db::kill(fresh, self.postbox, worker).await;
-        let taken = fresh.postbox.store().take_over(0.0).await.expect("take over").expect("somebody dead");
-        assert_eq!(taken.worker, worker);
-        (taken.pending, taken.in_doubt, taken.dead)
-    }
-}
-
-async fn publish<Db: Testable>(fresh: &Fresh<Db>, topic: &str, count: usize) -> Vec<Uuid> {
-    let drafts = (0..count).map(|n| Envelope::json(topic, &json!({ "n": n })));
-    let published = fresh.postbox.publish_now(drafts).await.expect("publish");
-    published.iter().map(|p| p.id).collect()
-}
-
-fn ended(item: &Item, kind: Kind, end: End, begun: bool) -> Move {
-    let number = item.attempts + 1;
-    let standing = Standing {
-        state: State::Running,
-        attempts: if begun { number } else { item.attempts },
-        begun,
-        lost: item.lost,
-    };
-    let policy = Policy { kind, retry: RetryPolicy::default(), idempotent: false };
-    let next = transition(standing, Event::Ended(end), &policy, 0.0).expect("allowed");
-    Move {
-        delivery: item.delivery,
-        message: item.message,
-        subscription: item.subscription,
-        priority: item.priority,
-        rev: item.rev + 1,
-        standing: next.standing,
-        delay: next.delay,
-        quiet: Duration::ZERO,
-        note: "as the test says".into(),
-        outcome: Some(OutcomeRecord {
-            number,
-            kind: end.as_str(),
-            error: Some("as the test says".into()),
-            receipt: Some(json!({ "id": 1 })),
-            ran: Duration::from_millis(3),
-            ago: Duration::ZERO,
-        }),
-    }
-}
-
-fn success(item: &Item) -> Success {
-    Success {
-        delivery: item.delivery,
-        message: item.message,
-        subscription: item.subscription,
-        ran: Duration::from_millis(1),
-    }
-}
 
 /// Every delivery, and that each is in one place only.
 async fn standing<Db: Testable>(fresh: &Fresh<Db>) -> Vec<(i64, State, u32)> {
@@ -212,7 +83,48 @@ async fn each_delivery_is_claimed_once<Db: Testable>() {
     assert_eq!(count(&fresh, State::Succeeded).await, 200);
 }
 
+/// What is on record of these deliveries, and what is counted.
+async fn record<Db: Testable>(fresh: &Fresh<Db>, claimed: &Claimed) -> Vec<String> {
+    let mut record = Vec::new();
+    for item in &claimed.items {
+        let shown = fresh.postbox.admin().show(item.delivery).await.expect("show");
+        let outcomes: Vec<_> = shown.attempts.iter().map(|a| (a.number, a.outcome.clone())).collect();
+        record.push(format!("{} {} {} {outcomes:?}", shown.row.id, shown.row.state, shown.row.rev));
+    }
+    for s in fresh.postbox.admin().status().await.expect("status").subscriptions {
+        let counts = (s.pending, s.scheduled, s.running, s.in_doubt, s.dead, s.succeeded_last_hour);
+        record.push(format!("{} {counts:?}", s.name));
+    }
+    record
+}
+
+/// The part is free and no attempt has ended yet: nothing but the fence stands in the way.
+async fn who_was_taken_over_settles_nothing<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
+    publish(&fresh, "t", 2).await;
+    let claimed = hand.claim(2).await;
+    let late = Settle {
+        successes: vec![success(&claimed.items[0])],
+        moves: vec![ended(&claimed.items[1], Kind::Plain, REFUSED, false)],
+        ..hand.flush(&claimed, 0)
+    };
+    assert_eq!(hand.dies(&fresh).await, (2, 0, 0));
+    let heir = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
+    let again = heir.claim(2).await;
+    assert_eq!(again.items.len(), 2);
+    let before = record(&fresh, &again).await;
+    let answer = fresh.postbox.store().settle(&late).await;
+    assert_eq!(record(&fresh, &again).await, before, "who was taken over has changed something");
+    assert_eq!(answer.expect("settle"), Guarded::Fenced);
+    let own = Settle { successes: again.items.iter().map(success).collect(), close: true, ..heir.flush(&again, 0) };
+    assert_eq!(heir.settle(own).await, Guarded::Done, "who holds the lease settles");
+}
+
+const REFUSED: End = End::Failed { permanent: true, retry_after: None };
+
 async fn a_settle_counts_once_and_needs_its_lease<Db: Testable>() {
+    who_was_taken_over_settles_nothing::<Db>().await;
     let fresh = Db::fresh().await;
     let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
     publish(&fresh, "t", 2).await;
@@ -220,7 +132,7 @@ async fn a_settle_counts_once_and_needs_its_lease<Db: Testable>() {
     let (one, two) = (&claimed.items[0], &claimed.items[1]);
     let first = Settle {
         successes: vec![success(one)],
-        moves: vec![ended(two, Kind::Plain, End::Failed { permanent: true, retry_after: None }, false)],
+        moves: vec![ended(two, Kind::Plain, REFUSED, false)],
         ..hand.flush(&claimed, 0)
     };
     assert_eq!(hand.settle(first.clone()).await, Guarded::Done);
@@ -263,22 +175,12 @@ async fn a_dead_workers_batch_comes_back_without_what_was_settled<Db: Testable>(
         ..hand.flush(&claimed, 1)
     };
     assert_eq!(hand.settle(settle).await, Guarded::Done);
-    let lease = hand.lease(&claimed);
+    let mut late = hand.flush(&claimed, 2);
     assert_eq!(hand.dies(&fresh).await, (2, 2, 0), "begun: in doubt; not begun: pending; the rest was settled");
     assert_eq!(count(&fresh, State::InDoubt).await, 2);
     assert_eq!(count(&fresh, State::Pending).await, 3);
     assert_eq!(count(&fresh, State::Succeeded).await, 1);
-    let late = Settle {
-        lease,
-        part: 2,
-        successes: Vec::new(),
-        moves: vec![ended(&items[1], Kind::Operation, End::Succeeded, true)],
-        released: Vec::new(),
-        seen: Vec::new(),
-        follow_ups: Vec::new(),
-        starts: Vec::new(),
-        close: false,
-    };
+    late.moves = vec![ended(&items[1], Kind::Operation, End::Succeeded, true)];
     assert_eq!(fresh.postbox.store().settle(&late).await.expect("settle"), Guarded::Fenced);
     let doubt = fresh.postbox.admin().show(items[1].delivery).await.expect("show");
     assert_eq!((doubt.row.state, doubt.row.attempt), (State::InDoubt, 1));
@@ -520,157 +422,6 @@ async fn only_resolve_ends_a_doubt<Db: Testable>() {
     assert_eq!(admin.show(delivery).await.expect("show").row.state, State::Pending);
 }
 
-async fn new_subscriptions_take_their_history<Db: Testable>() {
-    let fresh = Db::fresh().await;
-    let before = publish(&fresh, "t.early", 3).await;
-    let start = |name: &str, start| Declared { start, ..declared(name, "t.*", Kind::Plain) };
-    // The first registration: all of its subscriptions take what nobody had.
-    let first = Hand::register(
-        &fresh,
-        vec![start("first", Start::Unrouted), start("twin", Start::Unrouted), start("now", Start::Now)],
-    )
-    .await;
-    publish(&fresh, "t.late", 2).await;
-    // The second: nothing is unrouted any more.
-    let second = Hand::register(
-        &fresh,
-        vec![
-            start("second", Start::Unrouted),
-            start("all", Start::Beginning),
-            start("some", Start::Time(jiff::Timestamp::now() + Duration::from_secs(3600))),
-        ],
-    )
-    .await;
-    publish(&fresh, "t.later", 1).await;
-    let mut counts = std::collections::BTreeMap::new();
-    for row in fresh.postbox.admin().list(&Filter::default(), 1000).await.expect("list") {
-        *counts.entry(row.subscription).or_insert(0) += 1;
-    }
-    let expected = [("all", 6), ("first", 6), ("now", 3), ("second", 1), ("some", 1), ("twin", 6)];
-    assert_eq!(counts, expected.map(|(n, c)| (n.to_owned(), c)).into());
-    let (_, deliveries) = fresh.postbox.admin().message(before[0]).await.expect("the message");
-    assert_eq!(deliveries.len(), 3, "first, twin and all");
-    drop((first, second));
-    let (_, late) = fresh.postbox.admin().message(before[0]).await.expect("the message");
-    assert_eq!(late, deliveries, "and no later look hands it out again");
-    // A time in the future is nobody's taker: what is older waits for who wants it.
-    publish(&fresh, "v", 1).await;
-    let future = Start::Time(jiff::Timestamp::now() + Duration::from_secs(3600));
-    let _later = Hand::register(&fresh, vec![Declared { start: future, ..declared("later", "v", Kind::Plain) }]).await;
-    let taker = Hand::register(&fresh, vec![declared("taker", "v", Kind::Plain)]).await;
-    assert_eq!(taker.claim(10).await.items.len(), 1);
-    // Nobody's: shown, and waiting for whoever comes.
-    publish(&fresh, "u", 2).await;
-    let status = fresh.postbox.admin().status().await.expect("status");
-    assert_eq!((status.unrouted, status.unrouted_topics), (2, vec!["u".to_owned()]));
-}
-
-async fn two_workers_hand_out_history_at_once<Db: Testable>() {
-    let fresh = Db::fresh().await;
-    for topic in ["orders.x", "payments.x"] {
-        publish(&fresh, topic, 1200).await;
-    }
-    let worker = |name: &'static str, pattern: &'static str| Registration {
-        worker: Uuid::now_v7(),
-        name: name.into(),
-        application: "test".into(),
-        lease: Duration::from_secs(60),
-        subscriptions: vec![declared(name, pattern, Kind::Plain)],
-    };
-    let store = fresh.postbox.store();
-    store.register(&worker("orders", "orders.x")).await.expect("register");
-    store.register(&worker("payments", "payments.x")).await.expect("register");
-    let hand_out = (0..2).map(|_| async {
-        for _ in 0..50 {
-            while store.backfill().await.expect("backfill") {}
-        }
-    });
-    futures_util::future::join_all(hand_out).await;
-    let status = fresh.postbox.admin().status().await.expect("status");
-    assert_eq!(status.unrouted, 0, "nothing is left to nobody");
-    for subscription in status.subscriptions {
-        assert_eq!((subscription.pending, subscription.backfilling), (1200, false), "{}", subscription.name);
-    }
-}
-
-async fn an_operation_is_not_taken_for_something_else<Db: Testable>() {
-    let fresh = Db::fresh().await;
-    let _charge = Hand::register(&fresh, vec![declared("charge", "t", Kind::Operation)]).await;
-    let registration = |subscriptions| Registration {
-        worker: Uuid::now_v7(),
-        name: "hand".into(),
-        application: "test".into(),
-        lease: Duration::from_secs(60),
-        subscriptions,
-    };
-    let plain = registration(vec![declared("charge", "t", Kind::Plain)]);
-    let refused = fresh.postbox.store().register(&plain).await.expect_err("refused");
-    assert!(matches!(&refused, Error::Refused(why) if why.contains("`charge` is an operation")), "{refused}");
-    let both = registration(vec![
-        declared("charge", "t", Kind::Operation),
-        Declared { renamed_from: vec!["charge".into()], ..declared("bill", "t", Kind::Operation) },
-    ]);
-    let refused = fresh.postbox.store().register(&both).await.expect_err("refused");
-    assert!(matches!(&refused, Error::Refused(why) if why.contains("`charge`") && why.contains("`bill`")), "{refused}");
-}
-
-async fn a_reborn_worker_changes_no_subscription<Db: Testable>() {
-    let fresh = Db::fresh().await;
-    let old = Hand::register(&fresh, vec![declared("old", "t", Kind::Plain)]).await;
-    let renamed = Declared { renamed_from: vec!["old".into()], ..declared("new", "t", Kind::Plain) };
-    let _new = Hand::register(&fresh, vec![renamed]).await;
-    let reborn = Registration {
-        worker: Uuid::now_v7(),
-        name: "hand".into(),
-        application: "test".into(),
-        lease: Duration::from_secs(60),
-        subscriptions: vec![declared("old", "t", Kind::Plain)],
-    };
-    old.store().revive(&reborn, &old.subscriptions).await.expect("revive");
-    let beat = Beat { worker: reborn.worker, lease: Duration::from_secs(60) };
-    assert!(old.store().beat(beat).await.expect("beat").is_some(), "it lives again");
-    let subscriptions = fresh.postbox.admin().subscriptions().await.expect("subscriptions");
-    let names: Vec<&str> = subscriptions.iter().map(|s| s.name.as_str()).collect();
-    assert_eq!(names, ["new"], "the renaming is not undone, and nothing is doubled");
-    assert_eq!(subscriptions[0].workers, 3);
-}
-
-async fn a_renamed_subscription_keeps_its_deliveries<Db: Testable>() {
-    let fresh = Db::fresh().await;
-    let old = Hand::register(&fresh, vec![declared("old", "t", Kind::Plain)]).await;
-    publish(&fresh, "t", 2).await;
-    let renamed = Declared { renamed_from: vec!["older".into(), "old".into()], ..declared("new", "t", Kind::Plain) };
-    let new = Hand::register(&fresh, vec![renamed.clone()]).await;
-    assert_eq!(new.subscriptions, old.subscriptions, "the same subscription");
-    assert_eq!(new.claim(10).await.items.len(), 2);
-    let again = Hand::register(&fresh, vec![renamed]).await;
-    assert_eq!(again.subscriptions, old.subscriptions);
-    let names: Vec<String> =
-        fresh.postbox.admin().subscriptions().await.expect("subscriptions").into_iter().map(|s| s.name).collect();
-    assert_eq!(names, ["new"]);
-}
-
-async fn a_changed_pattern_leaves_old_deliveries_and_takes_new_ones<Db: Testable>() {
-    let fresh = Db::fresh().await;
-    let _narrow = Hand::register(&fresh, vec![declared("a", "t.x", Kind::Plain)]).await;
-    publish(&fresh, "t.x", 1).await;
-    publish(&fresh, "t.y", 1).await;
-    let moved = Hand::register(&fresh, vec![declared("a", "t.y", Kind::Plain)]).await;
-    publish(&fresh, "t.x", 1).await;
-    publish(&fresh, "t.y", 1).await;
-    let mut topics: Vec<String> =
-        moved.claim(10).await.items.into_iter().filter_map(|i| i.envelope).map(|e| e.topic).collect();
-    topics.sort();
-    assert_eq!(topics, ["t.x", "t.y", "t.y"], "the old one stays, the unrouted one is taken, new ones match anew");
-    fresh.postbox.admin().remove_subscription("test", "a", "ana", "gone").await.expect("remove");
-    publish(&fresh, "t.y", 1).await;
-    assert_eq!(moved.claim(10).await.items.len(), 0, "publishers fan out to it no more");
-    assert!(matches!(
-        fresh.postbox.admin().remove_subscription("test", "a", "ana", "again").await,
-        Err(Error::NotFound(_))
-    ));
-}
-
 async fn a_taken_over_worker_is_told<Db: Testable>() {
     let fresh = Db::fresh().await;
     let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
@@ -709,21 +460,6 @@ async fn an_unknown_claim_is_handed_back<Db: Testable>() {
     assert!(again.items.iter().all(|i| i.lost == 0 && i.attempts == 0));
 }
 
-async fn routes_that_were_learnt_fan_out_the_same<Db: Testable>() {
-    let fresh = Db::fresh().await;
-    let hand = Hand::register(&fresh, vec![declared("a", "t.*", Kind::Plain), declared("b", "t.x", Kind::Plain)]).await;
-    hand.store().learn_routes(&["t.x".into(), "t.y".into(), "other".into()]).await.expect("learn");
-    for topic in ["t.x", "t.y", "t.z", "other"] {
-        publish(&fresh, topic, 1).await;
-    }
-    assert_eq!(hand.claim(10).await.items.len(), 4, "x twice, y and z once, other for nobody");
-    // A new registration outdates what was learnt.
-    let wider = Hand::register(&fresh, vec![declared("c", "t.>", Kind::Plain)]).await;
-    publish(&fresh, "t.x", 1).await;
-    assert_eq!(wider.claim(10).await.items.len(), 1);
-    assert_eq!(hand.claim(10).await.items.len(), 2);
-}
-
 async fn a_sleeper_is_woken<Db: Testable>() {
     let fresh = Db::fresh().await;
     let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
@@ -753,18 +489,6 @@ async fn a_rollback_leaves_nothing<Db: Testable>() {
     let published = fresh.postbox.publish_now([draft]).await.expect("publish");
     assert!(!published[0].is_duplicate(), "the key went with the rollback");
     assert_eq!(hand.claim(10).await.items.len(), 1);
-}
-
-async fn stranded_deliveries_are_told<Db: Testable>() {
-    let fresh = Db::fresh().await;
-    let hand = Hand::register(&fresh, vec![declared("old_name", "t", Kind::Plain)]).await;
-    publish(&fresh, "t", 2).await;
-    assert_eq!(hand.store().stranded().await.expect("stranded"), []);
-    hand.store().retire(hand.worker).await.expect("retire");
-    let stranded = fresh.postbox.store().stranded().await.expect("stranded");
-    assert_eq!((stranded[0].subscription.as_str(), stranded[0].waiting), ("old_name", 2));
-    let status = fresh.postbox.admin().status().await.expect("status");
-    assert_eq!(status.stranded, stranded);
 }
 
 #[test]

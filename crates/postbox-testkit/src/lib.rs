@@ -5,6 +5,7 @@
 
 pub mod bad_input;
 mod child;
+pub mod hand;
 mod login;
 pub mod planted;
 mod postgres;

@@ -358,7 +358,7 @@ fn again(standing: Standing, policy: &Policy, wait: Option<Duration>, draw: f64)
 
 /// Not tried again by itself: in this state, or in doubt if one of its attempts may have done it.
 fn over(standing: Standing, policy: &Policy, state: State) -> Standing {
-    let unseen = policy.repeats() && standing.lost > 0;
+    let unseen = policy.repeats() && standing.lost > 0 && !planted!("dead-though-unseen");
     Standing { state: if unseen { State::InDoubt } else { state }, lost: 0, ..standing }
 }
 

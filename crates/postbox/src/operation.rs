@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::error::PublishError;
 use crate::handler::{Discarded, NotDone, Permanent, RetryAfter, Snoozed, words};
 use crate::message::{Draft, IntoDraft};
+use crate::planted::planted;
 
 /// What the remote answered, kept with the outcome, and the messages that follow from it.
 #[derive(Debug, Default)]
@@ -214,6 +215,15 @@ pub struct Operation {
 }
 
 impl Operation {
+    /// As the handler of this attempt is given it.
+    pub(crate) fn of(message: uuid::Uuid, delivery: i64, attempt: u32) -> Operation {
+        let mut key = idempotency_key(message, delivery);
+        if planted!("key-per-attempt") {
+            key = format!("{key}-{attempt}");
+        }
+        Operation { key, attempt }
+    }
+
     /// The key to send along with the call: the same for every attempt at this delivery, and for
     /// no other.
     pub fn idempotency_key(&self) -> &str {

@@ -62,7 +62,7 @@ mod bugs {
         &["postgres::a_settle_counts_once_and_needs_its_lease", "sqlite::a_settle_counts_once_and_needs_its_lease"];
 
     /// All of them.
-    pub const BUGS: [Bug; 25] = [
+    pub const BUGS: [Bug; 30] = [
         decided("call-before-start", "an operation is called before its attempt is committed"),
         decided("start-without-lease", "attempts whose start was fenced are made all the same"),
         decided("no-last-look", "a worker that slept through its lease calls without looking at the clock"),
@@ -75,6 +75,14 @@ mod bugs {
         decided("attempts-reset-at-release", "what is handed back at a stop begins to count again"),
         decided("lost-counted", "an attempt that nobody knows of is counted when its worker dies"),
         decided("attempts-without-end", "the limit of attempts is not looked at"),
+        decided("key-per-attempt", "each attempt at an operation has an idempotency key of its own"),
+        decided("undeclared-repeat", "what may have happened is called again by a worker that knows of no declaration"),
+        decided(
+            "dead-though-unseen",
+            "an idempotent operation is given up for dead though an attempt may have happened",
+        ),
+        decided("success-without-follow-ups", "a first success is written the compact way, without what follows"),
+        decided("evidence-without-follow-ups", "a late success ends the doubt without what follows from it"),
         stored(
             "late-outcome-overwrites",
             "a late outcome ends the doubt of another attempt",

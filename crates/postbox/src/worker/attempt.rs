@@ -16,7 +16,7 @@ use crate::crash;
 use crate::handler::{self, Call, Failure, Tx};
 use crate::lifecycle::{End, Kind, Standing, State};
 use crate::message::Draft;
-use crate::operation::{FollowUps, Operation, OperationFailure, Receipt, idempotency_key};
+use crate::operation::{FollowUps, Operation, OperationFailure, Receipt};
 use crate::router::{Bound, Ran};
 use crate::settings::hide_password;
 use crate::store::{Database, Guarded, Item, LeaseRef, Move, OutcomeRecord, Store};
@@ -134,7 +134,7 @@ impl<Db: Database> Attempt<Db> {
         let context = Context::of(&envelope);
         let call = Call {
             attempt: handler::Attempt { number: self.number, max: self.max_attempts, delivery: self.item.delivery },
-            operation: Operation { key: idempotency_key(envelope.id, self.item.delivery), attempt: self.number },
+            operation: Operation::of(envelope.id, self.item.delivery, self.number),
             envelope,
         };
         match self.kind {

@@ -14,7 +14,7 @@ use crate::context::Context;
 use crate::crash;
 use crate::handler::{self, Call};
 use crate::lifecycle::Answer;
-use crate::operation::{Operation, Receipt, Reconciled, idempotency_key};
+use crate::operation::{Operation, Receipt, Reconciled};
 use crate::postbox::Postbox;
 use crate::retention::Retention;
 use crate::router::Route;
@@ -193,7 +193,7 @@ async fn settle<Db: Database>(
             max: envelope.max_attempts.unwrap_or(policy.retry.max_attempts),
             delivery: doubt.delivery,
         },
-        operation: Operation { key: idempotency_key(envelope.id, doubt.delivery), attempt: doubt.attempts },
+        operation: Operation::of(envelope.id, doubt.delivery, doubt.attempts),
         envelope,
     };
     let (answer, receipt, speaker, actor, reason) = match doubt.word {

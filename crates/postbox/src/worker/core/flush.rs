@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::wire::{Ended, Lane};
 use super::{FIRST_PAUSE, LONGEST_PAUSE, Load};
 use crate::lifecycle::{Answer, End, Event as Lived, Kind, Policy, Standing, State, transition};
+use crate::planted::planted;
 use crate::store::{Evidence, Item, LeaseRef, Move, Observation, OutcomeRecord, Settle, SubscriptionId, Success};
 
 /// What has ended waits this long for company before it is settled.
@@ -193,8 +194,8 @@ fn judge(item: &Item, ended: Ended, ago: Duration, lane: Option<&Lane>, rng: &mu
     let policy = policy_for(item, lane);
     let begun = policy.kind == Kind::Operation || item.lost > 0;
     let number = item.attempts + 1;
-    if ended.end == End::Succeeded && number == 1 && !begun && ended.follow_ups.is_empty() && policy.kind == Kind::Plain
-    {
+    let bare = ended.follow_ups.is_empty() || planted!("success-without-follow-ups");
+    if ended.end == End::Succeeded && number == 1 && !begun && bare && policy.kind == Kind::Plain {
         settle.successes.push(Success {
             delivery: item.delivery,
             message: item.message,
@@ -251,7 +252,7 @@ fn judge(item: &Item, ended: Ended, ago: Duration, lane: Option<&Lane>, rng: &mu
 
 /// What may have happened already is not called without the declaration that a repeat is harmless.
 pub(super) fn is_withheld(item: &Item, lane: &Lane) -> bool {
-    transition(claimed(item), Lived::Withheld, &lane.policy, 0.0).is_ok()
+    transition(claimed(item), Lived::Withheld, &lane.policy, 0.0).is_ok() && !planted!("undeclared-repeat")
 }
 
 fn claimed(item: &Item) -> Standing {
@@ -317,7 +318,10 @@ pub(super) fn observation(item: &Item, ended: &Ended, worker: Uuid, lane: Option
         evidence: answer.filter(|_| policy.kind == Kind::Operation).map(|answer| Evidence {
             answer,
             receipt: ended.receipt.clone(),
-            follow_ups: ended.follow_ups.clone(),
+            follow_ups: match planted!("evidence-without-follow-ups") {
+                true => Vec::new(),
+                false => ended.follow_ups.clone(),
+            },
         }),
     }
 }

@@ -13,8 +13,9 @@ use std::time::Duration;
 
 use self::world::World;
 use crate::lifecycle::{Kind, Policy};
+use crate::message::{Draft, Envelope};
 use crate::retry::RetryPolicy;
-use crate::store::{OutcomeRecord, SubscriptionId};
+use crate::store::{DeliveryId, OutcomeRecord, SubscriptionId};
 
 /// What a check says: `I7: …` when an invariant is broken.
 type Checked<T = ()> = Result<T, String>;
@@ -34,6 +35,12 @@ const TRANSACTIONAL: SubscriptionId = 2;
 const CHARGE: SubscriptionId = 3;
 /// An operation that only operators can settle.
 const WIRE: SubscriptionId = 4;
+/// An operation with a key that makes repeats harmless. Most workers know it, some do not (any more).
+/// Follow-ups hang on it, too.
+const PAY: SubscriptionId = 5;
+/// Plain: what follows from the others.
+const AFTER: SubscriptionId = 6;
+const ALL: [SubscriptionId; 6] = [PLAIN, TRANSACTIONAL, CHARGE, WIRE, PAY, AFTER];
 
 const LEASE: Duration = Duration::from_secs(3);
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -42,7 +49,7 @@ const QUIET: Duration = Duration::from_millis(1500);
 
 fn subscription_kind(subscription: SubscriptionId) -> Kind {
     match subscription {
-        PLAIN => Kind::Plain,
+        PLAIN | AFTER => Kind::Plain,
         TRANSACTIONAL => Kind::Transactional,
         _ => Kind::Operation,
     }
@@ -50,7 +57,29 @@ fn subscription_kind(subscription: SubscriptionId) -> Kind {
 
 fn policy(subscription: SubscriptionId) -> Policy {
     let retry = RetryPolicy { max_attempts: 3, base: Duration::from_millis(200), cap: Duration::from_secs(2) };
-    Policy { kind: subscription_kind(subscription), idempotent: false, retry }
+    Policy { kind: subscription_kind(subscription), idempotent: subscription == PAY, retry }
+}
+
+/// The policy as a worker has it that knows, or does not know, what is declared of [`PAY`].
+fn policy_of(subscription: SubscriptionId, declares: bool) -> Policy {
+    let policy = policy(subscription);
+    Policy { idempotent: policy.idempotent && declares, ..policy }
+}
+
+/// Whether a message follows from this delivery's success.
+fn continues(delivery: DeliveryId, subscription: SubscriptionId) -> bool {
+    match subscription {
+        // Those without one may be written in the compact way.
+        PLAIN => delivery % 2 == 0,
+        TRANSACTIONAL | CHARGE | PAY => true,
+        _ => false,
+    }
+}
+
+/// What follows from it; it names what it follows from.
+fn follow_ups(delivery: DeliveryId, subscription: SubscriptionId) -> Vec<Draft> {
+    let draft = |cause: DeliveryId| Envelope::raw("after", "null").map(|d| d.causation_id(cause.to_string()));
+    continues(delivery, subscription).then(|| draft(delivery).ok()).flatten().into_iter().collect()
 }
 
 fn outcome(number: u32, kind: &'static str) -> OutcomeRecord {
@@ -140,7 +169,8 @@ fn planted_bugs_are_caught() {
 
     use crate::planted::{BUGS, with};
     let mut missed = Vec::new();
-    for bug in BUGS.iter().filter(|bug| bug.binary == "simulation") {
+    // Of a bug in the stores, the store in memory has a copy: so the check is seen to work.
+    for bug in BUGS.iter().filter(|bug| bug.binary == "simulation" || bug.name == "follow-ups-apart") {
         let found =
             (0..10_000).find_map(|seed| with(bug.name, || run(seed, false)).0.err().map(|broken| (seed, broken)));
         match found {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::{Checked, ensure};
+use super::{Checked, ensure, policy};
 use crate::lifecycle::{Answer, Kind};
 use crate::store::{DeliveryId, Speaker};
 
@@ -25,6 +25,8 @@ pub(super) enum Fate {
 #[derive(Debug)]
 struct Call {
     number: u32,
+    /// What the remote tells repeats by.
+    key: String,
     sent: Duration,
     /// When it got there, or was lost.
     over: Option<Duration>,
@@ -54,12 +56,26 @@ fn spoken(row: &Row, attempt: u32) -> bool {
 
 impl Remote {
     /// A call is sent. What must hold then?
-    pub(super) fn sent(&mut self, row: &Row, number: u32, now: Duration) -> Checked<usize> {
+    pub(super) fn sent(
+        &mut self,
+        row: &Row,
+        number: u32,
+        key: String,
+        declared: bool,
+        now: Duration,
+    ) -> Checked<usize> {
         let delivery = row.delivery;
         let calls = self.calls.entry(delivery).or_default();
         if row.kind() == Kind::Operation {
             ensure!(row.begun.contains(&number), "I3: attempt {number} of {delivery} is called, and not on record");
             ensure!(calls.iter().all(|c| c.number != number), "I7: attempt {number} of {delivery} is called twice");
+        }
+        if row.kind() == Kind::Operation && !declared {
+            let unseen = row.may_have_happened(number) && !spoken(row, number);
+            ensure!(
+                !unseen,
+                "I7: attempt {number} of {delivery} is a repeat, and its worker does not know it as harmless"
+            );
             // Unless an operator's word let them: it is on record whose mistake that was.
             let open = calls.iter().find(|c| c.over.is_none() && !spoken(row, c.number) && !spoken(row, number));
             ensure!(
@@ -70,17 +86,20 @@ impl Remote {
             let later = calls.iter().any(|c| c.number > number) && !spoken(row, number);
             ensure!(!later, "I7: attempt {number} of {delivery} is called after a later one");
         }
-        calls.push(Call { number, sent: now, over: None, applied: false });
+        calls.push(Call { number, key, sent: now, over: None, applied: false });
         Ok(calls.len() - 1)
     }
 
     /// It gets there, or is lost.
     pub(super) fn arrives(&mut self, row: &Row, call: usize, fate: Fate, now: Duration) -> Checked {
         let Some(calls) = self.calls.get_mut(&row.delivery) else { return Ok(()) };
+        // Under a key that it has seen it does nothing more.
+        let keyed = policy(row.subscription).repeats();
+        let repeated = keyed && calls.iter().any(|c| c.applied && c.key == calls[call].key);
         calls[call].over = Some(now);
-        calls[call].applied = matches!(fate, Fate::Done | Fate::DoneUnheard);
+        calls[call].applied = matches!(fate, Fate::Done | Fate::DoneUnheard) && !repeated;
         let applied = calls.iter().filter(|c| c.applied).count() as u32;
-        let most = 1 + allowed(row);
+        let most = if keyed { 1 } else { 1 + allowed(row) };
         let operation = row.kind() == Kind::Operation;
         ensure!(!operation || applied <= most, "I7: delivery {} is applied {applied} times of {most}", row.delivery);
         Ok(())
@@ -107,8 +126,10 @@ impl Remote {
                 "I5: attempt {n} of {delivery} failed on record, and was applied (sent {:?})",
                 call.sent
             );
+            // Of repeats, a word is about all of them.
+            let about = |number: u32| number == n || (number > n && policy(row.subscription).repeats());
             let denied = row.resolutions.iter().any(|(number, answer, speaker)| {
-                *number == n && *answer == Answer::DidNotHappen && *speaker != Speaker::Operator
+                about(*number) && *answer == Answer::DidNotHappen && *speaker != Speaker::Operator
             });
             ensure!(!denied, "I5: attempt {n} of {delivery} was said not to have happened, and was applied");
         }
@@ -127,6 +148,10 @@ impl Remote {
                     ensure!(word || applied, "I4: delivery {delivery} succeeded, and was never applied");
                 } else {
                     ensure!(succeeded + happened == 0, "I6: delivery {delivery} succeeded and is {:?}", row.place);
+                    let words = row.resolutions.iter();
+                    let word = words.filter(|(_, a, s)| *a != Answer::Happened && *s == Speaker::Operator).count();
+                    let applied = self.applied(delivery);
+                    ensure!(word > 0 || !applied, "I5: delivery {delivery} is {:?}, and was applied", row.place);
                 }
             }
             Kind::Plain => {

@@ -6,8 +6,14 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::{Checked, ensure, policy, subscription_kind};
+mod locks;
+mod record;
+
+pub(super) use self::locks::Locks;
+use super::{Checked, ensure, policy, policy_of, subscription_kind};
 use crate::lifecycle::{Answer, Event, Kind, Standing, State, transition};
+use crate::message::Draft;
+use crate::planted::planted;
 use crate::store::decide::{self, Left};
 use crate::store::{
     Answered, ClaimRequest, Claimed, DeliveryId, Doubtful, Guarded, Item, LeaseRef, Move, Observation, Settle, Speaker,
@@ -47,11 +53,20 @@ pub(super) struct Row {
     pub(super) allowed: u32,
     /// How often a worker died with it in its hands.
     pub(super) losses: u32,
+    /// Attempts that may have happened, and of which nobody has said yet what they came to.
+    unseen: BTreeSet<u32>,
+    /// How often what follows from it was published.
+    followed: u32,
 }
 
 impl Row {
     pub(super) fn kind(&self) -> Kind {
         subscription_kind(self.subscription)
+    }
+
+    /// An attempt before this one may have happened, by what is on record.
+    pub(super) fn may_have_happened(&self, before: u32) -> bool {
+        self.unseen.range(..before).next().is_some()
     }
 }
 
@@ -69,6 +84,8 @@ pub(super) struct Lease {
 pub(super) struct WorkerRow {
     pub(super) expires: Duration,
     lease: Duration,
+    /// It runs [`PAY`](super::PAY) as declared idempotent.
+    declares: bool,
     shared: u32,
     exclusive: bool,
 }
@@ -78,11 +95,11 @@ pub(super) struct WorkerRow {
 pub(super) enum Verb {
     Claim(ClaimRequest),
     Settle(Box<Settle>),
-    SettleOpen { lease: LeaseRef, delivery: DeliveryId, number: u32, rev: i32 },
+    SettleOpen { lease: LeaseRef, delivery: DeliveryId, number: u32, rev: i32, follow_ups: Vec<Draft> },
     Recheck { lease: LeaseRef, delivery: DeliveryId, number: u32 },
     Disown { worker: Uuid, token: Uuid },
     Beat { worker: Uuid, lease: Duration },
-    Revive { worker: Uuid, lease: Duration },
+    Revive { worker: Uuid, lease: Duration, declares: bool },
     Retire { worker: Uuid },
     TakeOver { dead: Option<Uuid>, draw: f64 },
     Doubts { subscriptions: Vec<SubscriptionId>, put_off: Duration },
@@ -103,15 +120,6 @@ pub(super) enum Said {
     Nothing,
 }
 
-/// Locks that a transaction holds until it ends.
-#[derive(Debug, Default)]
-pub(super) struct Locks {
-    leases: Vec<(Uuid, bool)>,
-    workers: Vec<(Uuid, bool)>,
-    part: Option<(i64, i32)>,
-    picked: Vec<DeliveryId>,
-}
-
 #[derive(Debug, Default)]
 pub(super) struct Model {
     pub(super) rows: BTreeMap<DeliveryId, Row>,
@@ -122,9 +130,6 @@ pub(super) struct Model {
     positions: i64,
     batches: i64,
 }
-
-const EXCLUSIVE: bool = true;
-const SHARED: bool = false;
 
 impl Model {
     /// A message's delivery, committed now; its place was drawn when its publisher began.
@@ -144,6 +149,8 @@ impl Model {
             resolutions: Vec::new(),
             allowed: 0,
             losses: 0,
+            unseen: BTreeSet::new(),
+            followed: 0,
         };
         self.rows.insert(delivery, row);
     }
@@ -153,148 +160,9 @@ impl Model {
         self.positions
     }
 
-    pub(super) fn enlist(&mut self, worker: Uuid, lease: Duration, now: Duration) {
-        let row = WorkerRow { expires: now + lease, lease, shared: 0, exclusive: false };
+    pub(super) fn enlist(&mut self, worker: Uuid, lease: Duration, declares: bool, now: Duration) {
+        let row = WorkerRow { expires: now + lease, lease, declares, shared: 0, exclusive: false };
         self.workers.insert(worker, row);
-    }
-
-    /// The locks that a verb takes first; `None`: somebody holds one of them, ask again when they end.
-    pub(super) fn lock(&mut self, verb: &mut Verb, now: Duration, dice: &mut fastrand::Rng) -> Option<Locks> {
-        let mut locks = Locks::default();
-        match verb {
-            Verb::Claim(request) => {
-                // FOR KEY SHARE on the worker's row, which keeps a takeover from missing the lease.
-                match self.workers.get(&request.worker) {
-                    Some(row) if row.exclusive => return None,
-                    Some(row) if row.expires > now => locks.workers.push((request.worker, SHARED)),
-                    _ => return Some(locks),
-                }
-                for row in self.rows.values_mut() {
-                    if matches!(row.place, Place::Scheduled(due) if due <= now) && !row.locked {
-                        self.positions += 1;
-                        row.place = Place::Ready(self.positions);
-                    }
-                }
-                for (subscription, room) in &request.wanted {
-                    let ready = self.rows.values().filter(|r| r.subscription == *subscription && !r.locked);
-                    let mut found: Vec<(i64, DeliveryId)> = ready
-                        .filter_map(|r| if let Place::Ready(pos) = r.place { Some((pos, r.delivery)) } else { None })
-                        .collect();
-                    found.sort_unstable();
-                    locks.picked.extend(found.into_iter().take(*room as usize).map(|(_, delivery)| delivery));
-                }
-            }
-            Verb::Settle(settle) => {
-                if self.leases.get(&settle.lease.token).is_some_and(|l| l.batch == settle.lease.batch) {
-                    locks.leases.push((settle.lease.token, SHARED));
-                    // The unique key of the part waits for whoever is writing the same.
-                    locks.part = Some((settle.lease.batch, settle.part));
-                }
-            }
-            Verb::SettleOpen { lease, .. } => {
-                locks.leases.extend(self.leases.contains_key(&lease.token).then_some((lease.token, SHARED)));
-            }
-            Verb::Recheck { lease, .. } => {
-                locks.leases.extend(self.leases.contains_key(&lease.token).then_some((lease.token, EXCLUSIVE)));
-            }
-            Verb::Disown { worker, token } => {
-                let own = self.leases.get(token).is_some_and(|l| l.worker == *worker);
-                locks.leases.extend(own.then_some((*token, EXCLUSIVE)));
-            }
-            Verb::Beat { worker, .. } => {
-                if self.workers.get(worker).is_some_and(|row| row.exclusive) {
-                    return None;
-                }
-            }
-            Verb::Retire { worker } => {
-                locks.workers.extend(self.workers.contains_key(worker).then_some((*worker, EXCLUSIVE)));
-            }
-            Verb::TakeOver { dead, .. } => {
-                if dead.is_none() {
-                    // FOR UPDATE SKIP LOCKED, any of them.
-                    let free = |r: &&Uuid| {
-                        self.workers.get(r).is_some_and(|w| w.expires < now && !w.exclusive && w.shared == 0)
-                    };
-                    let found: Vec<Uuid> = self.workers.keys().filter(free).copied().collect();
-                    if found.is_empty() {
-                        return Some(locks);
-                    }
-                    let worker = found[dice.usize(..found.len())];
-                    *dead = Some(worker);
-                    // Held while the leases are waited for: a heartbeat of the dead waits too.
-                    if let Some(row) = self.workers.get_mut(&worker) {
-                        row.exclusive = true;
-                    }
-                }
-                let worker = dead.unwrap_or_default();
-                let leases = self.leases.iter().filter(|(_, l)| l.worker == worker);
-                locks.leases = leases.map(|(token, _)| (*token, EXCLUSIVE)).collect();
-                if self.waits(&locks) {
-                    return None;
-                }
-                self.take(&locks);
-                locks.workers.push((worker, EXCLUSIVE));
-                return Some(locks);
-            }
-            Verb::Revive { .. } | Verb::Doubts { .. } | Verb::Answer(_) | Verb::Observe(_) => {}
-        }
-        if self.waits(&locks) {
-            return None;
-        }
-        self.take(&locks);
-        Some(locks)
-    }
-
-    fn waits(&self, locks: &Locks) -> bool {
-        locks.leases.iter().any(|(token, exclusive)| {
-            self.leases.get(token).is_some_and(|l| l.exclusive || (*exclusive && l.shared > 0))
-        }) || locks.workers.iter().any(|(worker, exclusive)| {
-            self.workers.get(worker).is_some_and(|w| w.exclusive || (*exclusive && w.shared > 0))
-        }) || locks.part.is_some_and(|part| self.writing.contains(&part))
-    }
-
-    fn take(&mut self, locks: &Locks) {
-        for (token, exclusive) in &locks.leases {
-            if let Some(lease) = self.leases.get_mut(token) {
-                lease.exclusive |= *exclusive;
-                lease.shared += u32::from(!*exclusive);
-            }
-        }
-        for (worker, exclusive) in &locks.workers {
-            if let Some(row) = self.workers.get_mut(worker) {
-                row.exclusive |= *exclusive;
-                row.shared += u32::from(!*exclusive);
-            }
-        }
-        self.writing.extend(locks.part);
-        for delivery in &locks.picked {
-            if let Some(row) = self.rows.get_mut(delivery) {
-                row.locked = true;
-            }
-        }
-    }
-
-    pub(super) fn unlock(&mut self, locks: &Locks) {
-        for (token, exclusive) in &locks.leases {
-            if let Some(lease) = self.leases.get_mut(token) {
-                lease.exclusive &= !*exclusive;
-                lease.shared -= u32::from(!*exclusive);
-            }
-        }
-        for (worker, exclusive) in &locks.workers {
-            if let Some(row) = self.workers.get_mut(worker) {
-                row.exclusive &= !*exclusive;
-                row.shared -= u32::from(!*exclusive);
-            }
-        }
-        if let Some(part) = &locks.part {
-            self.writing.remove(part);
-        }
-        for delivery in &locks.picked {
-            if let Some(row) = self.rows.get_mut(delivery) {
-                row.locked = false;
-            }
-        }
     }
 
     /// The transaction commits.
@@ -302,8 +170,12 @@ impl Model {
         match verb {
             Verb::Claim(request) => self.claim(request, &locks.picked, now),
             Verb::Settle(settle) => self.settle(settle, now),
-            Verb::SettleOpen { lease, delivery, number, rev } => {
-                self.settle_open(*lease, *delivery, *number, *rev, now)
+            Verb::SettleOpen { lease, delivery, number, rev, follow_ups } => {
+                let settled = self.settle_open(*lease, *delivery, *number, *rev, now)?;
+                if let Said::Guarded(Guarded::Done) = settled {
+                    self.follow(follow_ups)?;
+                }
+                Ok(settled)
             }
             Verb::Recheck { lease, delivery, number } => {
                 let held = self.leases.contains_key(&lease.token);
@@ -321,8 +193,8 @@ impl Model {
                 let own = self.leases.iter().filter(|(_, l)| l.worker == *worker);
                 Ok(Said::Beat(Some(own.map(|(token, _)| *token).collect())))
             }
-            Verb::Revive { worker, lease } => {
-                self.enlist(*worker, *lease, now);
+            Verb::Revive { worker, lease, declares } => {
+                self.enlist(*worker, *lease, *declares, now);
                 Ok(Said::Nothing)
             }
             Verb::Retire { worker } => {
@@ -403,6 +275,9 @@ impl Model {
         }
         let token = settle.lease.token;
         if self.leases.get(&token).is_none_or(|l| l.batch != settle.lease.batch) {
+            if planted!("follow-ups-apart") {
+                self.follow(&settle.follow_ups)?;
+            }
             return Ok(Said::Guarded(Guarded::Fenced));
         }
         self.parts.insert((settle.lease.batch, settle.part));
@@ -417,7 +292,12 @@ impl Model {
         }
         for moved in &settle.moves {
             self.let_go(token, moved.delivery)?;
-            ensure!(moved.outcome.is_some(), "I11: an attempt of {} ended without an outcome", moved.delivery);
+            let withheld = moved.standing.state == State::InDoubt;
+            ensure!(
+                moved.outcome.is_some() || withheld,
+                "I11: an attempt of {} ended without an outcome",
+                moved.delivery
+            );
             self.moved(moved, now)?;
         }
         for item in &settle.released {
@@ -426,6 +306,7 @@ impl Model {
             self.let_go(token, item.delivery)?;
             self.moved(&decide::released(item), now)?;
         }
+        self.follow(&settle.follow_ups)?;
         for (delivery, number) in &settle.starts {
             self.begin(token, *delivery, *number)?;
         }
@@ -440,23 +321,6 @@ impl Model {
     /// An earlier try of this flush has committed.
     pub(super) fn written(&self, settle: &Settle) -> bool {
         self.parts.contains(&(settle.lease.batch, settle.part))
-    }
-
-    fn let_go(&mut self, token: Uuid, delivery: DeliveryId) -> Checked<Item> {
-        let Some(lease) = self.leases.get_mut(&token) else { return Err("I6: settled without a lease".into()) };
-        lease.begun.remove(&delivery);
-        lease.held.remove(&delivery).ok_or_else(|| format!("I6: delivery {delivery} is settled, and not in the lease"))
-    }
-
-    fn begin(&mut self, token: Uuid, delivery: DeliveryId, number: u32) -> Checked {
-        let held = self.leases.get_mut(&token).filter(|l| l.held.contains_key(&delivery));
-        let Some(lease) = held else { return Err(format!("I6: delivery {delivery} begins, and is not in the lease")) };
-        ensure!(lease.begun.insert(delivery), "I11: delivery {delivery} begins twice");
-        let Some(row) = self.rows.get_mut(&delivery) else { return Ok(()) };
-        ensure!(row.begun.insert(number), "I11: attempt {number} of {delivery} begins twice");
-        let next = row.outcomes.len() as u32 + 1;
-        ensure!(number == next, "I11: attempt {number} of {delivery} begins where {next} is next");
-        within_limit(row, number)
     }
 
     fn settle_open(
@@ -483,7 +347,8 @@ impl Model {
         let Some(lease) = self.leases.get(&token).filter(|l| l.worker == worker) else {
             return Ok(Said::Disowned(true));
         };
-        let left: Vec<Left> = lease.held.values().map(|item| left(lease, item, Duration::ZERO)).collect();
+        let declares = self.workers.get(&worker).is_some_and(|w| w.declares);
+        let left: Vec<Left> = lease.held.values().map(|item| left(lease, item, declares, Duration::ZERO)).collect();
         let moves: Result<Vec<Move>, _> = left.iter().map(decide::handed_back).collect();
         // Something of it has begun: it is left to a takeover.
         let Ok(moves) = moves else { return Ok(Said::Disowned(false)) };
@@ -500,12 +365,12 @@ impl Model {
         for token in tokens {
             let Some(lease) = self.leases.remove(&token) else { continue };
             for item in lease.held.values() {
-                let left = left(&lease, item, row.lease);
+                let left = left(&lease, item, row.declares, row.lease);
                 let moved = decide::lost(&left, "w", draw).map_err(|e| format!("I6: {e}"))?;
                 if let Some(row) = self.rows.get_mut(&item.delivery) {
                     row.losses += 1;
                 }
-                let unseen = left.standing.begun && left.policy.kind == Kind::Operation;
+                let unseen = left.standing.begun && left.policy.kind == Kind::Operation && !left.policy.repeats();
                 ensure!(
                     !unseen || moved.standing.state == State::InDoubt,
                     "I5: the open attempt of {} is {} after its worker died",
@@ -565,8 +430,11 @@ impl Model {
         let moved = decide::end_of_doubt(&doubt, answered).map_err(|e| format!("I6: {e}"))?;
         if let Some(row) = self.rows.get_mut(&answered.delivery) {
             row.resolutions.push((row.attempts, answered.answer, answered.speaker));
+            // The word is about all its attempts.
+            row.unseen.clear();
         }
-        self.moved(&moved, now)
+        self.moved(&moved, now)?;
+        if moved.standing.state == State::Succeeded { self.follow(&answered.follow_ups) } else { Ok(()) }
     }
 
     /// An operator's "happened" that a worker is to carry out.
@@ -598,67 +466,10 @@ impl Model {
         row.place = Place::Ready(self.positions);
         Ok(())
     }
-
-    /// Puts a delivery where it goes next, and checks that it may.
-    fn moved(&mut self, moved: &Move, now: Duration) -> Checked {
-        let Some(row) = self.rows.get_mut(&moved.delivery) else { return Err("I2: a delivery that is none".into()) };
-        let delivery = moved.delivery;
-        ensure!(moved.rev == row.rev + 1, "I6: delivery {delivery} goes from revision {} to {}", row.rev, moved.rev);
-        ensure!(
-            !matches!(row.place, Place::Succeeded | Place::Dead),
-            "I6: delivery {delivery} leaves {:?} by itself",
-            row.place
-        );
-        if let Some(outcome) = &moved.outcome {
-            let next = row.outcomes.len() as u32 + 1;
-            ensure!(outcome.number == next, "I11: outcome {} of {delivery} where {next} is next", outcome.number);
-            let recorded = row.begun.contains(&next);
-            ensure!(row.kind() != Kind::Operation || recorded, "I3: attempt {next} of {delivery} ends without a start");
-            within_limit(row, next)?;
-            row.outcomes.insert(next, outcome.kind);
-            let unseen = matches!(outcome.kind, "in_doubt" | "panicked" | "timed_out" | "lost");
-            ensure!(
-                row.kind() != Kind::Operation || !unseen || moved.standing.state == State::InDoubt,
-                "I5: delivery {delivery} is {} though nobody saw how it ended",
-                moved.standing.state
-            );
-        }
-        ensure!(
-            moved.standing.attempts as usize == row.outcomes.len(),
-            "I11: delivery {delivery} counts {} attempts and has {}",
-            moved.standing.attempts,
-            row.outcomes.len()
-        );
-        (row.attempts, row.lost, row.rev) = (moved.standing.attempts, moved.standing.lost, moved.rev);
-        row.place = match moved.standing.state {
-            State::Pending if moved.delay.is_zero() => {
-                self.positions += 1;
-                Place::Ready(self.positions)
-            }
-            State::Pending => {
-                row.due = now + moved.delay;
-                Place::Scheduled(row.due)
-            }
-            State::InDoubt => {
-                ensure!(row.kind() == Kind::Operation, "I5: delivery {delivery} is no operation, and in doubt");
-                Place::Doubt { quiet_at: now + moved.quiet, ask_at: now, asks: 0, word: false }
-            }
-            State::Succeeded => Place::Succeeded,
-            State::Dead => Place::Dead,
-            other => return Err(format!("I6: delivery {delivery} goes to {other}")),
-        };
-        Ok(())
-    }
-}
-
-fn within_limit(row: &Row, number: u32) -> Checked {
-    let most = policy(row.subscription).retry.max_attempts + row.allowed;
-    ensure!(number <= most, "I11: attempt {number} of {}, which may have {most}", row.delivery);
-    Ok(())
 }
 
 /// What a decision needs to know of an item in a lease.
-fn left(lease: &Lease, item: &Item, lease_time: Duration) -> Left {
+fn left(lease: &Lease, item: &Item, declares: bool, lease_time: Duration) -> Left {
     let begun = lease.begun.contains(&item.delivery);
     Left {
         delivery: item.delivery,
@@ -672,7 +483,7 @@ fn left(lease: &Lease, item: &Item, lease_time: Duration) -> Left {
             begun,
             lost: item.lost,
         },
-        policy: policy(item.subscription),
+        policy: policy_of(item.subscription, declares),
         ran: Duration::ZERO,
         quiet: decide::quiet_after_loss(lease_time, super::TIMEOUT, super::QUIET),
     }
