@@ -239,9 +239,9 @@ impl<Db: Site> Remote<Db> {
         }
         match dice.u32(..1000) {
             0..15 => "panic",
-            15..22 => "block",
-            22..37 => "ignore",
-            37..44 => "abort",
+            15..27 => "block",
+            27..42 => "ignore",
+            42..49 => "abort",
             _ => "fine",
         }
     }
