@@ -5,17 +5,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use postbox::admin::{Cancel, DeliveryDetail, Filter, Replay, Replays, Resolution};
-use postbox::lifecycle::{Answer, End, Event, Kind, Policy, Standing, State, transition};
-use postbox::store::{
-    ClaimRequest, Claimed, Declared, Guarded, LeaseRef, Move, Observation, Registration, Settle, Start, Store,
-};
+use postbox::lifecycle::{Answer, End, Kind, Policy, State};
+use postbox::store::{Claimed, Declared, Guarded, Move, Observation, Settle, Store};
 use postbox::{
-    Attempt, Envelope, Error, Failure, Keep, Operation, OperationFailure, Receipt, ResultExt, RetryPolicy, Router,
-    Worker, handler, operation,
+    Attempt, Envelope, Error, Failure, Operation, OperationFailure, Receipt, ResultExt, Router, Worker, handler,
+    operation,
 };
+use postbox_testkit::hand::{self, Hand, publish};
 use postbox_testkit::{Fresh, Testable, on_both_stores};
-use serde_json::json;
-use uuid::Uuid;
 
 on_both_stores!(
     what_waits_or_is_dead_can_be_called_off,
@@ -37,11 +34,6 @@ const QUICK: Duration = Duration::from_millis(1);
 
 async fn start<Db: Testable>(fresh: &Fresh<Db>, router: Router<Db>) -> Worker<Db> {
     fresh.postbox.worker(router).poll_interval(Duration::from_millis(20)).start().await.expect("start")
-}
-
-async fn publish<Db: Testable>(fresh: &Fresh<Db>, topic: &str, count: usize) {
-    let drafts = (0..count).map(|n| Envelope::json(topic, &json!({ "n": n })));
-    fresh.postbox.publish_now(drafts).await.expect("publish");
 }
 
 /// Waits until `count` deliveries are there and none is pending or running; the oldest first.
@@ -75,71 +67,24 @@ fn story(detail: &DeliveryDetail) -> (State, u32, Vec<&str>) {
 }
 
 fn declared(name: &str, kind: Kind, idempotent: bool) -> Declared {
-    Declared {
-        name: name.into(),
-        renamed_from: Vec::new(),
-        pattern: "t".parse().expect("a pattern"),
-        policy: Policy { kind, retry: RetryPolicy::default(), idempotent },
-        timeout: Duration::from_secs(60),
-        quiet: Duration::from_secs(60),
-        reconciles: false,
-        continues: false,
-        start: Start::Unrouted,
-        keep: Keep::default(),
-    }
+    let plainly = hand::declared(name, "t", kind);
+    Declared { policy: Policy { idempotent, ..plainly.policy }, reconciles: false, ..plainly }
 }
 
-/// A worker that is driven by hand.
-struct Hand<Db: Testable> {
-    postbox: postbox::Postbox<Db>,
-    worker: Uuid,
-    subscriptions: Vec<i32>,
+/// Claims what there is, with a first flush to fill.
+async fn claim<Db: Testable>(hand: &Hand<Db>) -> (Claimed, Settle) {
+    let claimed = hand.claim(10).await;
+    let settle = hand.flush(&claimed, 0);
+    (claimed, settle)
 }
 
-impl<Db: Testable> Hand<Db> {
-    async fn register(fresh: &Fresh<Db>, subscriptions: Vec<Declared>) -> Self {
-        let postbox: postbox::Postbox<Db> = postbox::Postbox::open(fresh.settings.clone()).await.expect("opens");
-        let registration = Registration {
-            worker: Uuid::now_v7(),
-            name: "hand".into(),
-            application: "test".into(),
-            lease: Duration::from_secs(60),
-            subscriptions,
-        };
-        let subscriptions = postbox.store().register(&registration).await.expect("register");
-        while postbox.store().backfill().await.expect("backfill") {}
-        Hand { postbox, worker: registration.worker, subscriptions }
-    }
-
-    async fn claim(&self) -> (Claimed, Settle) {
-        let wanted = self.subscriptions.iter().map(|id| (*id, 10)).collect();
-        let request = ClaimRequest { worker: self.worker, token: Uuid::now_v7(), wanted };
-        let claimed = self.postbox.store().claim(&request).await.expect("claim");
-        let settle = Settle {
-            lease: LeaseRef { worker: self.worker, batch: claimed.batch, token: claimed.token },
-            part: 0,
-            successes: Vec::new(),
-            moves: Vec::new(),
-            released: Vec::new(),
-            seen: Vec::new(),
-            follow_ups: Vec::new(),
-            starts: Vec::new(),
-            close: false,
-        };
-        (claimed, settle)
-    }
-
-    /// Claims one, puts its start on record, and dies; its number.
-    async fn dies_of_it(self, fresh: &Fresh<Db>) -> i64 {
-        let (claimed, settle) = self.claim().await;
-        let item = &claimed.items[0];
-        let starts = vec![(item.delivery, item.attempts + 1)];
-        let begun = self.postbox.store().settle(&Settle { starts, ..settle }).await.expect("begin");
-        assert_eq!(begun, Guarded::Done);
-        Db::kill(fresh, self.postbox, self.worker).await;
-        fresh.postbox.store().take_over(0.0).await.expect("take over").expect("somebody dead");
-        item.delivery
-    }
+/// Claims one, puts its start on record, and dies; its number.
+async fn dies_of_it<Db: Testable>(hand: Hand<Db>, fresh: &Fresh<Db>) -> i64 {
+    let claimed = hand.claim(10).await;
+    let item = &claimed.items[0];
+    hand.begin(&claimed, 0, &[item]).await;
+    hand.dies(fresh).await;
+    item.delivery
 }
 
 fn cancel(rev: Option<i32>) -> Cancel {
@@ -166,7 +111,7 @@ async fn what_waits_or_is_dead_can_be_called_off<Db: Testable>() {
     assert_eq!((shown.row.state, shown.row.attempt), (State::Cancelled, 0));
     assert!(shown.row.note.as_deref().is_some_and(|n| n.contains("ana") && n.contains("not wanted")), "{shown:?}");
 
-    let (claimed, settle) = hand.claim().await;
+    let (claimed, settle) = claim(&hand).await;
     assert_eq!(claimed.items.len(), 1, "what was called off is not handed out");
     assert_eq!(claimed.items[0].delivery, ids[2]);
     let running = admin.cancel(ids[2], &cancel(None)).await.expect_err("running");
@@ -402,24 +347,10 @@ async fn a_snooze_leaves_its_lease<Db: Testable>() {
     let fresh = Db::fresh().await;
     let hand = Hand::register(&fresh, vec![declared("a", Kind::Plain, false)]).await;
     publish(&fresh, "t", 2).await;
-    let (claimed, settle) = hand.claim().await;
+    let (claimed, settle) = claim(&hand).await;
     let item = &claimed.items[0];
-    let running = Standing { state: State::Running, attempts: 0, begun: false, lost: 0 };
-    let snooze = Event::Ended(End::Snoozed { wait: Duration::from_secs(3600) });
-    let policy = declared("a", Kind::Plain, false).policy;
-    let next = transition(running, snooze, &policy, 0.0).expect("allowed");
-    let moved = Move {
-        delivery: item.delivery,
-        message: item.message,
-        subscription: item.subscription,
-        priority: item.priority,
-        rev: item.rev + 1,
-        standing: next.standing,
-        delay: next.delay,
-        quiet: Duration::ZERO,
-        note: String::new(),
-        outcome: None,
-    };
+    let snooze = End::Snoozed { wait: Duration::from_secs(3600) };
+    let moved = Move { outcome: None, ..hand::ended(item, Kind::Plain, snooze, false) };
     let seen = Observation {
         delivery: item.delivery,
         number: 1,
@@ -545,11 +476,11 @@ async fn a_lost_attempt_is_judged_by_what_it_was_begun_under<Db: Testable>() {
     let admin = fresh.postbox.admin();
     publish(&fresh, "t", 1).await;
     let hand = Hand::register(&fresh, vec![declared("op", Kind::Operation, true)]).await;
-    let delivery = hand.dies_of_it(&fresh).await;
+    let delivery = dies_of_it(hand, &fresh).await;
     let shown = admin.show(delivery).await.expect("show");
     assert_eq!(story(&shown), (State::Pending, 1, vec!["lost"]), "declared: tried again");
     let hand = Hand::register(&fresh, vec![declared("op", Kind::Operation, true)]).await;
-    let (claimed, settle) = hand.claim().await;
+    let (claimed, settle) = claim(&hand).await;
     assert_eq!((claimed.items[0].attempts, claimed.items[0].lost), (1, 1), "what nobody saw is remembered");
     let released = Settle { released: claimed.items.clone(), close: true, ..settle };
     hand.postbox.store().settle(&released).await.expect("released");
@@ -559,7 +490,7 @@ async fn a_lost_attempt_is_judged_by_what_it_was_begun_under<Db: Testable>() {
     publish(&fresh, "t", 1).await;
     let old = Hand::register(&fresh, vec![declared("op", Kind::Operation, false)]).await;
     let new = Hand::register(&fresh, vec![declared("op", Kind::Operation, true)]).await;
-    let delivery = old.dies_of_it(&fresh).await;
+    let delivery = dies_of_it(old, &fresh).await;
     let shown = admin.show(delivery).await.expect("show");
     assert_eq!(story(&shown), (State::InDoubt, 1, vec!["in_doubt"]), "a repeat of that one may do it twice");
     drop((hand, new));
@@ -569,7 +500,7 @@ async fn without_the_declaration_it_is_not_called_again<Db: Testable>() {
     let fresh = Db::fresh().await;
     publish(&fresh, "t", 1).await;
     let hand = Hand::register(&fresh, vec![declared("op", Kind::Operation, true)]).await;
-    hand.dies_of_it(&fresh).await;
+    dies_of_it(hand, &fresh).await;
     let calls = Arc::new(AtomicUsize::new(0));
     let counting = calls.clone();
     let undeclared = operation(move |_: Operation| {
@@ -589,7 +520,7 @@ async fn called_off_is_in_doubt_if_an_attempt_may_have_happened<Db: Testable>() 
     let admin = fresh.postbox.admin();
     publish(&fresh, "t", 1).await;
     let hand = Hand::register(&fresh, vec![declared("op", Kind::Operation, true)]).await;
-    let delivery = hand.dies_of_it(&fresh).await;
+    let delivery = dies_of_it(hand, &fresh).await;
     let again = postbox::admin::Retry { rev: None, actor: "ana".into(), reason: "in a hurry".into() };
     admin.retry(delivery, &again).await.expect("retry");
     let entry = admin.cancel(delivery, &cancel(None)).await.expect("cancel");

@@ -5,15 +5,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use postbox::admin::{Filter, Resolution, Retry};
-use postbox::lifecycle::{Answer, End, Event, Kind, Policy, Standing, State, transition};
-use postbox::store::{
-    ClaimRequest, Claimed, Declared, Guarded, Item, LeaseRef, Move, OutcomeRecord, Registration, Settle, Start, Store,
-    Success,
-};
+use postbox::lifecycle::{Answer, End, Kind, State};
+use postbox::store::{Claimed, Declared, Guarded, Item, Move, Registration, Settle, Start, Store};
 use postbox::{
-    Attempt, Envelope, Error, Failure, Keep, OperationFailure, Postbox, Postgres, Receipt, Retention, RetryPolicy,
-    Router, handler, operation,
+    Attempt, Envelope, Error, Failure, Keep, OperationFailure, Postgres, Receipt, Retention, Router, handler, operation,
 };
+use postbox_testkit::hand::{self, Hand, success};
 use postbox_testkit::{Fresh, Testable, on_both_stores};
 use uuid::Uuid;
 
@@ -29,65 +26,33 @@ const FOREVER: Duration = Duration::MAX;
 const SOON: Keep = Keep { succeeded: Some(Duration::ZERO), dead: Some(Duration::ZERO) };
 
 fn declared(name: &str, pattern: &str, kind: Kind, keep: Keep) -> Declared {
-    Declared {
-        name: name.into(),
-        renamed_from: Vec::new(),
-        pattern: pattern.parse().expect("a pattern"),
-        policy: Policy { kind, idempotent: false, retry: RetryPolicy::default() },
-        timeout: Duration::from_secs(60),
-        quiet: Duration::from_secs(60),
-        reconciles: false,
-        continues: false,
-        start: Start::Unrouted,
-        keep,
-    }
+    Declared { keep, reconciles: false, ..hand::declared(name, pattern, kind) }
 }
 
-/// A worker driven by hand.
-struct Hand<Db: Testable> {
-    postbox: Postbox<Db>,
-    worker: Uuid,
+/// A worker driven by hand, which knows its subscriptions by name.
+struct Named<Db: Testable> {
+    hand: Hand<Db>,
     ids: BTreeMap<String, i32>,
 }
 
-impl<Db: Testable> Hand<Db> {
+impl<Db: Testable> Named<Db> {
     async fn register(fresh: &Fresh<Db>, subscriptions: Vec<Declared>) -> Self {
-        let postbox: Postbox<Db> = Postbox::open(fresh.settings.clone()).await.expect("a second postbox");
-        let registration = Registration {
-            worker: Uuid::now_v7(),
-            name: "hand".into(),
-            application: "test".into(),
-            lease: Duration::from_secs(60),
-            subscriptions,
-        };
-        let ids = postbox.store().register(&registration).await.expect("register");
-        while postbox.store().backfill().await.expect("backfill") {}
-        let names = registration.subscriptions.into_iter().map(|d| d.name);
-        Hand { postbox, worker: registration.worker, ids: names.zip(ids).collect() }
+        let names: Vec<String> = subscriptions.iter().map(|d| d.name.clone()).collect();
+        let hand = Hand::register(fresh, subscriptions).await;
+        let ids = names.into_iter().zip(hand.subscriptions.iter().copied()).collect();
+        Named { hand, ids }
     }
 
     async fn claim(&self, name: &str, room: u32) -> Claimed {
-        let wanted = vec![(self.ids[name], room)];
-        let request = ClaimRequest { worker: self.worker, token: Uuid::now_v7(), wanted };
-        self.postbox.store().claim(&request).await.expect("claim")
+        self.hand.claim_of(&[self.ids[name]], room).await
     }
 
     fn flush(&self, claimed: &Claimed, part: i32) -> Settle {
-        Settle {
-            lease: LeaseRef { worker: self.worker, batch: claimed.batch, token: claimed.token },
-            part,
-            successes: Vec::new(),
-            moves: Vec::new(),
-            released: Vec::new(),
-            seen: Vec::new(),
-            follow_ups: Vec::new(),
-            starts: Vec::new(),
-            close: false,
-        }
+        self.hand.flush(claimed, part)
     }
 
     async fn settle(&self, settle: Settle) {
-        assert_eq!(self.postbox.store().settle(&settle).await.expect("settle"), Guarded::Done);
+        assert_eq!(self.hand.settle(settle).await, Guarded::Done);
     }
 
     /// All that is due succeeds, at once.
@@ -113,40 +78,9 @@ impl<Db: Testable> Hand<Db> {
     }
 }
 
-fn success(item: &Item) -> Success {
-    Success {
-        delivery: item.delivery,
-        message: item.message,
-        subscription: item.subscription,
-        ran: Duration::from_millis(1),
-    }
-}
-
+/// To be tried again at once.
 fn ended(item: &Item, kind: Kind, end: End, begun: bool) -> Move {
-    let policy = Policy { kind, idempotent: false, retry: RetryPolicy::default() };
-    let number = item.attempts + 1;
-    let attempts = if begun { number } else { item.attempts };
-    let now = Standing { state: State::Running, attempts, begun, lost: item.lost };
-    let next = transition(now, Event::Ended(end), &policy, 0.0).expect("allowed");
-    Move {
-        delivery: item.delivery,
-        message: item.message,
-        subscription: item.subscription,
-        priority: item.priority,
-        rev: item.rev + 1,
-        standing: next.standing,
-        delay: Duration::ZERO,
-        quiet: Duration::ZERO,
-        note: "as planned".into(),
-        outcome: Some(OutcomeRecord {
-            number,
-            kind: end.as_str(),
-            error: None,
-            receipt: None,
-            ran: Duration::from_millis(1),
-            ago: Duration::ZERO,
-        }),
-    }
+    Move { delay: Duration::ZERO, ..hand::ended(item, kind, end, begun) }
 }
 
 const FAILED: End = End::Failed { permanent: false, retry_after: None };
@@ -200,7 +134,7 @@ async fn tick<Db: Testable>(fresh: &Fresh<Db>) {
 
 async fn what_has_ended_goes_and_nothing_else_does<Db: Testable>() {
     let fresh = Db::fresh().await;
-    let hand = Hand::register(
+    let hand = Named::register(
         &fresh,
         vec![declared("plain", "p", Kind::Plain, SOON), declared("charge", "o", Kind::Operation, SOON)],
     )
@@ -312,7 +246,7 @@ async fn each_subscription_keeps_its_own_for_as_long_as_it_says<Db: Testable>() 
     let fresh = Db::fresh().await;
     let long = Keep { succeeded: Some(Duration::from_secs(86_400)), dead: Some(FOREVER) };
     let keeps = |b| vec![declared("a", "t", Kind::Plain, SOON), declared("b", "t", Kind::Plain, b)];
-    let hand = Hand::register(&fresh, keeps(long)).await;
+    let hand = Named::register(&fresh, keeps(long)).await;
     let message = publish(&fresh, "t").await;
     let (a, b) = (hand.succeed("a").await[0], hand.succeed("b").await[0]);
     assert_eq!(retain(&fresh, FOREVER).await, (1, 0), "b's keeps the message");
@@ -323,12 +257,12 @@ async fn each_subscription_keeps_its_own_for_as_long_as_it_says<Db: Testable>() 
     assert!(deliveries.contains(&b));
     // Someone who comes later takes it from the beginning: it has a third delivery, a late one.
     let late = Declared { start: Start::Beginning, ..declared("late", "t", Kind::Plain, SOON) };
-    let newcomer = Hand::register(&fresh, vec![late]).await;
+    let newcomer = Named::register(&fresh, vec![late]).await;
     let c = newcomer.succeed("late").await[0];
     assert_eq!(retain(&fresh, FOREVER).await, (1, 0));
     assert!(admin.show(c).await.is_err());
     // What a subscription says counts from its next registration on.
-    let _again = Hand::register(&fresh, keeps(SOON)).await;
+    let _again = Named::register(&fresh, keeps(SOON)).await;
     assert_eq!(retain(&fresh, FOREVER).await, (1, 1));
     assert_eq!(rows(&fresh, "message").await, 0);
     if <Db as Testable>::NAME == "postgres" {
@@ -338,7 +272,7 @@ async fn each_subscription_keeps_its_own_for_as_long_as_it_says<Db: Testable>() 
 
 async fn the_history_of_what_a_live_lease_held_stays<Db: Testable>() {
     let fresh = Db::fresh().await;
-    let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain, SOON)]).await;
+    let hand = Named::register(&fresh, vec![declared("a", "t", Kind::Plain, SOON)]).await;
     for _ in 0..3 {
         publish(&fresh, "t").await;
     }
@@ -350,7 +284,7 @@ async fn the_history_of_what_a_live_lease_held_stays<Db: Testable>() {
     assert_eq!(hand.end("a", Kind::Plain, End::Succeeded).await, batch.items[1].delivery);
     retain(&fresh, FOREVER).await;
     // It dies; only what still ran may come back.
-    let Hand { postbox, worker, .. } = hand;
+    let Hand { postbox, worker, .. } = hand.hand;
     Db::kill(&fresh, postbox, worker).await;
     let mut taken = None;
     for _ in 0..1000 {
@@ -544,7 +478,7 @@ async fn under_load_nothing_is_lost<Db: Testable>() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_hands_out_old_messages_keeps_retention_away() {
     let fresh = Postgres::fresh().await;
-    let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain, SOON)]).await;
+    let hand = Named::register(&fresh, vec![declared("a", "t", Kind::Plain, SOON)]).await;
     publish(&fresh, "t").await;
     hand.succeed("a").await;
     let sql = format!("select 1 from {}.retention for share", fresh.schema());
@@ -566,7 +500,7 @@ async fn who_hands_out_old_messages_keeps_retention_away() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_message_that_is_going_is_handed_out_to_nobody() {
     let fresh = Postgres::fresh().await;
-    let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain, SOON)]).await;
+    let hand = Named::register(&fresh, vec![declared("a", "t", Kind::Plain, SOON)]).await;
     publish(&fresh, "t").await;
     hand.succeed("a").await;
     let newcomer = Registration {
