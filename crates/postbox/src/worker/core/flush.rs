@@ -16,6 +16,9 @@ pub(super) const FLUSH_AFTER: Duration = Duration::from_millis(10);
 /// What has ended is settled at once when it is this many.
 const FLUSH_COUNT: usize = 100;
 
+/// The revision of a delivery that is leased for the first time, and was never moved.
+const FIRST_LEASED_REV: i32 = 1;
+
 /// Where a delivery of a batch stands in this worker.
 #[derive(Debug)]
 pub(super) enum Slot {
@@ -195,7 +198,9 @@ fn judge(item: &Item, ended: Ended, ago: Duration, lane: Option<&Lane>, rng: &mu
     let begun = policy.kind == Kind::Operation || item.lost > 0;
     let number = item.attempts + 1;
     let bare = ended.follow_ups.is_empty() || planted!("success-without-follow-ups");
-    if ended.end == End::Succeeded && number == 1 && !begun && bare && policy.kind == Kind::Plain {
+    // Compact successes carry no revision: only what went the straight way has the one they stand for.
+    let straight = number == 1 && !begun && item.rev == FIRST_LEASED_REV;
+    if ended.end == End::Succeeded && straight && bare && policy.kind == Kind::Plain {
         settle.successes.push(Success {
             delivery: item.delivery,
             message: item.message,
