@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use postbox::admin::Filter;
 use postbox::lifecycle::State;
-use postbox::{Envelope, Postbox};
+use postbox::{Envelope, Postbox, Postgres};
 use postbox_testkit::{Fresh, Remote, Testable, WorkerProcess, on_both_stores};
 
 on_both_stores!(
@@ -274,4 +274,29 @@ async fn a_puller_killed_in_its_transaction<Db: Testable>() {
     let lost: Vec<_> = shown.attempts.iter().map(|a| (a.number, a.outcome.as_deref())).collect();
     assert_eq!(lost, [(1, Some("lost")), (2, Some("lost")), (3, Some("lost"))], "poison ends as a dead letter");
     heir.stop(None).await.expect("stop");
+}
+
+/// What came before it was at work counts: it starts, and stops.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_signal_during_the_start_is_not_lost() {
+    let (fresh, remote) = (Postgres::fresh().await, Remote::start().await);
+    // A new subscription waits for the routing row.
+    let mut held = fresh.pool.begin().await.expect("begin");
+    let lock = format!("select 1 from {}.routing for update", fresh.schema());
+    sqlx::query(sqlx::AssertSqlSafe(lock)).execute(&mut *held).await.expect("lock");
+    let mut worker = WorkerProcess::start(WORKER, &fresh, &[("TEST_REMOTE", remote.address())]);
+    let waits = format!(
+        "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%{}.%'",
+        fresh.schema()
+    );
+    let starting = async {
+        while Postgres::count(&fresh, &waits).await == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), starting).await.expect("it waits for the lock");
+    terminate(&worker);
+    held.rollback().await.expect("rollback");
+    assert_eq!(worker.ended().await, Some(0), "it has ended by itself");
+    assert!(fresh.postbox.admin().status().await.expect("status").workers.is_empty(), "and retired");
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use postbox::lifecycle::{End, Kind, State};
 use postbox::store::{Beat, Guarded, HandlerTx, Item, LeaseRef, Move, Registration, Settle, Store};
-use postbox::{Envelope, Postgres};
+use postbox::{Envelope, Operation, OperationFailure, Postgres, Receipt, Router, operation};
 use postbox_testkit::hand::{Hand, declared, ended, publish, registration, success};
 use postbox_testkit::{Fresh, Testable, on_both_stores};
 use uuid::Uuid;
@@ -220,4 +220,36 @@ async fn history_waits_for_publishers_in_flight() {
     fresh.postbox.store().commit(tx).await.expect("commit");
     hand.backfill().await;
     assert_eq!(hand.claim(10).await.items.len(), 1, "it was published before the subscription, and seen after it");
+}
+
+/// Its heart writes its row anew, and a takeover goes by what is written there: an operation that was
+/// not declared idempotent must not pass for one that was.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reborn_worker_declares_the_same() {
+    let fresh = Postgres::fresh().await;
+    let app = (0..12).fold(Router::new(), |app, n| {
+        let nothing = operation(async |_: Operation| Ok::<_, OperationFailure>(Receipt::none()));
+        let nothing = nothing.named(format!("op{n}"));
+        app.on("t", if n < 3 { nothing.idempotent() } else { nothing })
+    });
+    let worker = fresh.postbox.worker(app).lease(Duration::from_secs(1)).start().await.expect("start");
+    let table = |name: &str| format!("{}.{name}", fresh.schema());
+    let gone = format!("select count(*) from {} where id = '{}'", table("worker"), worker.id());
+    let taken_over = async {
+        while Postgres::count(&fresh, &gone).await > 0 {
+            Postgres::kill(&fresh, fresh.postbox.clone(), worker.id()).await;
+            fresh.postbox.store().take_over(0.0).await.expect("take over");
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), taken_over).await.expect("taken over");
+    until_one(&fresh, "reborn", &format!("select count(*) from {}", table("worker"))).await;
+    let declared = format!(
+        "select count(*) from {} w
+         where array(select unnest(w.idempotent) order by 1)
+             = array(select s.id from {} s where s.idempotent order by 1) and cardinality(w.idempotent) = 3",
+        table("worker"),
+        table("subscription")
+    );
+    assert_eq!(Postgres::count(&fresh, &declared).await, 1, "each of its own");
+    worker.stop(None).await.expect("stop");
 }

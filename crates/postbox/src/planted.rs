@@ -62,7 +62,7 @@ mod bugs {
         &["postgres::a_settle_counts_once_and_needs_its_lease", "sqlite::a_settle_counts_once_and_needs_its_lease"];
 
     /// All of them.
-    pub const BUGS: [Bug; 30] = [
+    pub const BUGS: [Bug; 31] = [
         decided("call-before-start", "an operation is called before its attempt is committed"),
         decided("start-without-lease", "attempts whose start was fenced are made all the same"),
         decided("no-last-look", "a worker that slept through its lease calls without looking at the clock"),
@@ -137,6 +137,11 @@ mod bugs {
             "follow-ups-apart",
             "what follows is published in a transaction of its own",
             &["postgres::a_fenced_flush_publishes_nothing", "sqlite::a_fenced_flush_publishes_nothing"],
+        ),
+        raced(
+            "reborn-in-another-order",
+            "a worker that was taken over declares another's operation idempotent when it comes back",
+            &["a_reborn_worker_declares_the_same"],
         ),
         raced(
             "effects-before-outcome",

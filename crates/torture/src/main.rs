@@ -35,7 +35,7 @@ use crate::round::{Outcome, lacking, missing, play};
 use crate::world::World;
 
 /// Longer runs are made of rounds of this length, each on a fresh database.
-const ROUND: Duration = Duration::from_secs(300);
+const ROUND: Duration = Duration::from_secs(1200);
 
 /// Runs publishers, workers and a fake remote under faults, and holds postbox to its promises.
 ///

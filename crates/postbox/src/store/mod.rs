@@ -156,7 +156,8 @@ pub struct Registration {
 }
 
 impl Registration {
-    /// Which of its subscriptions, stored under these ids, it runs as declared-idempotent.
+    /// Which of its subscriptions, stored under these ids in the same order, it runs as
+    /// declared-idempotent.
     pub fn idempotent(&self, ids: &[SubscriptionId]) -> Vec<SubscriptionId> {
         let stored = self.subscriptions.iter().zip(ids);
         stored.filter(|(declared, _)| declared.policy.repeats()).map(|(_, id)| *id).collect()

@@ -84,14 +84,29 @@ impl<Db: Database> WorkerBuilder<Db> {
     }
 
     /// Starts it, runs until SIGINT or SIGTERM, and stops gracefully: no new claims, what runs is
-    /// waited for. A second signal stops at once.
+    /// waited for. A second signal stops at once. One that comes while it still starts is not lost.
     ///
     /// # Errors
     /// As [`start`](Self::start), or it could not be stopped cleanly.
     pub async fn run(self) -> Result<(), Error> {
-        let worker = self.start().await?;
+        // Before the start: whoever listens later does not hear of what came earlier.
         let mut signals = Signals::listen()?;
-        signals.next().await;
+        let mut start = std::pin::pin!(self.start());
+        let mut asked = false;
+        let worker = loop {
+            tokio::select! {
+                started = &mut start => break started?,
+                () = signals.next() => {
+                    if asked {
+                        return Err(Error::Refused("it was told to stop at once before it had started; nothing was claimed".into()));
+                    }
+                    asked = true;
+                }
+            }
+        };
+        if !asked {
+            signals.next().await;
+        }
         tracing::info!("stopping: no new claims; what runs is waited for (a second signal stops at once)");
         let stop = worker.stop_sender();
         let mut stopped = std::pin::pin!(worker.stop(None));
@@ -327,6 +342,8 @@ impl Moment {
 struct Engine<Db: Database> {
     postbox: Postbox<Db>,
     registration: Registration,
+    /// What its subscriptions are stored as, in the registration's order.
+    ids: Vec<SubscriptionId>,
     routes: Arc<HashMap<SubscriptionId, Route<Db>>>,
     core: Core,
     origin: Instant,
@@ -372,6 +389,7 @@ impl<Db: Database> Engine<Db> {
         Ok(Engine {
             life: Arc::new(life),
             core: Core::new(setup),
+            ids: routes.iter().map(|(id, _)| *id).collect(),
             routes: Arc::new(routes.into_iter().collect()),
             origin,
             events,
@@ -388,7 +406,10 @@ impl<Db: Database> Engine<Db> {
 
     async fn run(mut self) -> Result<(), Error> {
         let store = self.postbox.store().clone();
-        let ids: Vec<SubscriptionId> = self.routes.keys().copied().collect();
+        let mut ids = self.ids.clone();
+        if planted!("reborn-in-another-order") {
+            ids.reverse();
+        }
         let heart = heart::start(&store, &self.registration, ids, self.life.clone(), self.events.clone())?;
         let keeper =
             maintain::start(self.postbox.clone(), self.registration.clone(), self.routes.clone(), self.topics.clone());
