@@ -25,9 +25,9 @@ told as (
     select c.seq - pg_catalog.cardinality($1::bigint[]) + m.ord, $5, $6, m.delivery, m.subscription, m.state, m.state,
         $7, pg_catalog.json_build_object('replayed_as', m.fresh)
     from made m cross join counted c
-    returning seq, delivery, at
+    returning seq, delivery, at, login
 )
-select m.delivery, m.fresh, t.seq, (extract(epoch from t.at) * 1000000::numeric)::bigint as at_us,
+select m.delivery, m.fresh, t.seq, (extract(epoch from t.at) * 1000000::numeric)::bigint as at_us, t.login,
     (select pg_catalog.count(pg_catalog.pg_notify(r.channel, ''))
         from {schema}.routing r where exists (select from {schema}.worker w where w.asleep)) as woken
 from made m join told t on t.delivery = m.delivery
