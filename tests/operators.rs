@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use postbox::admin::{Cancel, DeliveryDetail, Filter, Replay, Replays, Resolution};
+use postbox::admin::{Cancel, DeliveryDetail, Filter, Replay, Replays, Resolution, Retry};
 use postbox::lifecycle::{Answer, End, Event, Kind, Policy, Standing, State, transition};
 use postbox::store::{
     ClaimRequest, Claimed, Declared, Guarded, LeaseRef, Move, Observation, Registration, Settle, Start, Store,

@@ -24,7 +24,7 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, audit: Audit) -> Ended {
         desk.output.prose("no operator did anything yet");
         return Ok(0);
     }
-    let mut columns = Columns::new(&[">AUDIT", "AT", "ACTOR", "ACTION", ">DELIVERY", "CHANGE", "REASON"]);
+    let mut columns = Columns::new(&[">AUDIT", "AT", "ACTOR", "LOGIN", "ACTION", ">DELIVERY", "CHANGE", "REASON"]);
     for entry in entries {
         let change = match (&entry.state_before, &entry.state_after) {
             (Some(before), Some(after)) => format!("{} -> {}", state_word(before), state_word(after)),
@@ -35,6 +35,7 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, audit: Audit) -> Ended {
             text(entry.seq.to_string()),
             text(format!("{:.0}", entry.at)),
             text(shortened(&entry.actor, 30)),
+            text(entry.login.as_deref().map_or_else(|| "-".into(), |login| shortened(login, 30))),
             text(plain(&entry.action)),
             text(entry.delivery.map_or_else(|| "-".into(), |d| d.to_string())),
             text(change),

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::commands::{Ended, jsonl};
 use crate::desk::{Desk, usage};
-use crate::failure::{FAILED, Failure, NOT_FOUND};
+use crate::failure::{Failure, NOT_FOUND, USAGE};
 use crate::flags::Publish;
 use crate::output::Tone;
 use crate::text::plain;
@@ -53,7 +53,7 @@ fn origin(publish: &Publish) -> String {
 /// The payload: as typed, from a file or standard input, or `null`.
 fn payload(publish: &Publish, example: &dyn Fn() -> String) -> Result<Vec<u8>, Failure> {
     let failed = |e: std::io::Error| {
-        let code = if e.kind() == ErrorKind::NotFound { NOT_FOUND } else { FAILED };
+        let code = if e.kind() == ErrorKind::NotFound { NOT_FOUND } else { USAGE };
         Failure::new(code, origin(publish), e.to_string(), example())
     };
     match (&publish.file, publish.payload.as_deref()) {
@@ -77,7 +77,7 @@ fn read(from: impl Read) -> std::io::Result<Vec<u8>> {
 fn json(publish: &Publish, payload: Vec<u8>, example: &dyn Fn() -> String) -> Result<Draft, Failure> {
     let text = String::from_utf8(payload).map_err(|e| {
         let why = format!("it is not UTF-8 (byte {}); bytes need a --content-type", e.utf8_error().valid_up_to());
-        Failure::new(FAILED, origin(publish), why, example())
+        Failure::new(USAGE, origin(publish), why, example())
     })?;
     Envelope::raw(publish.topic.clone().unwrap_or_default(), text.trim())
         .map_err(|e| Failure::of(&e.into(), TRIED, example()))

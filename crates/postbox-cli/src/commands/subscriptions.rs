@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::commands::Ended;
 use crate::confirm::confirm;
 use crate::desk::{Desk, usage};
-use crate::failure::{Failure, NOT_FOUND};
+use crate::failure::{Failure, NOT_FOUND, REFUSED, denied};
 use crate::flags::{Add, From, Remove, Subscriptions, SubscriptionsCommand};
 use crate::output::Tone;
 use crate::table::{Columns, text, toned};
@@ -103,6 +103,18 @@ async fn add<Db: Database>(desk: &Desk<'_>, wish: Add) -> Ended {
     let pattern: Pattern =
         wish.pattern.parse().map_err(|e: postbox::TopicError| usage(&tried, e.to_string(), next()))?;
     let postbox = desk.open::<Db>().await?;
+    // A login that may declare, but not look, is not told what was there.
+    let stored = match postbox.admin().subscriptions().await {
+        Err(error) if denied(&error) => Vec::new(),
+        rows => rows.map_err(|e| Failure::of(&e, &tried, desk.command("status")))?,
+    };
+    let is_it = |r: &&SubscriptionRow| r.name == wish.name && r.application == *application && r.removed_at.is_none();
+    let stored = stored.iter().find(is_it);
+    if let (Some(_), Some(_)) = (stored, &wish.from) {
+        let why = "it is stored already, and --from says what a new one takes of the past; nothing was changed. Replay what it should have again, or remove it first and add it anew";
+        let next = format!("replay {} --dry-run", quoted(&format!("subscription:{} application:{application}", wish.name)));
+        return Err(Failure::new(REFUSED, &tried, why, desk.command(&next)));
+    }
     let subscription = postbox.subscription(&wish.name).application(application).max_attempts(wish.max_attempts);
     let subscription = subscription.listening_to(pattern.clone());
     let subscription = match wish.from {
@@ -113,12 +125,23 @@ async fn add<Db: Database>(desk: &Desk<'_>, wish: Add) -> Ended {
     };
     subscription.declare().await.map_err(|e| Failure::of(&e, &tried, desk.command("subscriptions")))?;
     if desk.output.json {
-        let added = json!({"application": application, "name": wish.name, "pattern": pattern.as_str(), "max_attempts": wish.max_attempts});
+        let added = json!({
+            "application": application,
+            "name": wish.name,
+            "pattern": pattern.as_str(),
+            "max_attempts": wish.max_attempts,
+            "existed": stored.is_some(),
+        });
         desk.output.object(&added)?;
     } else {
         let plus = desk.output.paint(Tone::Good, "+");
+        let was = match stored {
+            None => String::new(),
+            Some(row) if row.pattern == pattern.as_str() => "; it was there already".to_owned(),
+            Some(row) => format!("; it was there already, and listened to {}", plain(&row.pattern)),
+        };
         desk.output.line(&format!(
-            "{plus} {} of {} listens to {}",
+            "{plus} {} of {} listens to {}{was}",
             plain(&wish.name),
             plain(application),
             plain(pattern.as_str())
@@ -137,7 +160,8 @@ async fn remove<Db: Database>(desk: &Desk<'_>, wish: Remove) -> Ended {
     let rows = rows(desk, &postbox, &tried).await?;
     let row = the_one(desk, &rows, name, &tried)?;
     let application = &row.application;
-    let reason = desk.reason(wish.reason, &tried, &typed(application))?;
+    let yes = if wish.yes { " --yes" } else { "" };
+    let reason = desk.reason(wish.reason, &tried, &format!("{}{yes}", typed(application)), "why")?;
     desk.output.prose(&format!(
         "removes {} of {}: nothing is fanned out to it any more; {} waiting and {} in doubt stay as they are",
         plain(name),
