@@ -84,9 +84,9 @@ impl<'a> Desk<'a> {
 
     /// Which kind of database it is.
     pub(crate) fn backend(&self) -> Result<Backend, Failure> {
-        self.settings
-            .backend()
-            .map_err(|e| Failure::of(&e, "find the database", format!("{} --database-url sqlite:shop.db status", self.elsewhere)))
+        self.settings.backend().map_err(|e| {
+            Failure::of(&e, "find the database", format!("{} --database-url sqlite:shop.db status", self.elsewhere))
+        })
     }
 
     /// Connects to a database that has to be there already.

@@ -36,7 +36,9 @@ impl Failure {
     /// Something that the library refused or could not do.
     pub(crate) fn of(error: &Error, tried: impl Into<String>, next: impl Into<String>) -> Failure {
         let next = match (denied(error), ROLE.get()) {
-            (true, Some(role)) => format!("somebody who may grants this login a role that may: {role}; see docs/roles.md"),
+            (true, Some(role)) => {
+                format!("somebody who may grants this login a role that may: {role}; see docs/roles.md")
+            }
             _ => next.into(),
         };
         Failure::new(code_of(error), tried, error.to_string(), next)

@@ -61,9 +61,13 @@ pub(crate) enum Command {
     List(List),
     /// One delivery with its history, or a message with its deliveries
     Show(Show),
-    /// Try deliveries again, now; their attempts go on counting. A filter without a state means the dead
+    /// Try deliveries again, now; their attempts go on counting
+    ///
+    /// A filter that names no state means the dead ones.
     Retry(Retry),
-    /// Call deliveries off that wait or are dead. A filter without a state means those that wait
+    /// Call deliveries off that wait or are dead
+    ///
+    /// A filter that names no state means those that wait.
     Cancel(Cancel),
     /// Deliver again what has ended: a new delivery, linked to the old one
     Replay(Replay),
@@ -450,7 +454,9 @@ mod tests {
     #[test]
     fn times_say_what_is_wrong_with_them() {
         assert!(time("2027-01-31T09:00:00+01:00").is_ok() && time("9999-12-30T22:00:00Z").is_ok());
-        for (text, why) in [("9999-12-31T23:59:59Z", "9999-12-30"), ("2027-01-31T09:00:00", "offset"), ("soon", "offset")] {
+        for (text, why) in
+            [("9999-12-31T23:59:59Z", "9999-12-30"), ("2027-01-31T09:00:00", "offset"), ("soon", "offset")]
+        {
             assert!(time(text).is_err_and(|e| e.contains(why)), "{text}");
         }
     }

@@ -15,7 +15,8 @@ use crate::lifecycle::{Answer, State};
 use crate::message::Envelope;
 use crate::postbox::Postbox;
 use crate::retention::Retention;
-use crate::store::{Database, DeliveryId, Store, Stranded};
+pub use crate::store::Stranded;
+use crate::store::{Database, DeliveryId, Store};
 
 pub(crate) use self::replay::COUNTED;
 pub use self::replay::{Replay, ReplayCount, ReplayPreview, Replayed, Replaying, Replays};

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use postbox::admin::{AuditEntry, DeliveryRow, Filter};
 use postbox::lifecycle::State;
-use postbox::store::DeliveryId;
 use postbox::{Database, Error, Postbox};
 use serde::Serialize;
 use serde_json::json;
@@ -41,7 +40,7 @@ pub(super) struct Verb {
 /// What is meant.
 #[derive(Debug)]
 pub(super) enum Which {
-    Ids(Vec<DeliveryId>),
+    Ids(Vec<i64>),
     Those(Filter),
 }
 
@@ -61,16 +60,12 @@ pub(super) struct Wanted {
 
 impl Wanted {
     /// Reads it. `beside` are the verb's own flags, as they were typed.
-    pub(super) fn read(
-        desk: &Desk<'_>,
-        verb: &'static Verb,
-        mut bulk: Bulk,
-        beside: &str,
-    ) -> Result<Wanted, Failure> {
+    pub(super) fn read(desk: &Desk<'_>, verb: &'static Verb, mut bulk: Bulk, beside: &str) -> Result<Wanted, Failure> {
         let words = std::mem::take(&mut bulk.which);
         let mut typed: Vec<String> = words.iter().map(|w| quoted(&plain(w))).collect();
         let name = verb.name;
-        let tried = if bulk.all { format!("{name} all") } else { format!("{name} {}", words.join(" ")) };
+        let tried =
+            if bulk.all { format!("{name} all") } else { format!("{name} {}", words.join(" ")).trim_end().to_owned() };
         if bulk.all {
             typed.push("--all".into());
         }
@@ -83,7 +78,7 @@ impl Wanted {
             typed.push(format!("--rate {rate}"));
         }
         let same = desk.command(&format!("{name} {}{beside}", typed.join(" ")));
-        let ids: Vec<DeliveryId> = words.iter().filter_map(|word| word.parse().ok()).collect();
+        let ids: Vec<i64> = words.iter().filter_map(|word| word.parse().ok()).collect();
         if let Some(first) = ids.first() {
             let again = |why| Err(usage(&tried, why, desk.command(&format!("{name} {first} --reason …"))));
             if ids.len() < words.len() {
@@ -107,7 +102,7 @@ impl Wanted {
                 State::InDoubt => {
                     format!("what is in doubt cannot be {}: only `resolve` settles it, one by one", verb.past)
                 }
-                other => format!("what is {other} cannot be {}: only what is {}", verb.past, may.join(", ")),
+                other => format!("what is {other} cannot be {}: only what is {}", verb.past, may.join(" or ")),
             };
             return Err(Failure::new(REFUSED, &tried, why, list));
         }
@@ -231,7 +226,7 @@ pub(super) async fn one_by_one<Db: Database, F>(
     postbox: &Postbox<Db>,
     wanted: &Wanted,
     filter: &Filter,
-    act: impl Fn(DeliveryId, i32, String) -> F,
+    act: impl Fn(i64, i32, String) -> F,
 ) -> Ended
 where
     F: Future<Output = Result<AuditEntry, Error>>,
@@ -250,7 +245,7 @@ where
         let last_page = found.len() < asked as usize;
         let fresh: Vec<&DeliveryRow> = found.iter().filter(|r| r.id <= newest && !seen.contains(&r.id)).collect();
         let stay = found.len() - fresh.len();
-        for row in &fresh {
+        for row in fresh.iter().filter(|row| !left_out(wanted, row)) {
             if sums.done >= limit {
                 break 'all None;
             }
@@ -297,26 +292,34 @@ where
     })
 }
 
+/// An operation whose outcome nobody knows may have happened: whoever tries it again says so for each.
+fn left_out(wanted: &Wanted, row: &DeliveryRow) -> bool {
+    let abandoned = row.note.as_deref().is_some_and(|note| note.starts_with("abandoned"));
+    wanted.verb.name == "retry" && row.state == State::Dead && row.kind == "operation" && abandoned
+}
+
 /// How many of whose in which state, and some of them.
 fn preview(wanted: &Wanted, found: &[DeliveryRow]) -> Preview {
     let more = found.len() >= LOOKED_AT as usize;
-    let mut counts: BTreeMap<(&str, &str, &str), i64> = BTreeMap::new();
+    let mut counts: BTreeMap<(&str, &str, &str, bool), i64> = BTreeMap::new();
     for row in found {
-        *counts.entry((&row.application, &row.subscription, row.state.as_str())).or_default() += 1;
+        let whose = (row.application.as_str(), row.subscription.as_str(), row.state.as_str(), left_out(wanted, row));
+        *counts.entry(whose).or_default() += 1;
     }
     let lines = counts
         .iter()
-        .map(|((application, subscription, state), number)| {
-            (*number, format!("{} of {}  {}", plain(subscription), plain(application), state_word(state)))
+        .map(|((application, subscription, state, left_out), number)| {
+            let note = if *left_out { "  left out: outcome never known; retry each by its number" } else { "" };
+            (*number, format!("{} of {}  {}{note}", plain(subscription), plain(application), state_word(state)))
         })
         .collect();
     let by_subscription: Vec<_> = counts
         .iter()
-        .map(|((application, subscription, state), number)| {
-            json!({"application": application, "subscription": subscription, "state": state, "deliveries": number})
+        .map(|((application, subscription, state, left_out), number)| {
+            json!({"application": application, "subscription": subscription, "state": state, "left_out": left_out, "deliveries": number})
         })
         .collect();
-    let matched = i64::try_from(found.len()).unwrap_or(i64::MAX);
+    let matched: i64 = counts.iter().filter(|((.., left_out), _)| !left_out).map(|(_, number)| number).sum();
     let deliveries = wanted.bulk.limit.and_then(|l| i64::try_from(l).ok()).map_or(matched, |l| l.min(matched));
     let what = if wanted.verb.name == "retry" { "tries again" } else { "calls off" };
     let mut words = match (deliveries, deliveries < matched) {
@@ -327,9 +330,8 @@ fn preview(wanted: &Wanted, found: &[DeliveryRow]) -> Preview {
     if more && deliveries == matched {
         words.push_str(", and those that match beyond them");
     }
-    let sample: Vec<DeliveryRow> = found.iter().take(SAMPLE).cloned().collect();
-    let object =
-        json!({"deliveries": deliveries, "matched": matched, "more": more, "by_subscription": by_subscription, "sample": sample});
+    let sample: Vec<DeliveryRow> = found.iter().filter(|row| !left_out(wanted, row)).take(SAMPLE).cloned().collect();
+    let object = json!({"deliveries": deliveries, "matched": matched, "more": more, "by_subscription": by_subscription, "sample": sample});
     Preview { deliveries, lines, sample, words, object }
 }
 
@@ -345,7 +347,7 @@ pub(super) async fn look<Db: Database>(
     desk: &Desk<'_>,
     postbox: &Postbox<Db>,
     wanted: &Wanted,
-    ids: &[DeliveryId],
+    ids: &[i64],
     beside: &str,
 ) -> Result<Vec<DeliveryRow>, Failure> {
     let verb = wanted.verb;
@@ -380,7 +382,7 @@ pub(super) async fn look<Db: Database>(
 pub(super) fn told<T>(
     desk: &Desk<'_>,
     verb: &str,
-    outcomes: Vec<(DeliveryId, Result<T, Error>)>,
+    outcomes: Vec<(i64, Result<T, Error>)>,
     tell: impl Fn(&Desk<'_>, &T) -> std::io::Result<()>,
 ) -> Ended {
     let (mut done, mut codes) = (0, HashSet::new());
@@ -405,7 +407,7 @@ pub(super) fn told<T>(
 }
 
 /// One that it was not done to: for people, and for programs that count what they get.
-fn failed_at(desk: &Desk<'_>, verb: &str, id: DeliveryId, error: &Error) -> std::io::Result<()> {
+fn failed_at(desk: &Desk<'_>, verb: &str, id: i64, error: &Error) -> std::io::Result<()> {
     Failure::of(error, format!("{verb} delivery {id}"), desk.look_at(id, error)).tell(desk.output);
     if desk.output.json {
         desk.output.object(&json!({"id": id, "error": error.to_string(), "code": code_of(error)}))?;

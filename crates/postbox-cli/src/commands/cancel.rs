@@ -10,12 +10,8 @@ use crate::desk::Desk;
 use crate::flags::Cancel;
 
 /// Dead letters are called off only if somebody names them: nothing becomes of them by itself.
-static VERB: Verb = Verb {
-    name: "cancel",
-    past: "cancelled",
-    states: &[State::Pending, State::Dead],
-    usual: &[State::Pending],
-};
+static VERB: Verb =
+    Verb { name: "cancel", past: "cancelled", states: &[State::Pending, State::Dead], usual: &[State::Pending] };
 
 pub(super) async fn run<Db: Database>(desk: &Desk<'_>, cancel: Cancel) -> Ended {
     let beside = cancel.rev.map_or_else(String::new, |rev| format!(" --rev {rev}"));

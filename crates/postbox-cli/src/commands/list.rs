@@ -60,11 +60,7 @@ pub(super) fn table(rows: &[DeliveryRow], output: &Output) -> std::io::Result<()
     let mut columns = Columns::new(&headings);
     for row in rows {
         let (sign, tone) = state_sign(row.state);
-        let mut cells = vec![
-            text(row.id.to_string()),
-            toned(tone, sign),
-            text(shortened(&row.topic, 40)),
-        ];
+        let mut cells = vec![text(row.id.to_string()), toned(tone, sign), text(shortened(&row.topic, 40))];
         if several {
             cells.push(text(shortened(&row.application, 30)));
         }

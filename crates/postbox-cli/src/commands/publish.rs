@@ -4,12 +4,12 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 
-use postbox::{Database, Draft, Envelope, Published};
+use postbox::{Database, Draft, Envelope, Error, PublishError, Published};
 use serde::Serialize;
 
 use crate::commands::{Ended, jsonl};
 use crate::desk::{Desk, usage};
-use crate::failure::{Failure, NOT_FOUND, USAGE};
+use crate::failure::{Failure, NOT_FOUND, USAGE, code_of};
 use crate::flags::Publish;
 use crate::output::Tone;
 use crate::text::plain;
@@ -35,7 +35,14 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, publish: Publish) -> Ende
     };
     let drafted = options(&publish, drafted);
     let postbox = desk.open_or_create::<Db>().await?;
-    let published = postbox.publish_now([drafted]).await.map_err(|e| Failure::of(&e, TRIED, desk.command("status")))?;
+    let published = postbox.publish_now([drafted]).await.map_err(|e| {
+        let next = match &e {
+            Error::Publish(PublishError::DedupConflict { existing, .. }) => desk.command(&format!("show {existing}")),
+            e if code_of(e) == USAGE => example(),
+            _ => desk.command("status"),
+        };
+        Failure::of(&e, TRIED, next)
+    })?;
     for message in published {
         tell(desk, &message)?;
     }

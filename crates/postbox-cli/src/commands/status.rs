@@ -1,8 +1,7 @@
 //! `postbox status`: everything at a glance, and what needs somebody.
 
 use postbox::Database;
-use postbox::admin::{Status, SubscriptionRow};
-use postbox::store::Stranded;
+use postbox::admin::{Status, Stranded, SubscriptionRow};
 use serde_json::json;
 
 use crate::commands::Ended;

@@ -111,8 +111,14 @@ async fn add<Db: Database>(desk: &Desk<'_>, wish: Add) -> Ended {
     let is_it = |r: &&SubscriptionRow| r.name == wish.name && r.application == *application && r.removed_at.is_none();
     let stored = stored.iter().find(is_it);
     if let (Some(_), Some(_)) = (stored, &wish.from) {
-        let why = "it is stored already, and --from says what a new one takes of the past; nothing was changed. Replay what it should have again, or remove it first and add it anew";
-        let next = format!("replay {} --dry-run", quoted(&format!("subscription:{} application:{application}", wish.name)));
+        let why = "it is stored already, and --from says what a new one takes of the past; nothing was changed. Leave --from out to change the pattern; replay what it is to have again; or take the past with one of another name";
+        let from = match wish.from {
+            Some(From::Now) => "now".to_owned(),
+            Some(From::Time(time)) => time.to_string(),
+            _ => "beginning".to_owned(),
+        };
+        let name = quoted(&plain(&format!("{}_2", wish.name)));
+        let next = format!("subscriptions add {name} {} --from {from}", quoted(pattern.as_str()));
         return Err(Failure::new(REFUSED, &tried, why, desk.command(&next)));
     }
     let subscription = postbox.subscription(&wish.name).application(application).max_attempts(wish.max_attempts);
@@ -166,9 +172,14 @@ async fn remove<Db: Database>(desk: &Desk<'_>, wish: Remove) -> Ended {
         "removes {} of {}: nothing is fanned out to it any more; {} waiting and {} in doubt stay as they are",
         plain(name),
         plain(application),
-        capped(row.pending + row.scheduled),
-        capped(row.in_doubt)
+        number(row.pending + row.scheduled),
+        number(row.in_doubt)
     ));
+    if row.pending + row.scheduled > 0 {
+        let filter = format!("state:pending subscription:{name} application:{application}");
+        let next = desk.command(&format!("cancel {} --reason …", quoted(&plain(&filter))));
+        desk.output.prose(&format!("what waits can be called off: {next}"));
+    }
     confirm(wish.yes, &tried, &format!("{} --reason {}", typed(application), quoted(&plain(&reason))))?;
     let entry = postbox
         .admin()
@@ -182,6 +193,11 @@ async fn remove<Db: Database>(desk: &Desk<'_>, wish: Remove) -> Ended {
         desk.output.line(&format!("{plus} removed by {}, audit {}", plain(&entry.actor), entry.seq))?;
     }
     Ok(0)
+}
+
+/// In a sentence.
+fn number(count: i64) -> String {
+    if count == 0 { "0".into() } else { capped(count) }
 }
 
 /// The subscription that is meant: of the application that was named, or the only one of its name.
