@@ -173,8 +173,10 @@ pub(super) async fn replayable(
 
 pub(super) async fn newest(store: &PgStore) -> Result<DeliveryId, Error> {
     let mut work = store.read().await?;
-    let sql = format!("select last_value from {}.delivery_id", store.schema);
-    let newest = store.dynamic(sql).fetch_one(work.on()).await?.try_get("last_value")?;
+    // Reading the sequence itself takes a right that an operator has no other use for.
+    let sql = "select coalesce(pg_catalog.pg_sequence_last_value(pg_catalog.to_regclass($1)), 0::bigint) as newest";
+    let sequence = format!("{}.delivery_id", store.schema);
+    let newest = store.query(sql).bind(sequence).fetch_one(work.on()).await?.try_get("newest")?;
     work.rollback().await?;
     Ok(newest)
 }
