@@ -8,7 +8,7 @@ use postbox::{Backend, Database, Error, Postbox, Settings, hide_password};
 use crate::failure::{Failure, NOT_FOUND, REFUSED, USAGE};
 use crate::flags::Global;
 use crate::output::Output;
-use crate::text::quoted;
+use crate::text::{plain, quoted};
 
 /// Where a command works.
 #[derive(Debug)]
@@ -22,6 +22,8 @@ pub(crate) struct Desk<'a> {
     prefix: String,
     /// The same without the database.
     elsewhere: String,
+    /// `--actor` as it was typed.
+    acting: String,
 }
 
 impl<'a> Desk<'a> {
@@ -56,6 +58,8 @@ impl<'a> Desk<'a> {
             prefix.push_str(&typed);
             elsewhere.push_str(&typed);
         }
+        let acting = global.actor.as_deref().filter(|a| !a.trim().is_empty());
+        let acting = acting.map_or_else(String::new, |actor| format!(" --actor {}", quoted(&plain(actor))));
         let named = |name| std::env::var(name).ok();
         let actor =
             global.actor.or_else(|| named("USER")).into_iter().chain(named("LOGNAME")).find(|a| !a.trim().is_empty());
@@ -66,12 +70,18 @@ impl<'a> Desk<'a> {
             application: global.application.filter(|a| !a.is_empty()),
             prefix,
             elsewhere,
+            acting,
         })
     }
 
     /// A command to run next, against the same database.
     pub(crate) fn command(&self, rest: &str) -> String {
         format!("{} {rest}", self.prefix)
+    }
+
+    /// The same for what goes on record, by the same actor.
+    pub(crate) fn action(&self, rest: &str) -> String {
+        format!("{}{} {rest}", self.prefix, self.acting)
     }
 
     /// What to look at when a delivery was not changed.

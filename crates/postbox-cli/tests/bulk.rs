@@ -110,6 +110,8 @@ fn what_cannot_be_done_to_many_is_said() {
     let unsaid = place.run(&["cancel", "1", "--rev", "v0", "-y"]).ends(5);
     assert!(unsaid.err.contains("cancel 1 --rev 0 --yes --reason \"why\""), "{}", unsaid.err);
     place.run(&["cancel", "1", "--reason", &long[..4096]]).ends(0);
+    let unsaid = place.run(&["--actor", "bo", "retry", "1"]).ends(5);
+    assert!(unsaid.err.contains(" --actor bo retry 1 --reason"), "{}", unsaid.err);
 
     // By numbers: a look, and an object for each that failed.
     let shown = place.run(&["replay", "1", "2", "--dry-run"]).ends(0);

@@ -70,14 +70,14 @@ impl Wanted {
             typed.push("--all".into());
         }
         let given = typed.join(" ");
-        let list = desk.command(&format!("list {}", if bulk.all { "" } else { &given }).trim_end());
+        let list = desk.command(format!("list {}", if bulk.all { "" } else { &given }).trim_end());
         if let Some(limit) = bulk.limit {
             typed.push(format!("--limit {limit}"));
         }
         if let Some(rate) = bulk.rate {
             typed.push(format!("--rate {rate}"));
         }
-        let same = desk.command(&format!("{name} {}{beside}", typed.join(" ")));
+        let same = desk.action(&format!("{name} {}{beside}", typed.join(" ")));
         let ids: Vec<i64> = words.iter().filter_map(|word| word.parse().ok()).collect();
         if let Some(first) = ids.first() {
             let again = |why| Err(usage(&tried, why, desk.command(&format!("{name} {first} --reason …"))));
@@ -370,7 +370,7 @@ pub(super) async fn look<Db: Database>(
             let can = rows.iter().filter(|r| verb.states.contains(&r.state)).map(|r| r.id.to_string());
             let can = can.collect::<Vec<_>>().join(" ");
             if !can.is_empty() {
-                let same = desk.command(&format!("{} {can}{beside}", verb.name));
+                let same = desk.action(&format!("{} {can}{beside}", verb.name));
                 desk.output.prose(&format!("next: {same} --reason \"why\""));
             }
         }

@@ -117,7 +117,7 @@ async fn by_filter<Db: Database>(
         let flags = flags(&wanted.bulk);
         let typed = &wanted.typed;
         let reason = quoted(&plain(&wish.reason));
-        desk.command(&format!("replay {typed}{flags} --above {} --reason {reason} --yes", so_far.upto))
+        desk.action(&format!("replay {typed}{flags} --above {} --reason {reason} --yes", so_far.upto))
     };
     if desk.output.json {
         desk.output.object(&so_far)?;

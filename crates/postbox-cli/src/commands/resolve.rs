@@ -15,7 +15,7 @@ use crate::text::{plain, quoted};
 pub(super) async fn run<Db: Database>(desk: &Desk<'_>, resolve: Resolve) -> Ended {
     let id = resolve.id;
     let tried = format!("resolve delivery {id}");
-    let mut typed = desk.command(&format!("resolve {id} {}", resolve.answer.flag()));
+    let mut typed = desk.action(&format!("resolve {id} {}", resolve.answer.flag()));
     if let Some(rev) = resolve.rev {
         typed.push_str(&format!(" --rev {rev}"));
     }

@@ -86,7 +86,7 @@ async fn rows<Db: Database>(
 
 async fn add<Db: Database>(desk: &Desk<'_>, wish: Add) -> Ended {
     let tried = format!("add the subscription {}", wish.name);
-    let next = || desk.command("subscriptions add orders 'orders.*' --application shop");
+    let next = || desk.command("subscriptions add orders 'orders.*'");
     let Some(application) = &desk.application else {
         // The command's own name would be the default, and nobody would look there.
         let why = "whose subscription it is has to be said; programs pull from it under that application";
@@ -160,7 +160,11 @@ async fn remove<Db: Database>(desk: &Desk<'_>, wish: Remove) -> Ended {
     let name = &wish.name;
     let tried = format!("remove the subscription {name}");
     let typed = |application: &str| {
-        desk.command(&format!("subscriptions remove {} --application {}", quoted(name), quoted(application)))
+        let whose = match desk.application {
+            Some(_) => String::new(),
+            None => format!(" --application {}", quoted(&plain(application))),
+        };
+        desk.action(&format!("subscriptions remove {}{whose}", quoted(&plain(name))))
     };
     let postbox = desk.open::<Db>().await?;
     let rows = rows(desk, &postbox, &tried).await?;
