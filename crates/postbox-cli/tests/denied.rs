@@ -43,5 +43,9 @@ async fn a_login_that_may_not_is_told_the_role() {
     assert!(audit.iter().all(|entry| entry["login"] == login.as_str()), "{audit:?}");
     assert!(operator.url().contains(&login), "{login}");
     assert!(run(viewer.url(), &["audit"]).ends(0).out.contains(&login));
+    let down = owner(&["migrate", "down", "--to", "2", "--and-lose-data"]).ends(5);
+    assert!(down.err.contains("takes back 0003") && down.err.contains("stay: only version 0"), "{}", down.err);
+    let down = owner(&["migrate", "down", "--to", "0", "--and-lose-data"]).ends(5);
+    assert!(down.err.contains("all messages and deliveries go"), "{}", down.err);
     assert_eq!(run(operator.url(), &["publish", "a b", "1"]).ends(2).code, 2);
 }
