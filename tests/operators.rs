@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use postbox::admin::{Cancel, DeliveryDetail, Filter, Replay, Replays, Resolution, Retry};
+use postbox::admin::{Cancel, DeliveryDetail, Filter, Replay, Replays, Resolution};
 use postbox::lifecycle::{Answer, End, Event, Kind, Policy, Standing, State, transition};
 use postbox::store::{
     ClaimRequest, Claimed, Declared, Guarded, LeaseRef, Move, Observation, Registration, Settle, Start, Store,
@@ -238,10 +238,10 @@ async fn an_ended_delivery_is_replayed_as_a_new_one<Db: Testable>() {
     admin.remove_subscription("test", "a", "ana", "over").await.expect("remove");
     let removed = admin.replay(waits, &replay(false)).await.expect_err("removed");
     assert!(matches!(&removed, Error::Refused(why) if why.contains("was removed")), "{removed}");
-    let again = Retry { rev: None, actor: "ana".into(), reason: "who would take it?".into() };
+    let again = postbox::admin::Retry { rev: None, actor: "ana".into(), reason: "who would take it?".into() };
     let removed = admin.retry(waits, &again).await.expect_err("removed");
     assert!(matches!(&removed, Error::Refused(why) if why.contains("was removed")), "{removed}");
-    let long = Retry { reason: "x".repeat(4097), ..again };
+    let long = postbox::admin::Retry { reason: "x".repeat(4097), ..again };
     let long = admin.retry(waits, &long).await.expect_err("too long");
     assert!(matches!(&long, Error::Refused(why) if why.contains("4096")), "{long}");
     let audit = admin.audit(100).await.expect("audit");
