@@ -183,6 +183,12 @@ async fn an_ended_delivery_is_replayed_as_a_new_one<Db: Testable>() {
     admin.remove_subscription("test", "a", "ana", "over").await.expect("remove");
     let removed = admin.replay(waits, &replay(false)).await.expect_err("removed");
     assert!(matches!(&removed, Error::Refused(why) if why.contains("was removed")), "{removed}");
+    let again = postbox::admin::Retry { rev: None, actor: "ana".into(), reason: "who would take it?".into() };
+    let removed = admin.retry(waits, &again).await.expect_err("removed");
+    assert!(matches!(&removed, Error::Refused(why) if why.contains("was removed")), "{removed}");
+    let long = postbox::admin::Retry { reason: "x".repeat(4097), ..again };
+    let long = admin.retry(waits, &long).await.expect_err("too long");
+    assert!(matches!(&long, Error::Refused(why) if why.contains("4096")), "{long}");
     let audit = admin.audit(100).await.expect("audit");
     let seqs: Vec<i64> = audit.iter().rev().map(|a| a.seq).collect();
     assert_eq!(seqs, (1..=seqs.len() as i64).collect::<Vec<_>>(), "no gap");

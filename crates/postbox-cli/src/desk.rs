@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use postbox::admin::MAX_REASON_BYTES;
 use postbox::{Backend, Database, Error, Postbox, Settings, hide_password};
 
 use crate::failure::{Failure, NOT_FOUND, REFUSED, USAGE};
 use crate::flags::Global;
 use crate::output::Output;
-use crate::text::quoted;
+use crate::text::{plain, quoted};
 
 /// Where a command works.
 #[derive(Debug)]
@@ -19,6 +20,10 @@ pub(crate) struct Desk<'a> {
     /// Whose subscriptions are meant, if somebody said so.
     pub(crate) application: Option<String>,
     prefix: String,
+    /// The same without the database.
+    elsewhere: String,
+    /// `--actor` as it was typed.
+    acting: String,
 }
 
 impl<'a> Desk<'a> {
@@ -26,6 +31,7 @@ impl<'a> Desk<'a> {
     /// not given.
     pub(crate) fn new(global: Global, output: &'a Output) -> Result<Desk<'a>, Failure> {
         let mut prefix = program();
+        let mut elsewhere = program();
         let usual = Path::new("postbox.toml");
         let file = match &global.config {
             Some(file) => Some(file.as_path()),
@@ -40,12 +46,20 @@ impl<'a> Desk<'a> {
         ] {
             if let Some(value) = value.as_deref().filter(|v| !v.is_empty()) {
                 settings = settings.set_from(name, value, flag);
-                prefix.push_str(&format!(" {flag} {}", quoted(&hide_password(value))));
+                let typed = format!(" {flag} {}", quoted(&hide_password(value)));
+                prefix.push_str(&typed);
+                if name != "database_url" {
+                    elsewhere.push_str(&typed);
+                }
             }
         }
         if let Some(file) = &global.config {
-            prefix.push_str(&format!(" --config {}", quoted(&file.display().to_string())));
+            let typed = format!(" --config {}", quoted(&file.display().to_string()));
+            prefix.push_str(&typed);
+            elsewhere.push_str(&typed);
         }
+        let acting = global.actor.as_deref().filter(|a| !a.trim().is_empty());
+        let acting = acting.map_or_else(String::new, |actor| format!(" --actor {}", quoted(&plain(actor))));
         let named = |name| std::env::var(name).ok();
         let actor =
             global.actor.or_else(|| named("USER")).into_iter().chain(named("LOGNAME")).find(|a| !a.trim().is_empty());
@@ -55,12 +69,19 @@ impl<'a> Desk<'a> {
             actor: actor.unwrap_or_else(|| "unknown".into()),
             application: global.application.filter(|a| !a.is_empty()),
             prefix,
+            elsewhere,
+            acting,
         })
     }
 
     /// A command to run next, against the same database.
     pub(crate) fn command(&self, rest: &str) -> String {
         format!("{} {rest}", self.prefix)
+    }
+
+    /// The same for what goes on record, by the same actor.
+    pub(crate) fn action(&self, rest: &str) -> String {
+        format!("{}{} {rest}", self.prefix, self.acting)
     }
 
     /// What to look at when a delivery was not changed.
@@ -73,9 +94,9 @@ impl<'a> Desk<'a> {
 
     /// Which kind of database it is.
     pub(crate) fn backend(&self) -> Result<Backend, Failure> {
-        self.settings
-            .backend()
-            .map_err(|e| Failure::of(&e, "find the database", self.command("--database-url sqlite:shop.db status")))
+        self.settings.backend().map_err(|e| {
+            Failure::of(&e, "find the database", format!("{} --database-url sqlite:shop.db status", self.elsewhere))
+        })
     }
 
     /// Connects to a database that has to be there already.
@@ -107,7 +128,7 @@ impl<'a> Desk<'a> {
     /// SQLite would make a missing file, and a typing mistake would look like an empty postbox.
     fn there_is_a_file(&self) -> Result<(), Failure> {
         match self.sqlite_file() {
-            Some(path) if !Path::new(&path).exists() => {
+            Some(path) if self.makes_a_file() => {
                 let why = format!("there is no file {path}");
                 Err(Failure::new(NOT_FOUND, "open the database", why, self.command("migrate up")))
             }
@@ -122,12 +143,32 @@ impl<'a> Desk<'a> {
             .then(|| path.to_owned())
     }
 
-    /// A reason that says something; it goes on record.
-    pub(crate) fn reason(&self, given: Option<String>, tried: &str, same_command: &str) -> Result<String, Failure> {
-        given.filter(|reason| !reason.trim().is_empty()).ok_or_else(|| {
+    /// A reason that says something; it goes on record. `hint` is what it says, in words.
+    pub(crate) fn reason(
+        &self,
+        given: Option<String>,
+        tried: &str,
+        same_command: &str,
+        hint: &str,
+    ) -> Result<String, Failure> {
+        let next = || format!("{same_command} --reason \"{hint}\"");
+        let Some(reason) = given.filter(|reason| !reason.trim().is_empty()) else {
             let why = "it needs a reason, which goes on record; nothing was done";
-            Failure::new(REFUSED, tried, why, format!("{same_command} --reason \"how you know\""))
-        })
+            return Err(Failure::new(REFUSED, tried, why, next()));
+        };
+        if reason.len() > MAX_REASON_BYTES {
+            let why = format!(
+                "the reason is {} bytes long; the limit is {MAX_REASON_BYTES}; nothing was done: keep long texts elsewhere and name the place",
+                reason.len()
+            );
+            return Err(Failure::new(REFUSED, tried, why, next()));
+        }
+        Ok(reason)
+    }
+
+    /// What is wanted lies with a SQLite file that is not there yet.
+    pub(crate) fn makes_a_file(&self) -> bool {
+        self.sqlite_file().is_some_and(|path| !Path::new(&path).exists())
     }
 }
 

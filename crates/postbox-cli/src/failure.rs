@@ -1,6 +1,8 @@
 //! What went wrong, for people and for scripts: what was tried, why it failed, what to run next.
 
-use postbox::Error;
+use std::sync::OnceLock;
+
+use postbox::{Error, PublishError};
 
 use crate::output::Output;
 use crate::text::plain;
@@ -33,6 +35,12 @@ impl Failure {
 
     /// Something that the library refused or could not do.
     pub(crate) fn of(error: &Error, tried: impl Into<String>, next: impl Into<String>) -> Failure {
+        let next = match (denied(error), ROLE.get()) {
+            (true, Some(role)) => {
+                format!("somebody who may grants this login a role that may: {role}; see docs/roles.md")
+            }
+            _ => next.into(),
+        };
         Failure::new(code_of(error), tried, error.to_string(), next)
     }
 
@@ -43,6 +51,15 @@ impl Failure {
     }
 }
 
+/// The role that the command needs on PostgreSQL, once that is known.
+static ROLE: OnceLock<String> = OnceLock::new();
+
+/// Says which role that is.
+pub(crate) fn needs_role(role: String) {
+    // The first one stands: a process runs one command.
+    let _ = ROLE.set(role);
+}
+
 /// The exit code of a library error.
 pub(crate) fn code_of(error: &Error) -> u8 {
     match error {
@@ -50,7 +67,39 @@ pub(crate) fn code_of(error: &Error) -> u8 {
         Error::Conflict(_) => CONFLICT,
         Error::Refused(_) => REFUSED,
         Error::Settings(_) => USAGE,
+        Error::Publish(refused) => match refused {
+            PublishError::DedupConflict { .. } => CONFLICT,
+            PublishError::Busy(_) | PublishError::Rows { .. } => FAILED,
+            PublishError::Database(_) | PublishError::Driver { .. } => by_sqlstate(error),
+            // The others say what is wrong with the message.
+            _ => USAGE,
+        },
+        _ => by_sqlstate(error),
+    }
+}
+
+/// What the server said, if it said something that has a code of its own here.
+fn by_sqlstate(error: &Error) -> u8 {
+    match sqlstate(error).as_deref() {
+        Some("42501") => REFUSED,
+        // Of the functions that publish, with a message of their own.
+        Some("22023" | "22004") if error.to_string().contains("postbox:") => USAGE,
+        Some("23505") if error.to_string().contains("postbox:") => CONFLICT,
         _ => FAILED,
+    }
+}
+
+/// The login may not do it.
+pub(crate) fn denied(error: &Error) -> bool {
+    sqlstate(error).as_deref() == Some("42501")
+}
+
+fn sqlstate(error: &Error) -> Option<String> {
+    match error {
+        Error::Database(e) | Error::Publish(PublishError::Database(e)) => {
+            Some(e.as_database_error()?.code()?.into_owned())
+        }
+        _ => None,
     }
 }
 

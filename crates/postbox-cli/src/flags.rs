@@ -62,8 +62,12 @@ pub(crate) enum Command {
     /// One delivery with its history, or a message with its deliveries
     Show(Show),
     /// Try deliveries again, now; their attempts go on counting
+    ///
+    /// A filter that names no state means the dead ones.
     Retry(Retry),
     /// Call deliveries off that wait or are dead
+    ///
+    /// A filter that names no state means those that wait.
     Cancel(Cancel),
     /// Deliver again what has ended: a new delivery, linked to the old one
     Replay(Replay),
@@ -196,52 +200,60 @@ pub(crate) struct Show {
     pub(crate) id: String,
 }
 
+/// Which deliveries, and how: the same for all that can be done to many.
 #[derive(Debug, Args)]
-pub(crate) struct Retry {
-    /// The deliveries' numbers
-    #[arg(required = true, value_name = "ID")]
-    pub(crate) ids: Vec<i64>,
-    /// The revision you saw; if it has moved on, nothing is done (one ID only)
-    #[arg(long, value_name = "NUMBER", value_parser = rev)]
-    pub(crate) rev: Option<i32>,
+pub(crate) struct Bulk {
+    /// Deliveries' numbers, or a filter as for `list`: subscription:NAME since:2h state:dead
+    #[arg(required_unless_present = "all", value_name = "ID|FILTER")]
+    pub(crate) which: Vec<String>,
+    /// Instead of a filter: all that it is done to where a filter names no state
+    #[arg(long, conflicts_with = "which")]
+    pub(crate) all: bool,
+    /// Shows what would be done, and does nothing
+    #[arg(long, visible_alias = "preview")]
+    pub(crate) dry_run: bool,
+    /// With a filter: to so many at most
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) limit: Option<u64>,
+    /// With a filter: to so many a second at most, like 20 or 0.5
+    #[arg(long, value_name = "NUMBER", value_parser = rate)]
+    pub(crate) rate: Option<f64>,
     /// Why; goes on record
     #[arg(long, value_name = "TEXT")]
     pub(crate) reason: Option<String>,
+    /// Does not ask
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Retry {
+    #[command(flatten)]
+    pub(crate) bulk: Bulk,
+    /// The revision you saw; if it has moved on, nothing is done (one ID only)
+    #[arg(long, value_name = "NUMBER", value_parser = rev)]
+    pub(crate) rev: Option<i32>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Cancel {
-    /// The deliveries' numbers
-    #[arg(required = true, value_name = "ID")]
-    pub(crate) ids: Vec<i64>,
+    #[command(flatten)]
+    pub(crate) bulk: Bulk,
     /// The revision you saw; if it has moved on, nothing is done (one ID only)
     #[arg(long, value_name = "NUMBER", value_parser = rev)]
     pub(crate) rev: Option<i32>,
-    /// Why; goes on record
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) reason: Option<String>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Replay {
-    /// Deliveries' numbers, or a filter as for `list`: subscription:NAME since:2h state:succeeded
-    #[arg(required = true, value_name = "ID|FILTER")]
-    pub(crate) which: Vec<String>,
-    /// Shows what would be done, and does nothing
-    #[arg(long)]
-    pub(crate) preview: bool,
+    #[command(flatten)]
+    pub(crate) bulk: Bulk,
     /// For one operation: its effect is meant to happen again, under a new idempotency key
     #[arg(long)]
     pub(crate) irreversible: bool,
-    /// Why; goes on record
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) reason: Option<String>,
     /// With a filter: only deliveries above this number, to go on where an interrupted replay came to
     #[arg(long, value_name = "ID", default_value_t = 0)]
     pub(crate) above: i64,
-    /// Does not ask
-    #[arg(long, short)]
-    pub(crate) yes: bool,
 }
 
 #[derive(Debug, Args)]
@@ -352,7 +364,7 @@ pub(crate) struct Remove {
 #[derive(Debug, Args)]
 pub(crate) struct Retain {
     /// Shows what would go, and removes nothing
-    #[arg(long)]
+    #[arg(long, visible_alias = "dry-run")]
     pub(crate) preview: bool,
     /// Does not ask
     #[arg(long, short)]
@@ -386,8 +398,23 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 fn time(text: &str) -> Result<Timestamp, String> {
-    text.parse()
-        .map_err(|_| "write it with its offset, like 2027-01-31T09:00:00+01:00 or 2027-01-31T08:00:00Z".to_owned())
+    text.parse().map_err(|_| {
+        // A date, a time and an offset, and still no time: it is too far away.
+        let whole = jiff::fmt::temporal::Pieces::parse(text).is_ok_and(|p| p.time().is_some() && p.offset().is_some());
+        if whole {
+            "times go from the year 1 to 9999-12-30T22:00:00Z".to_owned()
+        } else {
+            "write it with its offset, like 2027-01-31T09:00:00+01:00 or 2027-01-31T08:00:00Z".to_owned()
+        }
+    })
+}
+
+/// Deliveries a second.
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(rate) if (0.001..=1_000_000.0).contains(&rate) => Ok(rate),
+        _ => Err("say how many a second, from 0.001 to 1000000".to_owned()),
+    }
 }
 
 fn from(text: &str) -> Result<From, String> {
@@ -422,6 +449,16 @@ mod tests {
     #[test]
     fn the_flags_hold_together() {
         Flags::command().debug_assert();
+    }
+
+    #[test]
+    fn times_say_what_is_wrong_with_them() {
+        assert!(time("2027-01-31T09:00:00+01:00").is_ok() && time("9999-12-30T22:00:00Z").is_ok());
+        for (text, why) in
+            [("9999-12-31T23:59:59Z", "9999-12-30"), ("2027-01-31T09:00:00", "offset"), ("soon", "offset")]
+        {
+            assert!(time(text).is_err_and(|e| e.contains(why)), "{text}");
+        }
     }
 
     #[test]

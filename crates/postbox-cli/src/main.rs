@@ -17,9 +17,10 @@ use clap::Parser;
 
 use crate::flags::{Command, Flags};
 use crate::output::Output;
+use crate::text::plain;
 
 fn main() -> ExitCode {
-    let flags = Flags::parse();
+    let flags = typed();
     tracing_to_stderr(&flags.command);
     let output = Output::new(flags.global.json);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
@@ -37,6 +38,24 @@ fn main() -> ExitCode {
         Err(failure) => {
             failure.tell(&output);
             ExitCode::from(failure.code)
+        }
+    }
+}
+
+/// What was typed. What cannot be understood is repeated by the error, and must not act on the terminal.
+fn typed() -> Flags {
+    let error = match Flags::try_parse() {
+        Ok(flags) => return flags,
+        Err(error) if !error.use_stderr() => error.exit(),
+        Err(error) => error,
+    };
+    let args: Vec<String> = std::env::args_os().map(|arg| plain(&arg.to_string_lossy())).collect();
+    match Flags::try_parse_from(args) {
+        Err(same) if same.kind() == error.kind() => same.exit(),
+        _ => {
+            let lines = error.render().to_string();
+            Output::new(false).prose(&lines.trim_end().split('\n').map(plain).collect::<Vec<_>>().join("\n"));
+            std::process::exit(i32::from(failure::USAGE))
         }
     }
 }

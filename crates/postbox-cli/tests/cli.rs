@@ -1,105 +1,14 @@
 //! The command as it is run: real processes on SQLite files.
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+mod place;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use sqlx::Connection;
-use tempfile::TempDir;
 
-/// A directory of its own, with a database in it.
-struct Place {
-    directory: TempDir,
-}
-
-/// What a run left.
-struct Ran {
-    code: i32,
-    out: String,
-    err: String,
-}
-
-impl Place {
-    fn new() -> Place {
-        Place { directory: tempfile::tempdir().expect("a directory") }
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_postbox"));
-        let url = format!("sqlite:{}", self.file("shop.db").display());
-        command.env_clear().env("USER", "ana").env("DATABASE_URL", url).current_dir(self.directory.path()).args(args);
-        command.stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, args: &[&str]) -> Ran {
-        Ran::of(&self.command(args).output().expect("runs"))
-    }
-
-    fn feed(&self, args: &[&str], input: &[u8]) -> Ran {
-        let mut command = self.command(args);
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
-        // A command that refuses its input may be gone before it has read it.
-        let _ = child.stdin.take().expect("stdin").write_all(input);
-        Ran::of(&child.wait_with_output().expect("ends"))
-    }
-
-    /// A fresh postbox with one message that nobody listens to.
-    fn with_a_message(&self) -> Value {
-        let ran =
-            self.run(&["publish", "orders.placed", r#"{"cents": 1.10000000000000000001}"#, "--key", "42", "--json"]);
-        ran.ends(0).json()
-    }
-}
-
-impl Ran {
-    fn of(output: &Output) -> Ran {
-        Ran {
-            code: output.status.code().unwrap_or(-1),
-            out: String::from_utf8(output.stdout.clone()).expect("UTF-8"),
-            err: String::from_utf8(output.stderr.clone()).expect("UTF-8"),
-        }
-    }
-
-    #[track_caller]
-    fn ends(self, code: i32) -> Ran {
-        assert_eq!(self.code, code, "out: {}\nerr: {}", self.out, self.err);
-        if code != 0 {
-            assert!(
-                self.err.contains("next: ") || code == 2 || self.err.contains("line "),
-                "no way out in: {}",
-                self.err
-            );
-        }
-        self
-    }
-
-    #[track_caller]
-    fn json(&self) -> Value {
-        assert_eq!(self.out.lines().count(), 1, "one object: {}", self.out);
-        serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("{e}: {}", self.out))
-    }
-
-    #[track_caller]
-    fn json_lines(&self) -> Vec<Value> {
-        self.out.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect()
-    }
-
-    /// Nothing in it acts on a terminal.
-    #[track_caller]
-    fn is_inert(&self) {
-        for text in [&self.out, &self.err] {
-            assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");
-            assert!(!text.contains('\u{202e}'), "{text:?}");
-        }
-    }
-}
+use place::{Place, Ran};
 
 #[test]
 fn usage_is_2_and_help_is_0() {
@@ -127,6 +36,9 @@ fn usage_is_2_and_help_is_0() {
     let mut without = place.command(&["status"]);
     let ran = Ran::of(&without.env_remove("DATABASE_URL").output().expect("runs")).ends(2);
     assert!(ran.err.contains("DATABASE_URL"), "{}", ran.err);
+    let other = place.run(&["--database-url", "mysql://x", "--schema", "s", "status"]).ends(2);
+    let next = "next: ".to_owned() + env!("CARGO_BIN_EXE_postbox") + " --schema s --database-url sqlite:shop.db status";
+    assert!(other.err.contains(&next), "{}", other.err);
 }
 
 #[test]
@@ -229,7 +141,7 @@ fn the_demo_runs_unattended() {
     let with = |more: &[&'static str]| on(&filter.iter().copied().chain(more.iter().copied()).collect::<Vec<_>>());
     let preview = with(&["--preview", "--json"]).ends(0).json();
     assert_eq!(preview["deliveries"].as_u64(), Some(mails.len() as u64), "{preview}");
-    assert!(with(&["--preview"]).ends(0).err.contains("new deliveries"));
+    assert!(with(&["--preview"]).ends(0).err.contains("new deliver"));
     with(&["--reason", "nobody confirms"]).ends(5);
     with(&["--yes"]).ends(5);
     let done = with(&["--reason", "all of them", "--yes", "--json"]).ends(0).json();
@@ -282,15 +194,18 @@ fn a_message_is_published_and_shown_digit_for_digit() {
     let from_stdin =
         place.feed(&["publish", "orders.placed", "-", "--header", "a=b=c", "--json"], b" [1, 2]\n").ends(0).json();
     assert_eq!((&from_stdin["payload"][1], from_stdin["headers"]["a"].as_str()), (&Value::from(2), Some("b=c")));
-    place.feed(&["publish", "orders.placed", "-"], b"\"\xff\"").ends(1);
-    place.run(&["publish", "orders.placed", "{"]).ends(1);
-    place.run(&["publish", "orders placed", "{}"]).ends(1);
-    place.run(&["publish", "a.b", "--max-attempts", "0"]).ends(1);
+    place.feed(&["publish", "orders.placed", "-"], b"\"\xff\"").ends(2);
+    place.run(&["publish", "orders.placed", "{"]).ends(2);
+    place.run(&["publish", "orders placed", "{}"]).ends(2);
+    place.run(&["publish", "a.b", "--max-attempts", "0"]).ends(2);
+    place.run(&["publish", "a.b", "--after", "99999d"]).ends(2);
+    place.run(&["publish", "a.b", "--file", "."]).ends(2);
     let again = ["publish", "a.b", "1", "--dedup", "k", "--dedup-window", "1d", "--json"];
     assert_eq!(place.run(&again).ends(0).json()["duplicate"], false);
     assert_eq!(place.run(&again).ends(0).json()["duplicate"], true);
-    let other = place.run(&["publish", "a.b", "2", "--dedup", "k"]).ends(1);
-    assert!(other.err.contains("another body"), "{}", other.err);
+    let other = place.run(&["publish", "a.b", "2", "--dedup", "k"]).ends(4);
+    assert!(other.err.contains("another body") && other.err.contains("next: "), "{}", other.err);
+    assert!(other.err.contains(" show 0"), "{}", other.err);
 }
 
 #[test]
@@ -313,9 +228,9 @@ fn bytes_come_from_a_file_and_are_shown_inert() {
     // Without a content type a file is JSON.
     std::fs::write(place.file("a.json"), "[1.10]\n").expect("a file");
     place.run(&["publish", "a.b", "--file", "a.json"]).ends(0);
-    let no_json = place.run(&["publish", "a.b", "--file", "a.png"]).ends(1);
+    let no_json = place.run(&["publish", "a.b", "--file", "a.png"]).ends(2);
     assert!(no_json.err.contains("bytes need a --content-type"), "{}", no_json.err);
-    let no_type = place.run(&["publish", "a.b", "x", "--content-type", "png"]).ends(1);
+    let no_type = place.run(&["publish", "a.b", "x", "--content-type", "png"]).ends(2);
     assert!(no_type.err.contains("media type"), "{}", no_type.err);
     place.run(&["publish", "a.b", "--content-type", "a/b"]).ends(2);
     place.run(&["publish", "a.b", "1", "--file", "a.json"]).ends(2);
@@ -387,6 +302,12 @@ fn nothing_from_outside_acts_on_the_terminal() {
     }
     let topic = place.run(&["publish", evil, "1"]);
     topic.is_inert();
+    // What cannot be understood is repeated by the error.
+    for args in [[evil].as_slice(), &["list", "--limit", evil], &["publish", "a.b", "1", "--at", evil]] {
+        place.run(args).ends(2).is_inert();
+    }
+    let typed = place.run(&["a\nnext: rm -rf"]).ends(2);
+    assert!(!typed.err.contains("\nnext:"), "{}", typed.err);
     place.run(&["--application", evil, "config", "show", "--origin"]).is_inert();
 }
 
@@ -419,7 +340,8 @@ fn settings_say_where_they_come_from() {
 #[test]
 fn migrations_are_applied_listed_and_printed() {
     let place = Place::new();
-    place.run(&["migrate", "up"]).ends(0);
+    let made = place.run(&["migrate", "up"]).ends(0);
+    assert!(made.out.contains("0001 engine") && made.err.contains("opening it made the file"), "{}", made.err);
     let again = place.run(&["migrate", "up", "--json"]).ends(0).json();
     assert_eq!(again["applied"], serde_json::json!([]));
     let status = place.run(&["migrate", "status", "--json"]).ends(0).json();
@@ -450,6 +372,8 @@ fn migrations_are_taken_back() {
     assert!(refused.err.contains("messages: 1,") && refused.err.contains("--and-lose-data"), "{}", refused.err);
     assert_eq!(place.run(&["status", "--json"]).ends(0).json()["unrouted"], 1);
     place.run(&["migrate", "down", "--to", "9", "--yes"]).ends(5);
+    let nothing = place.run(&["migrate", "down", "--to", "1", "--yes", "--and-lose-data"]).ends(0);
+    assert!(!nothing.err.contains("all messages"), "{}", nothing.err);
     let gone = place.run(&["migrate", "down", "--to", "0", "--yes", "--and-lose-data", "--json"]).ends(0).json();
     assert_eq!((gone["version"].as_u64(), gone["gone"][0].as_str()), (Some(0), Some("0001 engine")));
     let sql = place.run(&["migrate", "print", "--down", "--schema", "shop_events"]).ends(0).out;
@@ -499,7 +423,11 @@ fn subscriptions_are_declared_for_programs_that_pull() {
     let add = ["subscriptions", "add", "reserve", "orders.placed", "--application", "shop", "--max-attempts", "7"];
     let told = place.run(&add).ends(0);
     assert!(told.out.contains("reserve of shop listens to orders.placed"), "{}", told.out);
-    place.run(&add).ends(0); // again: nothing new
+    let again = place.run(&add).ends(0);
+    assert!(again.out.contains("it was there already"), "{}", again.out);
+    let past: Vec<&str> = add.iter().copied().chain(["--from", "beginning"]).collect();
+    let refused = place.run(&past).ends(5);
+    assert!(refused.err.contains("stored already") && refused.err.contains("reserve_2"), "{}", refused.err);
     let rows = place.run(&["subscriptions", "list", "--json"]).ends(0).json_lines();
     assert_eq!(rows.len(), 1);
     assert_eq!(

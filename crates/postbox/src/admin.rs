@@ -15,7 +15,8 @@ use crate::lifecycle::{Answer, State};
 use crate::message::Envelope;
 use crate::postbox::Postbox;
 use crate::retention::Retention;
-use crate::store::{Database, DeliveryId, Store, Stranded};
+pub use crate::store::Stranded;
+use crate::store::{Database, DeliveryId, Store};
 
 pub(crate) use self::replay::COUNTED;
 pub use self::replay::{Replay, ReplayCount, ReplayPreview, Replayed, Replaying, Replays};
@@ -394,8 +395,10 @@ pub struct AuditEntry {
     pub seq: i64,
     /// When.
     pub at: Timestamp,
-    /// Who.
+    /// Who, as they said.
     pub actor: String,
+    /// Who was logged in to the database; `None` on SQLite, which has no logins.
+    pub login: Option<String>,
     /// What.
     pub action: String,
     /// On which delivery.
@@ -415,6 +418,19 @@ pub(crate) const RETAIN_BATCH: u32 = 1000;
 /// How often, and after how long, a command asks again when somebody else is at it.
 const RETAIN_TRIES: u32 = 300;
 const RETAIN_PAUSE: Duration = Duration::from_millis(200);
+
+/// A reason takes so many bytes at most.
+pub const MAX_REASON_BYTES: usize = 4096;
+
+/// It goes on record for ever, and is shown in lists.
+fn short_enough(reason: &str) -> Result<(), Error> {
+    match reason.len() {
+        bytes if bytes <= MAX_REASON_BYTES => Ok(()),
+        bytes => Err(Error::Refused(format!(
+            "the reason is {bytes} bytes long; the limit is {MAX_REASON_BYTES}: keep long texts elsewhere and name the place"
+        ))),
+    }
+}
 
 /// The operator's door: [`Postbox::admin`].
 #[derive(Debug)]
@@ -474,8 +490,10 @@ impl<Db: Database> Admin<Db> {
     /// # Errors
     /// [`Error::NotFound`]; [`Error::Conflict`] when it is running or moved on;
     /// [`Error::Refused`] when it is in doubt (only [`resolve`](Self::resolve) settles that) or
-    /// has succeeded; or the database did not answer.
+    /// has succeeded, its subscription was removed, or the reason is longer than [`MAX_REASON_BYTES`]; or
+    /// the database did not answer.
     pub async fn retry(&self, delivery: DeliveryId, retry: &Retry) -> Result<AuditEntry, Error> {
+        short_enough(&retry.reason)?;
         self.store.retry(delivery, retry).await
     }
 
@@ -486,8 +504,10 @@ impl<Db: Database> Admin<Db> {
     /// # Errors
     /// [`Error::NotFound`]; [`Error::Conflict`] when it is in a worker's hands or moved on;
     /// [`Error::Refused`] when it is in doubt (only [`resolve`](Self::resolve) settles that), has
-    /// succeeded or is cancelled; or the database did not answer.
+    /// succeeded or is cancelled, or the reason is longer than [`MAX_REASON_BYTES`]; or the database did not
+    /// answer.
     pub async fn cancel(&self, delivery: DeliveryId, cancel: &Cancel) -> Result<AuditEntry, Error> {
+        short_enough(&cancel.reason)?;
         self.store.cancel(delivery, cancel).await
     }
 
@@ -500,9 +520,11 @@ impl<Db: Database> Admin<Db> {
     ///
     /// # Errors
     /// [`Error::NotFound`]; [`Error::Refused`] when it is in doubt or still on its way, its
-    /// subscription was removed, its message is gone, or it is an operation without the word;
+    /// subscription was removed, its message is gone, it is an operation without the word, or the reason
+    /// is longer than [`MAX_REASON_BYTES`];
     /// [`Error::Conflict`] when it moved on meanwhile; or the database did not answer.
     pub async fn replay(&self, delivery: DeliveryId, replay: &Replay) -> Result<Replayed, Error> {
+        short_enough(&replay.reason)?;
         self.store.replay(delivery, replay).await
     }
 
@@ -512,7 +534,15 @@ impl<Db: Database> Admin<Db> {
     /// [`Error::Refused`] for a filter that selects everything, or states that cannot be replayed; or
     /// the database did not answer.
     pub async fn replay_preview(&self, filter: &Filter) -> Result<ReplayPreview, Error> {
-        ReplayPreview::of(&self.store, filter).await
+        self.replay_preview_above(filter, 0).await
+    }
+
+    /// The same, of the deliveries above that number.
+    ///
+    /// # Errors
+    /// As [`replay_preview`](Self::replay_preview).
+    pub async fn replay_preview_above(&self, filter: &Filter, above: DeliveryId) -> Result<ReplayPreview, Error> {
+        ReplayPreview::of(&self.store, filter, above).await
     }
 
     /// Replays the ended deliveries that match and are there now, the oldest first, page by page:
@@ -521,13 +551,14 @@ impl<Db: Database> Admin<Db> {
     /// interrupted run came to ([`Replays::upto`]), or 0.
     ///
     /// # Errors
-    /// As [`replay_preview`](Self::replay_preview).
+    /// As [`replay_preview`](Self::replay_preview), or the reason is longer than [`MAX_REASON_BYTES`].
     pub async fn replay_all(
         &self,
         filter: &Filter,
         replay: &Replay,
         above: DeliveryId,
     ) -> Result<Replaying<Db>, Error> {
+        short_enough(&replay.reason)?;
         Replaying::start(self.store.clone(), filter, replay, above).await
     }
 
@@ -535,11 +566,13 @@ impl<Db: Database> Admin<Db> {
     ///
     /// # Errors
     /// [`Error::NotFound`]; [`Error::Conflict`] when it is not in doubt any more or moved on;
-    /// [`Error::Refused`] without a reason; or the database did not answer.
+    /// [`Error::Refused`] without a reason, or with one longer than [`MAX_REASON_BYTES`]; or the database
+    /// did not answer.
     pub async fn resolve(&self, delivery: DeliveryId, resolution: &Resolution) -> Result<AuditEntry, Error> {
         if resolution.reason.trim().is_empty() {
             return Err(Error::Refused("resolving needs a reason: say how you know".into()));
         }
+        short_enough(&resolution.reason)?;
         self.store.resolve(delivery, resolution).await
     }
 
@@ -554,7 +587,8 @@ impl<Db: Database> Admin<Db> {
     /// Stops fanning out to a subscription; the deliveries it has are left as they are.
     ///
     /// # Errors
-    /// [`Error::NotFound`], or the database did not answer.
+    /// [`Error::NotFound`]; [`Error::Refused`] if the reason is longer than [`MAX_REASON_BYTES`]; or the
+    /// database did not answer.
     pub async fn remove_subscription(
         &self,
         application: &str,
@@ -562,6 +596,7 @@ impl<Db: Database> Admin<Db> {
         actor: &str,
         reason: &str,
     ) -> Result<AuditEntry, Error> {
+        short_enough(reason)?;
         self.store.remove_subscription(application, name, actor, reason).await
     }
 

@@ -24,22 +24,32 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, audit: Audit) -> Ended {
         desk.output.prose("no operator did anything yet");
         return Ok(0);
     }
-    let mut columns = Columns::new(&[">AUDIT", "AT", "ACTOR", "ACTION", ">DELIVERY", "CHANGE", "REASON"]);
+    // SQLite has no logins.
+    let logins = entries.iter().any(|entry| entry.login.is_some());
+    let mut headings = vec![">AUDIT", "AT", "ACTOR"];
+    if logins {
+        headings.push("LOGIN");
+    }
+    headings.extend(["ACTION", ">DELIVERY", "CHANGE", "REASON"]);
+    let mut columns = Columns::new(&headings);
     for entry in entries {
         let change = match (&entry.state_before, &entry.state_after) {
             (Some(before), Some(after)) => format!("{} -> {}", state_word(before), state_word(after)),
             (None, Some(after)) => state_word(after),
             _ => "-".into(),
         };
-        columns.row([
-            text(entry.seq.to_string()),
-            text(format!("{:.0}", entry.at)),
-            text(shortened(&entry.actor, 30)),
+        let mut cells =
+            vec![text(entry.seq.to_string()), text(format!("{:.0}", entry.at)), text(shortened(&entry.actor, 30))];
+        if logins {
+            cells.push(text(entry.login.as_deref().map_or_else(|| "-".into(), |login| shortened(login, 30))));
+        }
+        cells.extend([
             text(plain(&entry.action)),
             text(entry.delivery.map_or_else(|| "-".into(), |d| d.to_string())),
             text(change),
             text(entry.reason.as_deref().map_or_else(|| "-".into(), plain)),
         ]);
+        columns.row(cells);
     }
     columns.print(desk.output)?;
     Ok(0)

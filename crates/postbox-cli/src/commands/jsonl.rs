@@ -96,7 +96,7 @@ fn in_base64(bytes: usize) -> usize {
 }
 
 fn failure_to_read(tried: &str, error: &io::Error, desk: &Desk<'_>) -> Failure {
-    let code = if error.kind() == io::ErrorKind::NotFound { crate::failure::NOT_FOUND } else { FAILED };
+    let code = if error.kind() == io::ErrorKind::NotFound { crate::failure::NOT_FOUND } else { crate::failure::USAGE };
     Failure::new(code, tried, error.to_string(), desk.command("publish --jsonl -"))
 }
 

@@ -43,10 +43,16 @@ fn filter_failure(error: postbox::Error, tried: &str, next: String) -> Failure {
     Failure::new(crate::failure::USAGE, tried, error.to_string(), next)
 }
 
-/// One row a delivery; the ids that producers gave only if there are any.
+/// One row a delivery; the ids that producers gave only if there are any, the applications only if there
+/// are several.
 pub(super) fn table(rows: &[DeliveryRow], output: &Output) -> std::io::Result<()> {
     let external = rows.iter().any(|r| r.external_id.is_some());
-    let mut headings = vec![">ID", "STATE", "TOPIC", "SUBSCRIPTION", ">TRY", ">AGE"];
+    let several = rows.iter().any(|r| r.application != rows[0].application);
+    let mut headings = vec![">ID", "STATE", "TOPIC"];
+    if several {
+        headings.push("APPLICATION");
+    }
+    headings.extend(["SUBSCRIPTION", ">TRY", ">AGE"]);
     if external {
         headings.push("EXTERNAL ID");
     }
@@ -54,14 +60,13 @@ pub(super) fn table(rows: &[DeliveryRow], output: &Output) -> std::io::Result<()
     let mut columns = Columns::new(&headings);
     for row in rows {
         let (sign, tone) = state_sign(row.state);
-        let mut cells = vec![
-            text(row.id.to_string()),
-            toned(tone, sign),
-            text(shortened(&row.topic, 40)),
-            text(shortened(&row.subscription, 40)),
-            text(format!("{}/{}", row.attempt, row.max_attempts)),
-            text(ago(row.since.unwrap_or(row.recorded_at))),
-        ];
+        let mut cells = vec![text(row.id.to_string()), toned(tone, sign), text(shortened(&row.topic, 40))];
+        if several {
+            cells.push(text(shortened(&row.application, 30)));
+        }
+        cells.push(text(shortened(&row.subscription, 40)));
+        cells.push(text(format!("{}/{}", row.attempt, row.max_attempts)));
+        cells.push(text(ago(row.since.unwrap_or(row.recorded_at))));
         if external {
             cells.push(text(row.external_id.as_deref().map_or_else(|| "-".into(), |id| shortened(id, 24))));
         }

@@ -37,11 +37,16 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, command: Migrate) -> Ende
 }
 
 async fn up<Db: Database>(desk: &Desk<'_>) -> Ended {
+    let made = desk.makes_a_file();
     let postbox = unchecked::<Db>(desk).await?;
     let tried = "bring the schema to this version";
     let failed = |e| Failure::of(&e, tried, desk.command("migrate status"));
-    let applied = postbox.migrate_up().await.map_err(failed)?;
+    let mut applied = postbox.migrate_up().await.map_err(failed)?;
     let status = postbox.migration_status().await.map_err(failed)?;
+    if made {
+        // Opening a SQLite file brings it to this version.
+        applied = status.migrations.iter().map(|(version, name, _)| format!("{version:04} {name}")).collect();
+    }
     let missing = missing(&postbox).await.map_err(failed)?;
     if desk.output.json {
         let version = status.migrations.last().map_or(0, |(version, ..)| *version);
@@ -52,6 +57,9 @@ async fn up<Db: Database>(desk: &Desk<'_>) -> Ended {
     }
     for name in &applied {
         desk.output.line(&format!("{} {}", desk.output.paint(Tone::Good, "+"), plain(name)))?;
+    }
+    if made {
+        desk.output.prose("opening it made the file");
     }
     let words = if applied.is_empty() { "was current already" } else { "is current now" };
     desk.output.prose(&format!("the schema {} {words}", plain(&status.schema)));
@@ -78,8 +86,10 @@ async fn down<Db: Database>(desk: &Desk<'_>, wish: Down) -> Ended {
     for (version, name, _) in status.migrations.iter().rev().filter(|(version, _, at)| at.is_some() && *version > to) {
         desk.output.prose(&format!("takes back {version:04} {}", plain(name)));
     }
-    if wish.and_lose_data {
-        desk.output.prose("all messages go with the tables, and the record of what was done");
+    if found > to && to == 0 {
+        desk.output.prose("all messages and deliveries go with the tables, and the record of what was done");
+    } else if found > to {
+        desk.output.prose("messages, deliveries and the record of what was done stay: only version 0 is without them");
     }
     confirm(wish.yes, tried, &desk.command(&format!("migrate down --to {to}{lose}")))?;
     let gone = match wish.and_lose_data {

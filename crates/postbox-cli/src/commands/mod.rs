@@ -1,6 +1,7 @@
 //! One file a command; here the database's kind, known at run time, becomes a type.
 
 mod audit;
+mod bulk;
 mod cancel;
 mod completions;
 mod config;
@@ -21,8 +22,8 @@ use postbox::{Backend, Database, Postgres, Sqlite};
 
 use crate::demo;
 use crate::desk::Desk;
-use crate::failure::Failure;
-use crate::flags::{Command, Flags, Migrate};
+use crate::failure::{Failure, needs_role};
+use crate::flags::{Command, Flags, Migrate, Subscriptions, SubscriptionsCommand};
 use crate::output::Output;
 
 /// How a command ended that did what it could: its exit code.
@@ -42,10 +43,30 @@ pub(crate) async fn run(flags: Flags, output: &Output) -> Ended {
         Command::Config(command) => config::run(&desk, command),
         Command::Migrate(Migrate::Print { down }) => migrate::print(&desk, down),
         command => match desk.backend()? {
-            Backend::Postgres => on::<Postgres>(&desk, command).await,
+            Backend::Postgres => {
+                tell_role(&desk, &command);
+                on::<Postgres>(&desk, command).await
+            }
             Backend::Sqlite => on::<Sqlite>(&desk, command).await,
         },
     }
+}
+
+/// Says which role a login needs for it, if the server refuses.
+fn tell_role(desk: &Desk<'_>, command: &Command) {
+    let Ok(schema) = desk.settings.schema() else { return };
+    let role = match command {
+        Command::Publish(_) => "publisher",
+        Command::Retry(_) | Command::Cancel(_) | Command::Replay(_) | Command::Resolve(_) => "operator",
+        Command::Subscriptions(Subscriptions { command: Some(SubscriptionsCommand::Remove(_)) }) => "operator",
+        Command::Subscriptions(Subscriptions { command: Some(SubscriptionsCommand::Add(_)) }) => "worker",
+        Command::Maintain => "worker",
+        Command::Retain(retain) if !retain.preview => "worker",
+        // The owner of the schema migrates.
+        Command::Migrate(_) => return,
+        _ => "viewer",
+    };
+    needs_role(format!("{schema}_{role}"));
 }
 
 async fn on<Db: Database>(desk: &Desk<'_>, command: Command) -> Ended {

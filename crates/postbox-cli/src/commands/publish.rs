@@ -4,12 +4,12 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 
-use postbox::{Database, Draft, Envelope, Published};
+use postbox::{Database, Draft, Envelope, Error, PublishError, Published};
 use serde::Serialize;
 
 use crate::commands::{Ended, jsonl};
 use crate::desk::{Desk, usage};
-use crate::failure::{FAILED, Failure, NOT_FOUND};
+use crate::failure::{Failure, NOT_FOUND, USAGE, code_of};
 use crate::flags::Publish;
 use crate::output::Tone;
 use crate::text::plain;
@@ -35,7 +35,14 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, publish: Publish) -> Ende
     };
     let drafted = options(&publish, drafted);
     let postbox = desk.open_or_create::<Db>().await?;
-    let published = postbox.publish_now([drafted]).await.map_err(|e| Failure::of(&e, TRIED, desk.command("status")))?;
+    let published = postbox.publish_now([drafted]).await.map_err(|e| {
+        let next = match &e {
+            Error::Publish(PublishError::DedupConflict { existing, .. }) => desk.command(&format!("show {existing}")),
+            e if code_of(e) == USAGE => example(),
+            _ => desk.command("status"),
+        };
+        Failure::of(&e, TRIED, next)
+    })?;
     for message in published {
         tell(desk, &message)?;
     }
@@ -53,7 +60,7 @@ fn origin(publish: &Publish) -> String {
 /// The payload: as typed, from a file or standard input, or `null`.
 fn payload(publish: &Publish, example: &dyn Fn() -> String) -> Result<Vec<u8>, Failure> {
     let failed = |e: std::io::Error| {
-        let code = if e.kind() == ErrorKind::NotFound { NOT_FOUND } else { FAILED };
+        let code = if e.kind() == ErrorKind::NotFound { NOT_FOUND } else { USAGE };
         Failure::new(code, origin(publish), e.to_string(), example())
     };
     match (&publish.file, publish.payload.as_deref()) {
@@ -77,7 +84,7 @@ fn read(from: impl Read) -> std::io::Result<Vec<u8>> {
 fn json(publish: &Publish, payload: Vec<u8>, example: &dyn Fn() -> String) -> Result<Draft, Failure> {
     let text = String::from_utf8(payload).map_err(|e| {
         let why = format!("it is not UTF-8 (byte {}); bytes need a --content-type", e.utf8_error().valid_up_to());
-        Failure::new(FAILED, origin(publish), why, example())
+        Failure::new(USAGE, origin(publish), why, example())
     })?;
     Envelope::raw(publish.topic.clone().unwrap_or_default(), text.trim())
         .map_err(|e| Failure::of(&e.into(), TRIED, example()))

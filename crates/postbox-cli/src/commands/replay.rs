@@ -4,72 +4,72 @@ use postbox::admin::{self, Filter, ReplayPreview, Replayed};
 use postbox::lifecycle::State;
 use postbox::{Database, Postbox};
 
-use crate::commands::{Ended, list, retry};
-use crate::confirm::confirm;
+use crate::commands::Ended;
+use crate::commands::bulk::{self, Pace, Preview, Verb, Wanted, Which};
 use crate::desk::{Desk, usage};
-use crate::failure::{FAILED, Failure};
+use crate::failure::Failure;
 use crate::flags::Replay;
 use crate::output::Tone;
-use crate::text::{capped, plain, quoted};
+use crate::text::{many, plain, quoted};
+
+const ENDED: &[State] = &[State::Succeeded, State::Dead, State::Cancelled];
+static VERB: Verb = Verb { name: "replay", past: "replayed", states: ENDED, usual: ENDED };
 
 pub(super) async fn run<Db: Database>(desk: &Desk<'_>, replay: Replay) -> Ended {
-    let typed = replay.which.iter().map(|w| quoted(w)).collect::<Vec<_>>().join(" ");
-    let tried = format!("replay {}", replay.which.join(" "));
-    let ids: Vec<i64> = replay.which.iter().filter_map(|word| word.parse().ok()).collect();
-    if ids.is_empty() {
-        return by_filter::<Db>(desk, replay, &tried, &typed).await;
+    let mut beside = String::new();
+    if replay.irreversible {
+        beside.push_str(" --irreversible");
     }
-    if ids.len() < replay.which.len() {
-        let why = "these are numbers and a filter together; give one or the other";
-        return Err(usage(&tried, why, desk.command(&format!("replay {} --reason …", ids[0]))));
+    if replay.above > 0 {
+        beside.push_str(&format!(" --above {}", replay.above));
     }
-    if replay.irreversible && ids.len() > 1 {
-        let why = "operations are replayed one by one: --irreversible takes one ID";
-        return Err(usage(&tried, why, desk.command(&format!("replay {} --irreversible --reason …", ids[0]))));
+    let wanted = Wanted::read(desk, &VERB, replay.bulk, &beside)?;
+    if replay.irreversible {
+        wanted.one_only(desk, "operations are replayed one by one: --irreversible", "--irreversible")?;
     }
-    singly::<Db>(desk, replay, &ids, &tried, &typed).await
+    let postbox = match &wanted.which {
+        Which::Ids(ids) if replay.above > 0 => {
+            let next = desk.command(&format!("replay {} --reason …", ids[0]));
+            return Err(usage(&wanted.tried, "--above goes with a filter or --all", next));
+        }
+        _ => desk.open::<Db>().await?,
+    };
+    match &wanted.which {
+        Which::Ids(ids) => singly(desk, &postbox, &wanted, ids, &beside, replay.irreversible).await,
+        Which::Those(filter) => by_filter(desk, &postbox, &wanted, filter, replay.above).await,
+    }
 }
 
-async fn singly<Db: Database>(desk: &Desk<'_>, replay: Replay, ids: &[i64], tried: &str, typed: &str) -> Ended {
-    let irreversible = if replay.irreversible { " --irreversible" } else { "" };
-    let same = desk.command(&format!("replay {typed}{irreversible}"));
-    let postbox = desk.open::<Db>().await?;
-    if replay.preview || replay.irreversible {
-        let mut rows = Vec::with_capacity(ids.len());
-        for id in ids {
-            let row = postbox.admin().show(*id).await.map_err(|e| Failure::of(&e, tried, desk.look_at(*id, &e)))?.row;
-            let ended = matches!(row.state, State::Succeeded | State::Dead | State::Cancelled);
-            if row.kind == "operation" && ended {
-                desk.output.prose(&format!(
-                    "delivery {id} is an operation: its effect happens again, under a new idempotency key, so that the remote cannot tell it from a new one"
-                ));
-            } else if !ended {
-                desk.output.prose(&format!("delivery {id} is {}: it cannot be replayed", row.state));
-            }
-            rows.push(row);
+async fn singly<Db: Database>(
+    desk: &Desk<'_>,
+    postbox: &Postbox<Db>,
+    wanted: &Wanted,
+    ids: &[i64],
+    beside: &str,
+    irreversible: bool,
+) -> Ended {
+    if wanted.bulk.dry_run || irreversible {
+        let rows = bulk::look(desk, postbox, wanted, ids, beside).await?;
+        for row in rows.iter().filter(|row| row.kind == "operation" && ENDED.contains(&row.state)) {
+            desk.output.prose(&format!(
+                "delivery {} is an operation: its effect happens again, under a new idempotency key, so that the remote cannot tell it from a new one",
+                row.id
+            ));
         }
-        if replay.preview {
-            if desk.output.json {
-                for row in &rows {
-                    desk.output.object(row)?;
-                }
-            } else {
-                list::table(&rows, desk.output)?;
-                desk.output.prose(&format!("next: {same} --reason \"why\""));
-            }
+        if wanted.bulk.dry_run {
             return Ok(0);
         }
     }
-    let reason = desk.reason(replay.reason, tried, &same)?;
-    if replay.irreversible {
-        confirm(replay.yes, tried, &format!("{same} --reason {}", quoted(&plain(&reason))))?;
+    let reason = wanted.reason(desk)?;
+    if irreversible {
+        wanted.confirmed(&reason)?;
     }
-    let wish = admin::Replay { actor: desk.actor.clone(), reason, irreversible: replay.irreversible };
+    let wish = admin::Replay { actor: desk.actor.clone(), reason, irreversible };
     let mut outcomes = Vec::with_capacity(ids.len());
     for id in ids {
         outcomes.push((*id, postbox.admin().replay(*id, &wish).await));
     }
-    retry::told(desk, "replay", outcomes, tell)
+    bulk::told(desk, VERB.name, outcomes, tell)
 }
 
 fn tell(desk: &Desk<'_>, replayed: &Replayed) -> std::io::Result<()> {
@@ -87,90 +87,81 @@ fn tell(desk: &Desk<'_>, replayed: &Replayed) -> std::io::Result<()> {
     ))
 }
 
-async fn by_filter<Db: Database>(desk: &Desk<'_>, replay: Replay, tried: &str, typed: &str) -> Ended {
-    let same = desk.command(&format!("replay {typed}"));
-    if replay.irreversible {
-        let why = "operations are replayed one by one: --irreversible takes one ID, no filter";
-        return Err(usage(tried, why, desk.command("list state:succeeded,dead")));
-    }
-    let unreadable =
-        |e: postbox::Error| Failure::new(crate::failure::USAGE, tried, e.to_string(), desk.command("replay --help"));
-    let filter: Filter = replay.which.join(" ").parse().map_err(unreadable)?;
-    let failed = |e: postbox::Error| Failure::of(&e, tried, desk.command(&format!("list {typed}")));
-    let postbox = desk.open::<Db>().await?;
-    let preview = postbox.admin().replay_preview(&filter).await.map_err(failed)?;
-    if replay.preview {
-        show(desk, &preview)?;
-        if !desk.output.json && preview.deliveries > 0 {
-            desk.output.prose(&format!("next: {same} --reason \"why\""));
-        }
-        return Ok(0);
-    }
-    let reason = desk.reason(replay.reason, tried, &same)?;
-    if !desk.output.json {
-        show(desk, &preview)?;
-    }
-    if preview.deliveries > 0 {
-        confirm(replay.yes, tried, &format!("{same} --reason {}", quoted(&plain(&reason))))?;
-    }
-    let wish = admin::Replay { actor: desk.actor.clone(), reason, irreversible: false };
-    carry_out(desk, &postbox, &filter, &wish, replay.above, (tried, &same)).await
-}
-
-async fn carry_out<Db: Database>(
+async fn by_filter<Db: Database>(
     desk: &Desk<'_>,
     postbox: &Postbox<Db>,
+    wanted: &Wanted,
     filter: &Filter,
-    wish: &admin::Replay,
     above: i64,
-    (tried, same): (&str, &str),
 ) -> Ended {
-    let failed = |e: postbox::Error| Failure::of(&e, tried, desk.command("status"));
-    let mut run = postbox.admin().replay_all(filter, wish, above).await.map_err(failed)?;
+    let failed = |e: postbox::Error| Failure::of(&e, &wanted.tried, desk.command("status"));
+    let found = postbox.admin().replay_preview_above(filter, above).await.map_err(failed)?;
+    let Some(reason) = wanted.agreed(desk, &preview(wanted, found)?)? else { return Ok(0) };
+    let wish = admin::Replay { actor: desk.actor.clone(), reason, irreversible: false };
+    let mut run = postbox.admin().replay_all(filter, &wish, above).await.map_err(failed)?;
+    let mut pace = Pace::new(wanted.bulk.rate);
     let ended = loop {
-        match run.next().await {
-            Ok(Some(_)) => {}
+        let before = run.so_far().replayed;
+        let left = wanted.bulk.limit.map_or(u64::MAX, |limit| limit.saturating_sub(before));
+        if left == 0 {
+            break None;
+        }
+        match run.next_of(usize::try_from(left.min(pace.at_once())).unwrap_or(usize::MAX)).await {
+            Ok(Some(so_far)) => pace.after(so_far.replayed - before).await,
             Ok(None) => break None,
             Err(error) => break Some(error),
         }
     };
     let so_far = run.so_far();
+    let go_on = || {
+        let flags = flags(&wanted.bulk);
+        let typed = &wanted.typed;
+        let reason = quoted(&plain(&wish.reason));
+        desk.action(&format!("replay {typed}{flags} --above {} --reason {reason} --yes", so_far.upto))
+    };
     if desk.output.json {
         desk.output.object(&so_far)?;
     } else {
         let plus = desk.output.paint(Tone::Good, "+");
         desk.output.line(&format!("{plus} replayed {}, left out {}", so_far.replayed, so_far.left_out))?;
+        if ended.is_none() && wanted.bulk.limit == Some(so_far.replayed) {
+            desk.output.prose(&format!("the next ones: {}", go_on()));
+        }
     }
     match ended {
         None => Ok(0),
-        Some(error) => {
-            let next = format!("{same} --above {} --reason {} --yes", so_far.upto, quoted(&plain(&wish.reason)));
-            Err(Failure::new(FAILED, format!("{tried} to its end"), error.to_string(), next))
-        }
+        Some(error) => Err(Failure::of(&error, format!("{} to its end", wanted.tried), go_on())),
     }
 }
 
-fn show(desk: &Desk<'_>, preview: &ReplayPreview) -> std::io::Result<()> {
-    let output = desk.output;
-    if output.json {
-        return output.object(preview);
-    }
-    for count in &preview.by_subscription {
-        let note = match (count.operation, count.removed) {
-            (_, true) => "  left out: removed",
-            (true, _) => "  left out: operations are replayed one by one, with --irreversible",
-            _ => "",
-        };
-        output.line(&format!(
-            "{:>8}  {} of {}{note}",
-            capped(count.deliveries),
-            plain(&count.subscription),
-            plain(&count.application)
-        ))?;
-    }
-    if !preview.sample.is_empty() {
-        list::table(&preview.sample, output)?;
-    }
-    output.prose(&format!("makes {} new deliveries, due now", capped(preview.deliveries)));
-    Ok(())
+/// The flags of a run that goes on at the same pace.
+fn flags(bulk: &crate::flags::Bulk) -> String {
+    let limit = bulk.limit.map_or_else(String::new, |limit| format!(" --limit {limit}"));
+    let rate = bulk.rate.map_or_else(String::new, |rate| format!(" --rate {rate}"));
+    limit + &rate
+}
+
+fn preview(wanted: &Wanted, found: ReplayPreview) -> std::io::Result<Preview> {
+    let mut object = serde_json::to_value(&found).map_err(std::io::Error::other)?;
+    let lines = found
+        .by_subscription
+        .iter()
+        .map(|count| {
+            let note = match (count.operation, count.removed) {
+                (_, true) => "  left out: removed",
+                (true, _) => "  left out: operations are replayed one by one, with --irreversible",
+                _ => "",
+            };
+            (count.deliveries, format!("{} of {}{note}", plain(&count.subscription), plain(&count.application)))
+        })
+        .collect();
+    let limit = wanted.bulk.limit.and_then(|l| i64::try_from(l).ok()).unwrap_or(i64::MAX);
+    object["deliveries"] = found.deliveries.min(limit).into();
+    object["matched"] = found.deliveries.into();
+    let matched = many(found.deliveries, "new delivery", "new deliveries");
+    let words = match limit < found.deliveries {
+        true => format!("makes {} of {matched}, the oldest first, due now", limit),
+        false => format!("makes {matched}, due now"),
+    };
+    Ok(Preview { deliveries: found.deliveries.min(limit), lines, sample: found.sample, words, object })
 }

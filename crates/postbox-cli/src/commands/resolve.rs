@@ -15,8 +15,15 @@ use crate::text::{plain, quoted};
 pub(super) async fn run<Db: Database>(desk: &Desk<'_>, resolve: Resolve) -> Ended {
     let id = resolve.id;
     let tried = format!("resolve delivery {id}");
-    let typed = desk.command(&format!("resolve {id} {}", resolve.answer.flag()));
-    let reason = desk.reason(resolve.reason, &tried, &typed)?;
+    let mut typed = desk.action(&format!("resolve {id} {}", resolve.answer.flag()));
+    if let Some(rev) = resolve.rev {
+        typed.push_str(&format!(" --rev {rev}"));
+    }
+    if let Some(evidence) = &resolve.evidence {
+        typed.push_str(&format!(" --evidence {}", quoted(&plain(evidence))));
+    }
+    let yes = if resolve.yes { " --yes" } else { "" };
+    let reason = desk.reason(resolve.reason, &tried, &format!("{typed}{yes}"), "how you know")?;
     let answer = resolve.answer.answer();
     let postbox = desk.open::<Db>().await?;
     let failed = |e| Failure::of(&e, &tried, desk.look_at(id, &e));

@@ -1,7 +1,7 @@
 //! `postbox status`: everything at a glance, and what needs somebody.
 
 use postbox::Database;
-use postbox::admin::{Status, SubscriptionRow};
+use postbox::admin::{Status, Stranded, SubscriptionRow};
 use serde_json::json;
 
 use crate::commands::Ended;
@@ -42,8 +42,15 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>) -> Ended {
         output.line(&format!("unrouted  {messages} no subscription: {}", topics.join(", ")))?;
     }
     for stranded in &status.stranded {
+        let what = match removed(&status, stranded) {
+            None => "which no live worker stands behind: start one, rename with `renamed_from`, or `postbox subscriptions remove`".to_owned(),
+            Some(row) if row.in_doubt == stranded.waiting => {
+                "which was removed: say how they ended with `postbox resolve`".to_owned()
+            }
+            Some(_) => format!("which was removed: {}", call_off(desk, stranded)),
+        };
         output.line(&format!(
-            "{}  {} for {}/{}, which no live worker stands behind: start one, rename with `renamed_from`, or `postbox subscriptions remove`",
+            "{}  {} for {}/{}, {what}",
             output.paint(Tone::Doubt, "! stranded"),
             many(stranded.waiting, "delivery waits", "deliveries wait"),
             plain(&stranded.application),
@@ -64,6 +71,23 @@ fn needs_you(status: &Status) -> i64 {
         status.subscriptions.iter().find(whose).is_none_or(|s| s.in_doubt < stranded.waiting)
     });
     status.subscriptions.iter().map(|s| s.in_doubt).sum::<i64>() + stranded.count() as i64
+}
+
+/// Its subscription, if that was removed: a later one of the same name may be there, too.
+fn removed<'s>(status: &'s Status, stranded: &Stranded) -> Option<&'s SubscriptionRow> {
+    let waits = |s: &SubscriptionRow| s.pending + s.scheduled + s.running + s.in_doubt;
+    let same = |s: &&SubscriptionRow| s.name == stranded.subscription && s.application == stranded.application;
+    let alone = |s: &&SubscriptionRow| same(s) && s.workers == 0 && waits(s) > 0;
+    // What waits was counted a moment apart.
+    let nearest = status.subscriptions.iter().filter(alone).min_by_key(|s| (waits(s) - stranded.waiting).abs());
+    nearest.filter(|s| s.removed_at.is_some())
+}
+
+/// The command that calls off what waits for a subscription.
+fn call_off(desk: &Desk<'_>, stranded: &Stranded) -> String {
+    let Stranded { application, subscription, .. } = stranded;
+    let filter = format!("state:pending subscription:{subscription} application:{application}");
+    format!("{} --reason …", desk.command(&format!("cancel {}", quoted(&plain(&filter)))))
 }
 
 fn headline(desk: &Desk<'_>, status: &Status) -> String {
@@ -126,6 +150,9 @@ fn next(desk: &Desk<'_>, status: &Status) -> Option<String> {
         return Some(desk.command("list state:in_doubt"));
     }
     if let Some(stranded) = status.stranded.first() {
+        if removed(status, stranded).is_some() {
+            return Some(call_off(desk, stranded));
+        }
         let filter = format!("subscription:{}", stranded.subscription);
         return Some(desk.command(&format!("list {} state:pending", quoted(&filter))));
     }

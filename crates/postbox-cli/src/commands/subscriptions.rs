@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::commands::Ended;
 use crate::confirm::confirm;
 use crate::desk::{Desk, usage};
-use crate::failure::{Failure, NOT_FOUND};
+use crate::failure::{Failure, NOT_FOUND, REFUSED, denied};
 use crate::flags::{Add, From, Remove, Subscriptions, SubscriptionsCommand};
 use crate::output::Tone;
 use crate::table::{Columns, text, toned};
@@ -86,7 +86,7 @@ async fn rows<Db: Database>(
 
 async fn add<Db: Database>(desk: &Desk<'_>, wish: Add) -> Ended {
     let tried = format!("add the subscription {}", wish.name);
-    let next = || desk.command("subscriptions add orders 'orders.*' --application shop");
+    let next = || desk.command("subscriptions add orders 'orders.*'");
     let Some(application) = &desk.application else {
         // The command's own name would be the default, and nobody would look there.
         let why = "whose subscription it is has to be said; programs pull from it under that application";
@@ -103,6 +103,24 @@ async fn add<Db: Database>(desk: &Desk<'_>, wish: Add) -> Ended {
     let pattern: Pattern =
         wish.pattern.parse().map_err(|e: postbox::TopicError| usage(&tried, e.to_string(), next()))?;
     let postbox = desk.open::<Db>().await?;
+    // A login that may declare, but not look, is not told what was there.
+    let stored = match postbox.admin().subscriptions().await {
+        Err(error) if denied(&error) => Vec::new(),
+        rows => rows.map_err(|e| Failure::of(&e, &tried, desk.command("status")))?,
+    };
+    let is_it = |r: &&SubscriptionRow| r.name == wish.name && r.application == *application && r.removed_at.is_none();
+    let stored = stored.iter().find(is_it);
+    if let (Some(_), Some(_)) = (stored, &wish.from) {
+        let why = "it is stored already, and --from says what a new one takes of the past; nothing was changed. Leave --from out to change the pattern; replay what it is to have again; or take the past with one of another name";
+        let from = match wish.from {
+            Some(From::Now) => "now".to_owned(),
+            Some(From::Time(time)) => time.to_string(),
+            _ => "beginning".to_owned(),
+        };
+        let name = quoted(&plain(&format!("{}_2", wish.name)));
+        let next = format!("subscriptions add {name} {} --from {from}", quoted(pattern.as_str()));
+        return Err(Failure::new(REFUSED, &tried, why, desk.command(&next)));
+    }
     let subscription = postbox.subscription(&wish.name).application(application).max_attempts(wish.max_attempts);
     let subscription = subscription.listening_to(pattern.clone());
     let subscription = match wish.from {
@@ -113,12 +131,23 @@ async fn add<Db: Database>(desk: &Desk<'_>, wish: Add) -> Ended {
     };
     subscription.declare().await.map_err(|e| Failure::of(&e, &tried, desk.command("subscriptions")))?;
     if desk.output.json {
-        let added = json!({"application": application, "name": wish.name, "pattern": pattern.as_str(), "max_attempts": wish.max_attempts});
+        let added = json!({
+            "application": application,
+            "name": wish.name,
+            "pattern": pattern.as_str(),
+            "max_attempts": wish.max_attempts,
+            "existed": stored.is_some(),
+        });
         desk.output.object(&added)?;
     } else {
         let plus = desk.output.paint(Tone::Good, "+");
+        let was = match stored {
+            None => String::new(),
+            Some(row) if row.pattern == pattern.as_str() => "; it was there already".to_owned(),
+            Some(row) => format!("; it was there already, and listened to {}", plain(&row.pattern)),
+        };
         desk.output.line(&format!(
-            "{plus} {} of {} listens to {}",
+            "{plus} {} of {} listens to {}{was}",
             plain(&wish.name),
             plain(application),
             plain(pattern.as_str())
@@ -131,20 +160,30 @@ async fn remove<Db: Database>(desk: &Desk<'_>, wish: Remove) -> Ended {
     let name = &wish.name;
     let tried = format!("remove the subscription {name}");
     let typed = |application: &str| {
-        desk.command(&format!("subscriptions remove {} --application {}", quoted(name), quoted(application)))
+        let whose = match desk.application {
+            Some(_) => String::new(),
+            None => format!(" --application {}", quoted(&plain(application))),
+        };
+        desk.action(&format!("subscriptions remove {}{whose}", quoted(&plain(name))))
     };
     let postbox = desk.open::<Db>().await?;
     let rows = rows(desk, &postbox, &tried).await?;
     let row = the_one(desk, &rows, name, &tried)?;
     let application = &row.application;
-    let reason = desk.reason(wish.reason, &tried, &typed(application))?;
+    let yes = if wish.yes { " --yes" } else { "" };
+    let reason = desk.reason(wish.reason, &tried, &format!("{}{yes}", typed(application)), "why")?;
     desk.output.prose(&format!(
         "removes {} of {}: nothing is fanned out to it any more; {} waiting and {} in doubt stay as they are",
         plain(name),
         plain(application),
-        capped(row.pending + row.scheduled),
-        capped(row.in_doubt)
+        number(row.pending + row.scheduled),
+        number(row.in_doubt)
     ));
+    if row.pending + row.scheduled > 0 {
+        let filter = format!("state:pending subscription:{name} application:{application}");
+        let next = desk.command(&format!("cancel {} --reason …", quoted(&plain(&filter))));
+        desk.output.prose(&format!("what waits can be called off: {next}"));
+    }
     confirm(wish.yes, &tried, &format!("{} --reason {}", typed(application), quoted(&plain(&reason))))?;
     let entry = postbox
         .admin()
@@ -158,6 +197,11 @@ async fn remove<Db: Database>(desk: &Desk<'_>, wish: Remove) -> Ended {
         desk.output.line(&format!("{plus} removed by {}, audit {}", plain(&entry.actor), entry.seq))?;
     }
     Ok(0)
+}
+
+/// In a sentence.
+fn number(count: i64) -> String {
+    if count == 0 { "0".into() } else { capped(count) }
 }
 
 /// The subscription that is meant: of the application that was named, or the only one of its name.

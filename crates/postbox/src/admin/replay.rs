@@ -115,9 +115,9 @@ pub struct ReplayPreview {
 }
 
 impl ReplayPreview {
-    pub(super) async fn of<S: Store>(store: &S, filter: &Filter) -> Result<ReplayPreview, Error> {
+    pub(super) async fn of<S: Store>(store: &S, filter: &Filter, above: DeliveryId) -> Result<ReplayPreview, Error> {
         let filter = ended_only(filter)?;
-        let by_subscription = store.replay_counts(&filter).await?;
+        let by_subscription = store.replay_counts(&filter, above).await?;
         let sum = |wanted: fn(&ReplayCount) -> bool| {
             by_subscription.iter().filter(|c| wanted(c)).map(|c| c.deliveries).sum::<i64>()
         };
@@ -125,7 +125,7 @@ impl ReplayPreview {
             deliveries: sum(|c| !c.operation && !c.removed),
             operations: sum(|c| c.operation && !c.removed),
             removed: sum(|c| c.removed),
-            sample: store.list(&filter, 5).await?,
+            sample: store.list(&filter, 5).await?.into_iter().filter(|row| row.id > above).collect(),
             by_subscription,
         })
     }
@@ -198,11 +198,19 @@ impl<Db: Database> Replaying<Db> {
     /// # Errors
     /// The database did not answer: the pages before are done, as [`so_far`](Self::so_far) says.
     pub async fn next(&mut self) -> Result<Option<Replays>, Error> {
+        self.next_of(PAGE).await
+    }
+
+    /// The same for so many deliveries, at least 1 and at most 500: for a pace, or a limit.
+    ///
+    /// # Errors
+    /// As [`next`](Self::next).
+    pub async fn next_of(&mut self, most: usize) -> Result<Option<Replays>, Error> {
         if self.found.is_empty() {
             let found = self.store.replayable(&self.filter, self.so_far.upto, self.newest, LOOKED_UP).await?;
             self.found = found.into();
         }
-        let page: Vec<Ended> = self.found.iter().take(PAGE).cloned().collect();
+        let page: Vec<Ended> = self.found.iter().take(most.clamp(1, PAGE)).cloned().collect();
         let Some(last) = page.last() else { return Ok(None) };
         let made = self.store.replay_page(&page, &self.replay).await?;
         self.so_far.replayed += made;

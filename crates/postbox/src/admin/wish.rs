@@ -48,6 +48,15 @@ impl<'a> Wish<'a> {
         }
     }
 
+    /// Why it cannot be done to a delivery of a subscription that was removed: nobody would take it.
+    pub(crate) fn nobody(&self, delivery: DeliveryId) -> Option<Error> {
+        (self.event == Event::Retried).then(|| {
+            Error::Refused(format!(
+                "the subscription of delivery {delivery} was removed: nobody would try it again; call it off with `postbox cancel {delivery}` if it waits"
+            ))
+        })
+    }
+
     /// Why it cannot be done to a delivery in this state.
     pub(crate) fn refusal(&self, delivery: DeliveryId, state: State) -> Error {
         let cancel = self.event == Event::Cancelled;

@@ -668,7 +668,7 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// An operator: a new delivery of an ended one's message, due now and linked to it.
     fn replay(&self, delivery: DeliveryId, replay: &Replay) -> impl Verb<Replayed>;
     /// How many ended deliveries match, by subscription; counted up to 100001 in all.
-    fn replay_counts(&self, filter: &Filter) -> impl Verb<Vec<ReplayCount>>;
+    fn replay_counts(&self, filter: &Filter, above: DeliveryId) -> impl Verb<Vec<ReplayCount>>;
     /// The oldest ended deliveries that match, of those above one number and up to another.
     fn replayable(&self, filter: &Filter, above: DeliveryId, upto: DeliveryId, limit: u32) -> impl Verb<Vec<Ended>>;
     /// No delivery so far has a higher number; all that come have.

@@ -405,6 +405,7 @@ pub(super) async fn record(store: &PgStore, work: &mut Work, action: Action<'_>)
         seq: row.try_get("seq")?,
         at: timestamp(row.try_get("at_us")?),
         actor: action.actor.to_owned(),
+        login: row.try_get("login")?,
         action: action.action.to_owned(),
         delivery: action.delivery,
         state_before: action.state.map(|s| s.0.as_str().to_owned()),
@@ -575,8 +576,8 @@ pub(super) async fn remove_subscription(
 pub(super) async fn audit(store: &PgStore, limit: u32) -> Result<Vec<AuditEntry>, Error> {
     let mut work = store.read().await?;
     let sql = format!(
-        "select seq, (extract(epoch from at) * 1000000::numeric)::bigint as at_us, actor, action, delivery, state_before,
-            state_after, rev_after, reason
+        "select seq, (extract(epoch from at) * 1000000::numeric)::bigint as at_us, actor, login, action, delivery,
+            state_before, state_after, rev_after, reason
          from {}.audit order by seq desc limit $1",
         store.schema
     );
@@ -588,6 +589,7 @@ pub(super) async fn audit(store: &PgStore, limit: u32) -> Result<Vec<AuditEntry>
                 seq: row.try_get("seq")?,
                 at: timestamp(row.try_get("at_us")?),
                 actor: row.try_get("actor")?,
+                login: row.try_get("login")?,
                 action: row.try_get("action")?,
                 delivery: row.try_get("delivery")?,
                 state_before: row.try_get("state_before")?,

@@ -545,8 +545,8 @@ impl Store for PgStore {
         replay::one(self, delivery, replay).await
     }
 
-    async fn replay_counts(&self, filter: &Filter) -> Result<Vec<ReplayCount>, Error> {
-        replay::counts(self, filter).await
+    async fn replay_counts(&self, filter: &Filter, above: DeliveryId) -> Result<Vec<ReplayCount>, Error> {
+        replay::counts(self, filter, above).await
     }
 
     async fn replayable(

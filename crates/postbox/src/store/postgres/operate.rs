@@ -94,7 +94,7 @@ async fn carry_out(store: &PgStore, delivery: DeliveryId, wish: Wish<'_>) -> Res
     let subscription: i32 = row.try_get("subscription")?;
     // What was lost may still be on its way, for as long as its worker may only be paused.
     let sql = format!(
-        "select s.kind, s.idempotent, s.quiet_ms + s.timeout_ms
+        "select s.kind, s.idempotent, s.removed_at is not null as removed, s.quiet_ms + s.timeout_ms
             + coalesce((select pg_catalog.max(w.lease_ms) from {0}.worker w), 30000::bigint) as late_ms
          from {0}.subscription s where s.id = $1",
         store.schema
@@ -108,6 +108,9 @@ async fn carry_out(store: &PgStore, delivery: DeliveryId, wish: Wish<'_>) -> Res
         let error = wish.refusal(delivery, state);
         return Err(lost_race(store, work, wish.actor, wish.refused, wish.reason, delivery, error).await);
     };
+    if let Some(error) = declared.try_get::<bool, _>("removed")?.then(|| wish.nobody(delivery)).flatten() {
+        return Err(lost_race(store, work, wish.actor, wish.refused, wish.reason, delivery, error).await);
+    }
     let moved = Move {
         delivery,
         message: row.try_get("message")?,

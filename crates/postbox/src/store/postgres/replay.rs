@@ -63,6 +63,7 @@ pub(super) async fn one(store: &PgStore, delivery: DeliveryId, replay: &Replay) 
             seq: made.try_get("seq")?,
             at: timestamp(made.try_get("at_us")?),
             actor: replay.actor.clone(),
+            login: made.try_get("login")?,
             action: replay.action(operation).to_owned(),
             delivery: Some(delivery),
             state_before: Some(row.state.as_str().to_owned()),
@@ -113,7 +114,7 @@ async fn make(
     Ok(rows)
 }
 
-pub(super) async fn counts(store: &PgStore, filter: &Filter) -> Result<Vec<ReplayCount>, Error> {
+pub(super) async fn counts(store: &PgStore, filter: &Filter, above: DeliveryId) -> Result<Vec<ReplayCount>, Error> {
     let sql = format!(
         "{GIVEN}
          select s.application, s.name, s.kind, s.removed_at is not null as removed, pg_catalog.count(*) as deliveries
@@ -121,11 +122,15 @@ pub(super) async fn counts(store: &PgStore, filter: &Filter) -> Result<Vec<Repla
          join {1}.subscription s on s.id = d.subscription
          where exists (select from {1}.message m where m.id = d.message)
          group by s.id order by s.application, s.name, s.id",
-        places(store, filter, Page::Newest),
+        places(store, filter, if above > 0 { Page::Between } else { Page::Newest }),
         store.schema
     );
     let mut work = store.read().await?;
-    let rows = filtered(store.dynamic(sql), filter, COUNTED).fetch_all(work.on()).await?;
+    let mut query = filtered(store.dynamic(sql), filter, COUNTED);
+    if above > 0 {
+        query = query.bind(above).bind(DeliveryId::MAX);
+    }
+    let rows = query.fetch_all(work.on()).await?;
     work.rollback().await?;
     let count = |row: &PgRow| {
         Ok(ReplayCount::new((
@@ -168,8 +173,10 @@ pub(super) async fn replayable(
 
 pub(super) async fn newest(store: &PgStore) -> Result<DeliveryId, Error> {
     let mut work = store.read().await?;
-    let sql = format!("select last_value from {}.delivery_id", store.schema);
-    let newest = store.dynamic(sql).fetch_one(work.on()).await?.try_get("last_value")?;
+    // Reading the sequence itself takes a right that an operator has no other use for.
+    let sql = "select coalesce(pg_catalog.pg_sequence_last_value(pg_catalog.to_regclass($1)), 0::bigint) as newest";
+    let sequence = format!("{}.delivery_id", store.schema);
+    let newest = store.query(sql).bind(sequence).fetch_one(work.on()).await?.try_get("newest")?;
     work.rollback().await?;
     Ok(newest)
 }

@@ -17,17 +17,15 @@ readied as (
     insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
     select m.subscription, 0, m.fresh, m.fresh, m.message, 0, 0, 0 from made m
 ),
-counted as (
-    update {schema}.audit_counter set seq = seq + pg_catalog.cardinality($1::bigint[]) returning seq
-),
-told as (
-    insert into {schema}.audit (seq, actor, action, delivery, subscription, state_before, state_after, reason, detail)
-    select c.seq - pg_catalog.cardinality($1::bigint[]) + m.ord, $5, $6, m.delivery, m.subscription, m.state, m.state,
-        $7, pg_catalog.json_build_object('replayed_as', m.fresh)
-    from made m cross join counted c
-    returning seq, delivery, at
+told as materialized (
+    -- An operator has no other way into the audit; each call sees the number of the one before.
+    select m.delivery, r.seq, r.at
+    from made m
+    cross join lateral {schema}.record_action($5, $6, m.delivery, m.subscription, null, null, m.state, m.state, $7,
+        pg_catalog.json_build_object('replayed_as', m.fresh)) r
 )
 select m.delivery, m.fresh, t.seq, (extract(epoch from t.at) * 1000000::numeric)::bigint as at_us,
+    session_user::pg_catalog.text as login,
     (select pg_catalog.count(pg_catalog.pg_notify(r.channel, ''))
         from {schema}.routing r where exists (select from {schema}.worker w where w.asleep)) as woken
 from made m join told t on t.delivery = m.delivery

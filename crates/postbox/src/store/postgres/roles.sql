@@ -98,6 +98,8 @@ begin
             'update (epoch) on {schema}.routing',
             'update (removed_at) on {schema}.subscription',
             'insert, delete on {schema}.ready, {schema}.scheduled, {schema}.dead_letter',
+            -- A replay holds what it repeats; a row lock needs the right to update some column.
+            'update (rev) on {schema}.dead_letter',
             'insert, update, delete on {schema}.doubt',
             'update (told_at) on {schema}.retention',
             'insert on {schema}.late_delivery, {schema}.resolution, {schema}.observation']

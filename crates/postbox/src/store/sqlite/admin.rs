@@ -72,6 +72,7 @@ fn entry(row: &SqliteRow) -> Result<AuditEntry, Error> {
         seq: row.try_get("seq")?,
         at: timestamp(row.try_get("at")?),
         actor: row.try_get("actor")?,
+        login: None,
         action: row.try_get("action")?,
         delivery: row.try_get("delivery")?,
         state_before: row.try_get("state_before")?,

@@ -21,6 +21,7 @@ row! {
         rev: i32,
         kind: String,
         idempotent: bool,
+        removed: bool,
         late_ms: i64,
     }
 }
@@ -29,6 +30,7 @@ pub(super) async fn stands(work: &mut Work, delivery: DeliveryId) -> Result<Opti
     let found: Option<Stands> = sqlx::query_as(
         // What was lost may still be on its way.
         "select d.message, d.subscription, d.state, d.priority, d.attempt, d.lost, d.rev, s.kind, s.idempotent,
+             s.removed_at is not null as removed,
              s.quiet_ms + s.timeout_ms + coalesce((select max(w.lease_ms) from postbox_worker w), 30000) as late_ms
          from postbox_delivery d join postbox_subscription s on s.id = d.subscription
          where d.id = ?1",
@@ -63,7 +65,9 @@ async fn carry_out(store: &SqliteStore, delivery: DeliveryId, wish: Wish<'_>) ->
     let waits = matches!(state, State::Pending | State::Dead | State::Cancelled);
     let error = match wish.rev {
         Some(seen) if waits && seen != found.rev => Some(moved_on(delivery, seen, found.rev)),
-        _ => transition(now, wish.event, &policy, 0.0).is_err().then(|| wish.refusal(delivery, state)),
+        _ if transition(now, wish.event, &policy, 0.0).is_err() => Some(wish.refusal(delivery, state)),
+        _ if found.removed => wish.nobody(delivery),
+        _ => None,
     };
     if let Some((who, error)) = error.map(refused) {
         return Err(lost_race(store, work, who, delivery, error).await);

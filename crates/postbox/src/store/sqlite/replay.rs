@@ -76,17 +76,17 @@ async fn make(
     Ok((fresh, record(work, action).await?))
 }
 
-pub(super) async fn counts(store: &SqliteStore, filter: &Filter) -> Result<Vec<ReplayCount>, Error> {
+pub(super) async fn counts(store: &SqliteStore, filter: &Filter, above: DeliveryId) -> Result<Vec<ReplayCount>, Error> {
     let sql = "select s.application, s.name, s.kind, s.removed_at is not null as removed, count(*) as deliveries
         from (
             select d.subscription from postbox_delivery d
             join postbox_subscription s on s.id = d.subscription
             join postbox_message m on m.id = d.message
-            where d.state in ('succeeded', 'dead', 'cancelled') and (?6 is null or d.id = ?6) {filter}
+            where d.state in ('succeeded', 'dead', 'cancelled') and (?6 is null or d.id = ?6) and d.id > ?10 {filter}
             limit ?1
         ) w join postbox_subscription s on s.id = w.subscription
         group by s.id order by s.application, s.name, s.id";
-    let rows = filtered(sql.to_owned(), filter, None, COUNTED)?.fetch_all(&store.reader).await?;
+    let rows = filtered(sql.to_owned(), filter, None, COUNTED)?.bind(above).fetch_all(&store.reader).await?;
     let counts = rows.iter().map(|row| {
         use sqlx::Row;
         Ok(ReplayCount::new((

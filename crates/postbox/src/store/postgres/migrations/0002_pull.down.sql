@@ -1,5 +1,5 @@
 -- Takes back what 0002_pull made. Subscriptions that were declared through it stay.
-drop function {schema}.failed(bigint, text, interval);
+drop function {schema}.failed(bigint, text, interval, int);
 drop function {schema}.next(text, text);
 drop function {schema}.forgo_attempts(uuid, uuid);
 drop function {schema}.pulled_subscription(text, text);
