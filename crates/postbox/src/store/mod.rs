@@ -451,7 +451,7 @@ pub struct Doubtful {
     pub attempts: u32,
     /// "Did not happen" can be believed now.
     pub quiet: bool,
-    /// How often the remote was asked before this.
+    /// How often the remote was asked before this and told nothing.
     pub asks: u32,
     /// An operator said that it happened: only the follow-ups are wanted, with this receipt.
     pub word: Option<Word>,
@@ -635,9 +635,12 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
 
     /// Takes over one dead worker, if there is one.
     fn take_over(&self, draw: f64) -> impl Verb<Option<TakenOver>>;
-    /// Doubts of these subscriptions that are due to be asked about; each is put off by `put_off`
-    /// times two to the number of asks (at most 15 min), so that one worker asks at a time.
-    fn doubts(&self, subscriptions: &[SubscriptionId], limit: u32, put_off: Duration) -> impl Verb<Vec<Doubtful>>;
+    /// Doubts of these subscriptions that are due to be asked about; each is held back for `hold`, so
+    /// that one worker asks at a time.
+    fn doubts(&self, subscriptions: &[SubscriptionId], limit: u32, hold: Duration) -> impl Verb<Vec<Doubtful>>;
+    /// Nothing was learnt by asking about this doubt: the next ask comes after `wait`, or as soon as a
+    /// "did not happen" can be believed. Nothing happens when it has moved on.
+    fn unanswered(&self, doubt: &Doubtful, wait: Duration) -> impl Verb<()>;
     /// Ends a doubt. `false` when it had moved on.
     fn answer(&self, answered: &Answered) -> impl Verb<bool>;
     /// Records what was seen; evidence settles a doubt whose last attempt it is.

@@ -23,8 +23,11 @@ use crate::store::{Answered, Claimed, Database, Doubtful, Registration, Speaker,
 
 /// How often it looks, give or take a fifth.
 const ROUND: Duration = Duration::from_secs(1);
-/// The first wait between two asks about the same doubt.
+/// The first wait between two asks about the same doubt, and the longest one.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
+const ASK_AGAIN_MOST: Duration = Duration::from_secs(900);
+/// How many doubts are asked about at once.
+const ASKS: u32 = 10;
 /// How often what has run out is removed.
 const TIDY: Duration = Duration::from_secs(60);
 /// How often what was kept long enough is looked for, and the pause between two batches of it.
@@ -149,31 +152,49 @@ async fn ask<Db: Database>(
     if able.is_empty() {
         return;
     }
+    // For as long as an ask can take. One that dies asking, or whose answer is lost, makes no wait longer.
+    let longest = routes.values().map(|route| route.declared.timeout).max().unwrap_or_default();
+    let hold = ASK_AGAIN.saturating_add(longest);
     let worker = registration.name;
     loop {
-        for doubt in told("ask", PATIENCE, store.doubts(&able, 10, ASK_AGAIN)).await.unwrap_or_default() {
-            let Some(route) = routes.get(&doubt.subscription) else { continue };
+        let due = told("ask", PATIENCE, store.doubts(&able, ASKS, hold)).await.unwrap_or_default();
+        let more = due.len() >= ASKS as usize;
+        let asks = due.into_iter().map(async |doubt| {
+            let Some(route) = routes.get(&doubt.subscription) else { return };
             crash::point("reconciling");
-            if let Some(answered) = settle(route, doubt, &worker, max_payload_bytes).await {
-                crash::point("resolving");
-                told("answer", PATIENCE, store.answer(&answered)).await;
+            match settle(route, &doubt, &worker, max_payload_bytes).await {
+                Some(answered) => {
+                    crash::point("resolving");
+                    told("answer", PATIENCE, store.answer(&answered)).await;
+                }
+                None => {
+                    told("ask later", PATIENCE, store.unanswered(&doubt, ask_again(doubt.asks))).await;
+                }
             }
+        });
+        futures_util::future::join_all(asks).await;
+        if !more {
+            tokio::time::sleep(ROUND.mul_f64(0.4 + 0.2 * fastrand::f64())).await;
         }
-        tokio::time::sleep(ROUND.mul_f64(0.4 + 0.2 * fastrand::f64())).await;
     }
+}
+
+/// How long until a doubt is asked about again, after so many asks that taught nothing, and one more.
+pub(super) fn ask_again(asks: u32) -> Duration {
+    ASK_AGAIN.saturating_mul(1 << asks.min(20)).min(ASK_AGAIN_MOST)
 }
 
 /// What one doubt comes to, if anything.
 async fn settle<Db: Database>(
     route: &Route<Db>,
-    doubt: Doubtful,
+    doubt: &Doubtful,
     worker: &str,
     max_payload_bytes: usize,
 ) -> Option<Answered> {
     let policy = route.declared.policy;
-    let Some(envelope) = doubt.envelope else {
+    let Some(envelope) = doubt.envelope.clone() else {
         // Its message is gone, and with it whatever would have followed: an operator's word still counts.
-        let word = doubt.word?;
+        let word = doubt.word.clone()?;
         return Some(Answered {
             delivery: doubt.delivery,
             rev: doubt.rev,
@@ -196,7 +217,7 @@ async fn settle<Db: Database>(
         operation: Operation::of(envelope.id, doubt.delivery, doubt.attempts),
         envelope,
     };
-    let (answer, receipt, speaker, actor, reason) = match doubt.word {
+    let (answer, receipt, speaker, actor, reason) = match doubt.word.clone() {
         Some(word) => {
             let receipt = Receipt { content: word.receipt, ..Receipt::none() };
             (Answer::Happened, receipt, Speaker::Operator, word.actor, Some(word.reason))

@@ -14,14 +14,14 @@ pub(super) async fn doubts(
     store: &PgStore,
     subscriptions: &[SubscriptionId],
     limit: u32,
-    put_off: Duration,
+    hold: Duration,
 ) -> Result<Vec<Doubtful>, Error> {
     let mut work = store.work().await?;
     let rows = store
         .query(store.sql.doubts)
         .bind(subscriptions.to_vec())
         .bind(i64::from(limit))
-        .bind(millis(put_off))
+        .bind(millis(hold))
         .fetch_all(work.on())
         .await?;
     work.commit().await?;
@@ -39,6 +39,19 @@ pub(super) async fn doubts(
             })
         })
         .collect()
+}
+
+pub(super) async fn unanswered(store: &PgStore, doubt: &Doubtful, wait: Duration) -> Result<(), Error> {
+    let mut work = store.work().await?;
+    store
+        .query(store.sql.unanswered)
+        .bind(doubt.delivery)
+        .bind(doubt.rev)
+        .bind(i32::try_from(doubt.asks).unwrap_or(i32::MAX))
+        .bind(millis(wait))
+        .execute(work.on())
+        .await?;
+    Ok(work.commit().await?)
 }
 
 /// One doubt, locked.

@@ -67,7 +67,7 @@ statements! {
     audit, beat, claim, complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
     moves, next_due, part_exists, promote, publish, publish_checked, pull, replay, resolution, retain_preview, roles,
     settle_open, settle_part, starts, suspects, unrouted,
-    list, show_attempts, show_records, subscriptions, stranded, waiting,
+    list, show_attempts, show_records, subscriptions, stranded, unanswered, waiting,
 }
 
 impl Sql {
@@ -472,9 +472,13 @@ impl Store for PgStore {
         &self,
         subscriptions: &[SubscriptionId],
         limit: u32,
-        put_off: Duration,
+        hold: Duration,
     ) -> Result<Vec<Doubtful>, Error> {
-        doubt::doubts(self, subscriptions, limit, put_off).await
+        doubt::doubts(self, subscriptions, limit, hold).await
+    }
+
+    async fn unanswered(&self, doubt: &Doubtful, wait: Duration) -> Result<(), Error> {
+        doubt::unanswered(self, doubt, wait).await
     }
 
     async fn answer(&self, answered: &Answered) -> Result<bool, Error> {

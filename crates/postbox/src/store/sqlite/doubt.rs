@@ -30,7 +30,7 @@ pub(super) async fn doubts(
     store: &SqliteStore,
     subscriptions: &[SubscriptionId],
     limit: u32,
-    put_off: Duration,
+    hold: Duration,
 ) -> Result<Vec<Doubtful>, Error> {
     let subscriptions = json_of(subscriptions)?;
     // Mostly there are none: looking does not need the writer.
@@ -41,16 +41,11 @@ pub(super) async fn doubts(
     let mut work = store.write().await?;
     let due = ask().fetch_all(work.on()).await?;
     sqlx::query(
-        // Not later than when a "no" can be believed.
-        "update postbox_delivery
-         set asks = asks + 1, ask_at = min(
-             c.now + min(?2 * (1 << min(asks, 20)), 900000),
-             iif(quiet_at > c.now, quiet_at, 9223372036854775807))
-         from postbox_clock c
+        "update postbox_delivery set ask_at = c.now + ?2 from postbox_clock c
          where id in (select value from json_each(?1))",
     )
     .bind(json_of(&due.iter().map(|d| d.id).collect::<Vec<_>>())?)
-    .bind(millis(put_off).min(900_000))
+    .bind(millis(hold))
     .execute(work.on())
     .await?;
     let envelopes = messages(work.on(), &due.iter().map(|d| d.message).collect::<Vec<_>>()).await?;
@@ -66,6 +61,24 @@ pub(super) async fn doubts(
         envelope: envelopes.get(&d.message).cloned(),
     });
     Ok(doubtful.collect())
+}
+
+pub(super) async fn unanswered(store: &SqliteStore, doubt: &Doubtful, wait: Duration) -> Result<(), Error> {
+    let mut work = store.write().await?;
+    sqlx::query(
+        // Not later than when a "no" can be believed. Another worker may have told of this ask.
+        "update postbox_delivery
+         set asks = asks + 1, ask_at = min(c.now + ?4, iif(quiet_at > c.now, quiet_at, 9223372036854775807))
+         from postbox_clock c
+         where id = ?1 and rev = ?2 and asks = ?3 and state = 'in_doubt'",
+    )
+    .bind(doubt.delivery)
+    .bind(doubt.rev)
+    .bind(doubt.asks)
+    .bind(millis(wait))
+    .execute(work.on())
+    .await?;
+    work.commit().await
 }
 
 row! {

@@ -333,9 +333,13 @@ impl Store for SqliteStore {
         &self,
         subscriptions: &[SubscriptionId],
         limit: u32,
-        put_off: Duration,
+        hold: Duration,
     ) -> Result<Vec<Doubtful>, Error> {
-        doubt::doubts(self, subscriptions, limit, put_off).await
+        doubt::doubts(self, subscriptions, limit, hold).await
+    }
+
+    async fn unanswered(&self, doubt: &Doubtful, wait: Duration) -> Result<(), Error> {
+        doubt::unanswered(self, doubt, wait).await
     }
 
     async fn answer(&self, answered: &Answered) -> Result<bool, Error> {

@@ -30,8 +30,8 @@ fn answered(item: &Item, answer: Answer) -> Answered {
 async fn a_doubt_is_asked_about_by_one_at_a_time() {
     let shop = Shop::new().await;
     let (item, _) = in_doubt(&shop, operation()).await;
-    let put_off = Duration::from_secs(60);
-    let ask = async || shop.store.doubts(&[item.subscription], 10, put_off).await.expect("looks");
+    let hold = Duration::from_secs(60);
+    let ask = async || shop.store.doubts(&[item.subscription], 10, hold).await.expect("looks");
     let wait = async || shop.count("select ask_at - now from postbox_delivery cross join postbox_clock").await;
     let due = ask().await;
     assert_eq!(due.len(), 1);
@@ -39,14 +39,37 @@ async fn a_doubt_is_asked_about_by_one_at_a_time() {
     assert!(due[0].envelope.is_some() && due[0].word.is_none());
     assert!(ask().await.is_empty());
     assert!((30_001..=60_000).contains(&wait().await));
+    // That worker dies: nothing grows by it.
+    shop.run("update postbox_delivery set ask_at = 0").await;
+    assert_eq!(ask().await[0].asks, 0);
+    assert!((30_001..=60_000).contains(&wait().await));
+    assert!(shop.store.doubts(&[], 10, hold).await.expect("looks").is_empty());
+}
+
+#[tokio::test]
+async fn an_ask_that_taught_nothing_puts_off_the_next_one_once() {
+    let shop = Shop::new().await;
+    let (item, _) = in_doubt(&shop, operation()).await;
+    let ask = async || shop.store.doubts(&[item.subscription], 10, Duration::from_secs(60)).await.expect("looks");
+    let wait = async || shop.count("select ask_at - now from postbox_delivery cross join postbox_clock").await;
+    let quiet = async || shop.count("select quiet_at - ask_at from postbox_delivery").await;
+    let due = ask().await.remove(0);
+    let later = Duration::from_secs(300);
+    shop.store.unanswered(&due, later).await.expect("waits");
+    assert_eq!(quiet().await, 0, "not past the quiet period, after which a no is believed");
     shop.run("update postbox_delivery set ask_at = 0, quiet_at = 0").await;
-    let due = ask().await;
-    assert!(due[0].asks == 1 && due[0].quiet);
-    assert!((60_001..=120_000).contains(&wait().await), "twice as long");
-    shop.run("update postbox_delivery set ask_at = 0, asks = 1000").await;
-    ask().await;
-    assert!((800_000..=900_000).contains(&wait().await), "a quarter of an hour at most");
-    assert!(shop.store.doubts(&[], 10, put_off).await.expect("looks").is_empty());
+    let due = ask().await.remove(0);
+    assert!(due.asks == 1 && due.quiet);
+    shop.store.unanswered(&due, later).await.expect("waits");
+    assert!((200_000..=300_000).contains(&wait().await));
+    shop.store.unanswered(&due, 2 * later).await.expect("looks");
+    assert!(wait().await <= 300_000, "another worker that asked at the same time tells nothing new");
+    shop.run("update postbox_delivery set ask_at = 0").await;
+    let due = ask().await.remove(0);
+    assert_eq!(due.asks, 2);
+    shop.store.answer(&Answered { rev: due.rev, ..answered(&item, Answer::Happened) }).await.expect("answers");
+    shop.store.unanswered(&due, later).await.expect("looks");
+    assert_eq!(shop.state(item.delivery).await, State::Succeeded);
 }
 
 #[tokio::test]

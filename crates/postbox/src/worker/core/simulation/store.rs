@@ -102,7 +102,8 @@ pub(super) enum Verb {
     Revive { worker: Uuid, lease: Duration, declares: bool },
     Retire { worker: Uuid },
     TakeOver { dead: Option<Uuid>, draw: f64 },
-    Doubts { subscriptions: Vec<SubscriptionId>, put_off: Duration },
+    Doubts { subscriptions: Vec<SubscriptionId>, hold: Duration },
+    Unanswered { doubt: Box<Doubtful>, wait: Duration },
     Answer(Box<Answered>),
     Observe(Vec<Observation>),
 }
@@ -209,7 +210,11 @@ impl Model {
             }
             Verb::TakeOver { dead: None, .. } => Ok(Said::TookOver(false)),
             Verb::TakeOver { dead: Some(dead), draw } => self.take_over(*dead, *draw, now),
-            Verb::Doubts { subscriptions, put_off } => Ok(Said::Doubts(self.doubts(subscriptions, *put_off, now))),
+            Verb::Doubts { subscriptions, hold } => Ok(Said::Doubts(self.doubts(subscriptions, *hold, now))),
+            Verb::Unanswered { doubt, wait } => {
+                self.unanswered(doubt, *wait, now);
+                Ok(Said::Nothing)
+            }
             Verb::Answer(answered) => {
                 let asked = self.doubt(answered.delivery).is_some_and(|d| d.rev == answered.rev);
                 if asked {
@@ -383,32 +388,36 @@ impl Model {
         Ok(Said::TookOver(true))
     }
 
-    fn doubts(&mut self, subscriptions: &[SubscriptionId], put_off: Duration, now: Duration) -> Vec<Doubtful> {
+    fn doubts(&mut self, subscriptions: &[SubscriptionId], hold: Duration, now: Duration) -> Vec<Doubtful> {
         let mut due = Vec::new();
         for row in self.rows.values_mut().filter(|r| subscriptions.contains(&r.subscription)) {
             let Place::Doubt { quiet_at, ask_at, asks, word } = &mut row.place else { continue };
             if *ask_at > now || due.len() >= 10 {
                 continue;
             }
-            let quiet = *quiet_at <= now;
-            *ask_at = now + (put_off * (1 << (*asks).min(20))).min(Duration::from_secs(900));
-            if !quiet {
-                *ask_at = (*ask_at).min(*quiet_at);
-            }
-            *asks += 1;
+            *ask_at = now + hold;
             let word = word.then(|| Word { actor: "ana".into(), reason: "seen".into(), receipt: None });
             due.push(Doubtful {
                 delivery: row.delivery,
                 subscription: row.subscription,
                 rev: row.rev,
                 attempts: row.attempts,
-                quiet,
-                asks: *asks - 1,
+                quiet: *quiet_at <= now,
+                asks: *asks,
                 word,
                 envelope: None,
             });
         }
         due
+    }
+
+    fn unanswered(&mut self, doubt: &Doubtful, wait: Duration, now: Duration) {
+        let Some(row) = self.rows.get_mut(&doubt.delivery).filter(|row| row.rev == doubt.rev) else { return };
+        let Place::Doubt { quiet_at, ask_at, asks, .. } = &mut row.place else { return };
+        if *asks == doubt.asks {
+            *asks += 1;
+            *ask_at = if *quiet_at > now { (now + wait).min(*quiet_at) } else { now + wait };
+        }
     }
 
     fn doubt(&self, delivery: DeliveryId) -> Option<decide::Doubt> {

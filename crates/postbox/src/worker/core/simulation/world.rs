@@ -343,7 +343,7 @@ impl World {
                 self.ask(at, Verb::TakeOver { dead: None, draw }, Context::Nothing);
             }
             Happening::Ask(at) => {
-                let verb = Verb::Doubts { subscriptions: vec![CHARGE, PAY], put_off: Duration::from_secs(2) };
+                let verb = Verb::Doubts { subscriptions: vec![CHARGE, PAY], hold: Duration::from_secs(4) };
                 self.ask(at, verb, Context::Nothing);
                 self.after(400..700, Happening::Ask(at));
             }

@@ -9,6 +9,7 @@ use crate::lifecycle::{Answer, Kind};
 use crate::operation::{Receipt, Reconciled};
 use crate::store::{Answered, DeliveryId, Doubtful, Speaker, decide};
 use crate::worker::core::{Event, Hold};
+use crate::worker::maintain::ask_again;
 
 impl World {
     pub(super) fn asked(&mut self, at: At, doubt: Doubtful) {
@@ -27,7 +28,10 @@ impl World {
                 (answer, Speaker::Reconcile)
             }
         };
-        let Some(answer) = answer else { return };
+        let Some(answer) = answer else {
+            let wait = ask_again(doubt.asks);
+            return self.ask(at, Verb::Unanswered { doubt: Box::new(doubt), wait }, Context::Nothing);
+        };
         self.hit("reconciled");
         let draw = self.dice.f64();
         self.ask(
