@@ -47,6 +47,29 @@ fn verdict_of(error: &PublishError) -> Verdict {
     }
 }
 
+/// What SQL's refusal means.
+fn verdict_of_sql(error: &sqlx::Error, input: &Input) -> Verdict {
+    let error = error.as_database_error().unwrap_or_else(|| panic!("{}: {error}", input.what));
+    let (code, words) = (error.code().unwrap_or_default().into_owned(), error.message());
+    match code.as_str() {
+        // Invalid text, an untranslatable character, a number out of range: the cast to jsonb.
+        "22P02" | "22P05" | "22003" => Json,
+        "22023" if words.contains("topic") => Topic,
+        "22023" if words.contains("no media type") => ContentType,
+        "22023" if words.contains("nested deeper") => Json,
+        "22023" if words.contains("limit is 1048576") || words.contains("limit is 32768") => TooLarge,
+        "22023"
+            if words.contains("the limit is 255")
+                || words.contains("names of 1 to 255") && input.verdict == TooLong =>
+        {
+            TooLong
+        }
+        "22023" if words.contains("must not be empty") || words.contains("names of 1 to 255") => Empty,
+        "22023" if words.contains("10 years") || words.contains("1 to 1000") => Range,
+        _ => panic!("{}: {code} {words}", input.what),
+    }
+}
+
 async fn through_rust<Db: Testable>() {
     let fresh = Db::fresh().await;
     for input in table() {
@@ -114,27 +137,7 @@ async fn through_sql() {
                 row.try_get::<uuid::Uuid, _>("id").expect("an id");
                 Taken
             }
-            Err(error) => {
-                let error = error.as_database_error().unwrap_or_else(|| panic!("{}: {error}", input.what));
-                let (code, words) = (error.code().unwrap_or_default().into_owned(), error.message());
-                match code.as_str() {
-                    // Invalid text, an untranslatable character, a number out of range: the cast to jsonb.
-                    "22P02" | "22P05" | "22003" => Json,
-                    "22023" if words.contains("topic") => Topic,
-                    "22023" if words.contains("no media type") => ContentType,
-                    "22023" if words.contains("nested deeper") => Json,
-                    "22023" if words.contains("limit is 1048576") || words.contains("limit is 32768") => TooLarge,
-                    "22023"
-                        if words.contains("the limit is 255")
-                            || words.contains("names of 1 to 255") && input.verdict == TooLong =>
-                    {
-                        TooLong
-                    }
-                    "22023" if words.contains("must not be empty") || words.contains("names of 1 to 255") => Empty,
-                    "22023" if words.contains("10 years") || words.contains("1 to 1000") => Range,
-                    _ => panic!("{}: {code} {words}", input.what),
-                }
-            }
+            Err(error) => verdict_of_sql(error, &input),
         };
         assert_eq!(verdict, input.verdict, "{}: {result:?}", input.what);
     }
@@ -156,6 +159,133 @@ async fn through_sql() {
         let found = error.as_database_error().and_then(|e| e.code()).unwrap_or_default().into_owned();
         assert_eq!(found, code, "{call}: {error}");
     }
+}
+
+/// The bulk function takes a JSON text, so each input stands between two good ones in one.
+#[tokio::test]
+async fn through_sql_in_bulk() {
+    let fresh = Postgres::fresh().await;
+    let sql = format!("select id, duplicate from {}.publish_many($1::text::jsonb)", fresh.schema());
+    let stored = format!("select count(*) from {}.message", fresh.schema());
+    let mut before = 0;
+    for input in table() {
+        let text = |value: &str| serde_json::Value::from(value).to_string();
+        let mut fields = vec![format!("\"topic\": {}", text(&input.topic))];
+        let mut say = |name: &str, value: Option<String>| fields.extend(value.map(|v| format!("\"{name}\": {v}")));
+        match &input.bytes {
+            None => say("payload", Some(input.payload.clone())),
+            Some((content_type, bytes)) => {
+                let encoded: String = sqlx::query_scalar("select encode($1, 'base64')")
+                    .bind(bytes)
+                    .fetch_one(&fresh.pool)
+                    .await
+                    .expect("base64");
+                say("body", Some(text(&encoded)));
+                say("content_type", Some(text(content_type)));
+            }
+        }
+        say("key", input.key.as_deref().map(text));
+        say("dedup_key", input.dedup.as_deref().map(text));
+        say("external_id", input.external_id.as_deref().map(text));
+        let headers = input.header.as_ref().map(|(name, value)| serde_json::json!({ name: value }).to_string());
+        say("headers", headers);
+        say("after", input.after.map(|d| text(&format!("{} s", d.as_secs()))));
+        say("max_attempts", input.max_attempts.map(|n| n.to_string()));
+        let good = r#"{"topic": "good", "payload": null}"#;
+        let array = format!("[{good}, {{{}}}, {good}]", fields.join(", "));
+        let result = sqlx::query(sqlx::AssertSqlSafe(sql.as_str())).bind(array).fetch_all(&fresh.pool).await;
+        let verdict = match &result {
+            Ok(rows) => {
+                let ids = rows.iter().map(|row| row.try_get::<uuid::Uuid, _>("id").expect("an id"));
+                assert_eq!(ids.collect::<std::collections::HashSet<_>>().len(), 3, "{}", input.what);
+                before += 3;
+                Taken
+            }
+            Err(error) => verdict_of_sql(error, &input),
+        };
+        assert_eq!(verdict, input.verdict, "{}: {result:?}", input.what);
+        assert_eq!(Postgres::count(&fresh, &stored).await, before, "{}: all or nothing", input.what);
+    }
+    for (array, words) in [
+        ("null", "takes a JSON array"),
+        ("{}", "takes a JSON array"),
+        ("[1]", "message 1 of 1: it is no JSON object"),
+        (r#"[{"topic": "t", "payload": 1}, {"payload": 1}]"#, "message 2 of 2: a topic must not be empty"),
+        (r#"[{"topic": "t", "payload": 1, "dedup": "k"}]"#, "message 1 of 1: there is no `dedup`"),
+        (r#"[{"topic": "t"}]"#, "message 1 of 1: the payload must not be null"),
+        (
+            r#"[{"topic": "t", "payload": 1, "after": "soon"}]"#,
+            "message 1 of 1: invalid input syntax for type interval",
+        ),
+        (r#"[{"topic": "t", "payload": 1, "after": "1 s", "at": "2030-01-01"}]"#, "not both"),
+        (r#"[{"topic": "t", "payload": 1, "at": "infinity"}]"#, "message 1 of 1: the due time is infinity"),
+        (
+            r#"[{"topic": "t", "payload": 1, "max_attempts": 1.5}]"#,
+            "message 1 of 1: invalid input syntax for type integer",
+        ),
+        (r#"[{"topic": "t", "body": "!", "content_type": "a/b"}]"#, "message 1 of 1: invalid symbol"),
+        (
+            r#"[{"topic": "t", "payload": 1, "dedup_key": "k"}, {"topic": "t", "payload": 1, "dedup_key": "k"}]"#,
+            "the dedup key `k` of topic `t` is there twice",
+        ),
+    ] {
+        let result = sqlx::query(sqlx::AssertSqlSafe(sql.as_str())).bind(array).fetch_all(&fresh.pool).await;
+        let error = result.expect_err(array).to_string();
+        assert!(error.contains(words), "{array}: {error}");
+    }
+    let many = format!("[{}]", vec!["1"; 10_001].join(","));
+    let result = sqlx::query(sqlx::AssertSqlSafe(sql.as_str())).bind(many).fetch_all(&fresh.pool).await;
+    let error = result.expect_err("too many").to_string();
+    assert!(error.contains("10001 messages; the limit of one call is 10000"), "{error}");
+    assert_eq!(Postgres::count(&fresh, &stored).await, before, "nothing of all these is stored");
+}
+
+#[tokio::test]
+async fn the_bulk_function_says_what_it_did() {
+    let fresh = Postgres::fresh().await;
+    let many = async |array: serde_json::Value| -> Result<Vec<(i32, uuid::Uuid, bool)>, sqlx::Error> {
+        let sql = format!("select ord, id, duplicate from {}.publish_many($1)", fresh.schema());
+        sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(array).fetch_all(&fresh.pool).await
+    };
+    let said = many(serde_json::json!([
+        { "topic": "t", "payload": { "a": 1 }, "dedup_key": "k" },
+        { "topic": "orders.placed", "payload": { "order_id": 42 }, "key": "42", "correlation_id": "c-1",
+          "headers": { "h": "v" }, "at": "2030-01-01T00:00:00Z", "max_attempts": 3, "occurred_at": "2026-01-01T00:00:00Z" },
+        { "topic": "pictures", "body": "AAEC", "content_type": "image/png" },
+    ]));
+    let said = said.await.expect("publishes");
+    assert_eq!(said.iter().map(|s| (s.0, s.2)).collect::<Vec<_>>(), [(1, false), (2, false), (3, false)]);
+    let (order, _) = fresh.postbox.admin().message(said[1].1).await.expect("it is there");
+    assert_eq!(
+        (order.topic.as_str(), order.key.as_deref(), order.max_attempts),
+        ("orders.placed", Some("42"), Some(3))
+    );
+    assert_eq!((order.correlation_id.as_deref(), order.headers["h"].as_str()), (Some("c-1"), "v"));
+    assert_eq!(order.occurred_at.to_string(), "2026-01-01T00:00:00Z");
+    let due: String = sqlx::query_scalar(sqlx::AssertSqlSafe(format!(
+        "select to_char(due_at at time zone 'UTC', 'YYYY-MM-DD') from {}.message where id = $1",
+        fresh.schema()
+    )))
+    .bind(said[1].1)
+    .fetch_one(&fresh.pool)
+    .await
+    .expect("the message");
+    assert_eq!(due, "2030-01-01");
+    let (picture, _) = fresh.postbox.admin().message(said[2].1).await.expect("it is there");
+    assert_eq!((picture.payload_bytes(), picture.content_type()), ([0, 1, 2].as_slice(), "image/png"));
+
+    let again = many(serde_json::json!([
+        { "topic": "t", "payload": { "b": 1 } }, { "topic": "t", "payload": { "a": 1 }, "dedup_key": "k" },
+    ]));
+    let again = again.await.expect("publishes");
+    assert_eq!((again[0].2, again[1]), (false, (2, said[0].1, true)));
+    let error = many(serde_json::json!([
+        { "topic": "t", "payload": { "c": 1 } }, { "topic": "t", "payload": { "a": 2 }, "dedup_key": "k" },
+    ]));
+    let error = error.await.expect_err("another body").to_string();
+    assert!(error.contains("message 2 of 2") && error.contains("another body"), "{error}");
+    assert_eq!(Postgres::count(&fresh, &format!("select count(*) from {}.message", fresh.schema())).await, 4);
+    assert!(many(serde_json::json!([])).await.expect("nothing").is_empty());
 }
 
 #[tokio::test]

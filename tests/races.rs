@@ -208,6 +208,32 @@ async fn what_commits_late_is_not_passed_over() {
     assert!(first.items[0].delivery < second.items[0].delivery, "the late one has the lower position");
 }
 
+/// Further below the mark of those who claim than a claim looks by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_commits_late_and_far_below_is_swept_up() {
+    let fresh = Postgres::fresh().await;
+    let hand = hand_of(&fresh, Kind::Plain).await;
+    hand.backfill().await;
+    let mut tx = fresh.postbox.store().begin().await.expect("begin");
+    fresh.postbox.publish(tx.connection(), Envelope::json("t", &"first").expect("a draft")).await.expect("publish");
+    publish(&fresh, "t", 1_000).await;
+    let others = hand.claim(2_000).await;
+    assert_eq!(others.items.len(), 1_000, "what has committed");
+    assert!(hand.claim(10).await.items.is_empty());
+    fresh.postbox.store().commit(tx).await.expect("commit");
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    let late = loop {
+        let claimed = hand.claim(10).await;
+        if !claimed.items.is_empty() {
+            break claimed;
+        }
+        assert!(std::time::Instant::now() < deadline, "a sweep comes at least every second here");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert_eq!(late.items.len(), 1);
+    assert!(late.items[0].delivery < others.items[0].delivery);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn history_waits_for_publishers_in_flight() {
     let fresh = Postgres::fresh().await;

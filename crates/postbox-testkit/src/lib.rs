@@ -7,6 +7,7 @@ pub mod bad_input;
 mod child;
 pub mod hand;
 mod login;
+#[cfg(feature = "faults")]
 pub mod planted;
 mod postgres;
 mod remote;

@@ -15,6 +15,7 @@ pub struct Server {
     bin: PathBuf,
     port: u16,
     account: Option<(u32, u32)>,
+    settings: Vec<(String, String)>,
     keeper: Option<Child>,
     folder: tempfile::TempDir,
 }
@@ -36,11 +37,26 @@ pub fn shared_url() -> String {
 }
 
 impl Server {
-    /// Makes a cluster and starts it.
+    /// Makes a cluster and starts it. Crashes of processes are what is tested here, not of the machine:
+    /// it does not wait for its disk.
     ///
     /// # Panics
     /// PostgreSQL's binaries are not installed, or the server does not come up.
     pub fn start() -> Server {
+        let settings = [("fsync", "off"), ("full_page_writes", "off"), ("max_connections", "500")];
+        Server::with(settings.iter().chain(&[("max_prepared_transactions", "20")]))
+    }
+
+    /// One that keeps what it has committed, whatever happens to the machine, with these settings.
+    ///
+    /// # Panics
+    /// As [`start`](Self::start).
+    pub fn durable(settings: &[(&str, &str)]) -> Server {
+        Server::with(settings)
+    }
+
+    fn with<'a>(settings: impl IntoIterator<Item = &'a (&'a str, &'a str)>) -> Server {
+        let settings = settings.into_iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let bin = binaries();
         let account = unprivileged_account();
         let mut builder = tempfile::Builder::new();
@@ -51,7 +67,7 @@ impl Server {
         if let Some((uid, gid)) = account {
             chown(folder.path(), Some(uid), Some(gid)).expect("the folder can be given away");
         }
-        let mut server = Server { bin, port: 0, account, keeper: None, folder };
+        let mut server = Server { bin, port: 0, account, settings, keeper: None, folder };
         let data = server.data();
         let made = server
             .command("initdb")
@@ -103,9 +119,7 @@ impl Server {
             .arg("-D")
             .arg(self.data())
             .args(["-h", "127.0.0.1", "-k", "", "-p", &self.port.to_string()])
-            // Crashes of processes are what is tested here, not of the machine.
-            .args(["-c", "fsync=off", "-c", "full_page_writes=off", "-c", "max_connections=500"])
-            .args(["-c", "max_prepared_transactions=20"])
+            .args(self.settings.iter().flat_map(|(name, value)| ["-c".to_owned(), format!("{name}={value}")]))
             .current_dir(self.folder.path())
             .stdin(Stdio::piped())
             .stdout(log.try_clone().expect("a log file"))

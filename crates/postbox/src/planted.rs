@@ -62,7 +62,7 @@ mod bugs {
         &["postgres::a_settle_counts_once_and_needs_its_lease", "sqlite::a_settle_counts_once_and_needs_its_lease"];
 
     /// All of them.
-    pub const BUGS: [Bug; 31] = [
+    pub const BUGS: [Bug; 32] = [
         decided("call-before-start", "an operation is called before its attempt is committed"),
         decided("start-without-lease", "attempts whose start was fenced are made all the same"),
         decided("no-last-look", "a worker that slept through its lease calls without looking at the clock"),
@@ -122,6 +122,11 @@ mod bugs {
             "sequence-as-cursor",
             "a claim goes on from the highest position that was settled",
             &["what_commits_late_is_not_passed_over"],
+        ),
+        raced(
+            "no-sweep",
+            "a claim never looks again at what lies far below its mark",
+            &["what_commits_late_and_far_below_is_swept_up"],
         ),
         raced(
             "backfill-without-waiting",

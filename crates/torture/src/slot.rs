@@ -18,6 +18,8 @@ use crate::fault::{Fault, Kind, PUBLISHER_POINTS, PULLER_POINTS, WORKER_POINTS};
 use crate::plan::Child;
 use crate::round::Round;
 
+/// How long a process runs between two pauses at least.
+const BREATH: Duration = Duration::from_millis(300);
 /// A child that was told to end does it within this.
 const LONGEST_STOP: Duration = Duration::from_secs(40);
 /// An armed child that does not come to its point is killed where it is.
@@ -374,9 +376,16 @@ impl Slot {
         if kill(life.pid, Signal::SIGSTOP).is_err() {
             return;
         }
-        tokio::time::sleep(time).await;
-        let still = self.round.worker_is_there(life.pid).await;
+        // Whatever the database does meanwhile, the pause ends in time, and the process has time to draw
+        // breath before the next one: pauses stay within the assumption.
+        let (sleep, look) = (tokio::time::sleep, self.round.worker_is_there(life.pid));
+        let look = async {
+            sleep(time.saturating_sub(Duration::from_millis(250))).await;
+            tokio::time::timeout(Duration::from_millis(200), look).await.ok().flatten()
+        };
+        let ((), still) = tokio::join!(sleep(time), look);
         kill(life.pid, Signal::SIGCONT).ok();
+        sleep(BREATH).await;
         // On PostgreSQL it was taken over; on SQLite it lives for as long as its process does.
         let wanted = Some(self.round.world.kind == Kind::Sqlite);
         if there == Some(true) && still == wanted {

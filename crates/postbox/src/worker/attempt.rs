@@ -1,8 +1,10 @@
 //! One attempt: resolve the handler, perform, judge, report.
 
 use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::{self, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -10,7 +12,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::core::{Cancel, Ended, Event, Hold};
-use super::{Life, told};
+use super::{Life, Moment, told};
 use crate::context::Context;
 use crate::crash;
 use crate::handler::{self, Call, Failure, Tx};
@@ -121,6 +123,25 @@ pub(super) fn run<Db: Database>(attempt: Attempt<Db>) -> Running {
     Running { fate, abort: task.abort_handle(), hold, operation, started, events }
 }
 
+/// An operation that goes on only within its timeout. Where the process was stopped or its machine was
+/// suspended, a wake-up may come before the cancellation does; what it was about to send then is not sent.
+struct Timely<F> {
+    future: Pin<Box<F>>,
+    called: Moment,
+    timeout: Duration,
+}
+
+impl<F: Future> Future for Timely<F> {
+    type Output = Option<F::Output>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut task::Context<'_>) -> Poll<Self::Output> {
+        if self.called.elapsed() >= self.timeout {
+            return Poll::Ready(None);
+        }
+        self.future.as_mut().poll(context).map(Some)
+    }
+}
+
 /// The end is decided here; a cancellation that comes later is too late.
 fn seal(fate: &AtomicU8) -> bool {
     matches!(fate.compare_exchange(OPEN, SEALED, Ordering::SeqCst, Ordering::SeqCst), Ok(_) | Err(SEALED))
@@ -158,7 +179,16 @@ impl<Db: Database> Attempt<Db> {
             Ok(Err(rejection)) => return Ended::failed(rejection.0, true),
             Err(panic) => return Ended::new(End::Panicked, Some(panic_words(&*panic))),
         };
-        match AssertUnwindSafe(future).catch_unwind().await {
+        let future = AssertUnwindSafe(future).catch_unwind();
+        let ran = match self.kind {
+            Kind::Operation => Timely { future: Box::pin(future), called: Moment::now(), timeout: self.timeout }.await,
+            _ => Some(future.await),
+        };
+        let Some(ran) = ran else {
+            let words = format!("no end after {:.1?}: the process slept through its timeout", self.timeout);
+            return Ended::new(End::TimedOut, Some(words));
+        };
+        match ran {
             Ok(Ran::Plain(Ok(follow_ups))) => match follow_ups.checked(self.max_payload_bytes) {
                 Ok(follow_ups) => Ended { follow_ups, ..Ended::new(End::Succeeded, None) },
                 Err(error) => Ended::failed(format!("a follow-up message cannot be published: {error}"), true),
@@ -343,5 +373,27 @@ pub(super) fn clean_receipt(receipt: Value) -> Value {
     match crate::json::check(&text) {
         Ok(_) => receipt,
         Err(error) => serde_json::json!({ "unstorable": error.to_string() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_operation_that_slept_through_its_timeout_does_not_go_on() {
+        let timeout = Duration::from_secs(60);
+        let sent = Arc::new(AtomicU8::new(0));
+        let send = |called| {
+            let sent = sent.clone();
+            let call = async move { sent.fetch_add(1, Ordering::SeqCst) };
+            Timely { future: Box::pin(call), called, timeout }
+        };
+        assert_eq!(send(Moment::now()).await, Some(0));
+        let long_ago = Moment { instant: Instant::now().checked_sub(timeout).expect("it was up"), ..Moment::now() };
+        assert_eq!(send(long_ago).await, None);
+        let suspended = Moment { wall: std::time::SystemTime::now() - timeout, ..Moment::now() };
+        assert_eq!(send(suspended).await, None, "the monotonic clock stands still while a machine is suspended");
+        assert_eq!(sent.load(Ordering::SeqCst), 1);
     }
 }

@@ -314,9 +314,7 @@ impl Life {
     /// An incarnation that was taken over never believes in its lease again.
     pub(crate) fn is_over(&self, worker: Uuid) -> bool {
         let Ok(current) = self.current.lock().map(|c| *c) else { return true };
-        let wall = current.sent.wall.elapsed().unwrap_or_default();
-        let since = current.sent.instant.elapsed().max(wall);
-        current.worker != worker || ran_out(since, current.lease)
+        current.worker != worker || ran_out(current.sent.elapsed(), current.lease)
     }
 }
 
@@ -335,6 +333,11 @@ pub(crate) struct Moment {
 impl Moment {
     fn now() -> Moment {
         Moment { instant: Instant::now(), wall: SystemTime::now() }
+    }
+
+    /// By the clock that has gone on further.
+    fn elapsed(self) -> Duration {
+        self.instant.elapsed().max(self.wall.elapsed().unwrap_or_default())
     }
 }
 

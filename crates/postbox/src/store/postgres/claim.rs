@@ -1,26 +1,33 @@
 //! Claiming: promote what is due, lease a batch.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use sqlx::Row;
 
-use super::{PgStore, envelope};
+use super::marks::{From, Place};
+use super::{PgStore, envelope, promote};
 use crate::error::Error;
-use crate::store::{ClaimRequest, Claimed, Item};
+use crate::store::{ClaimRequest, Claimed, Item, SubscriptionId};
 
 pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Claimed, Error> {
     let (subscriptions, rooms): (Vec<i32>, Vec<i32>) =
         request.wanted.iter().map(|(id, room)| (*id, i32::try_from(*room).unwrap_or(i32::MAX))).unzip();
     let mut work = store.work().await?;
-    store.query(store.sql.promote).execute(work.on()).await?;
+    promote::promote(store, &mut work).await?;
+    let begun = Instant::now();
+    let froms: Vec<From> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
     let rows = store
         .query(store.sql.claim)
         .bind(request.worker)
         .bind(request.token)
         .bind(subscriptions)
         .bind(rooms)
+        .bind(froms.iter().map(|from| from.after.0).collect::<Vec<_>>())
+        .bind(froms.iter().map(|from| from.after.1).collect::<Vec<_>>())
         .fetch_all(work.on())
         .await?;
+    let took = begun.elapsed();
     let next_due = match rows.is_empty() {
         true => store.query(store.sql.next_due).fetch_optional(work.on()).await?,
         false => None,
@@ -35,6 +42,19 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         store.dynamic(sql).bind(request.worker).execute(work.on()).await?;
     }
     work.commit().await?;
+
+    let mut last: HashMap<SubscriptionId, (Place, u32)> = HashMap::new();
+    for row in &rows {
+        let place = (row.try_get("priority")?, row.try_get("pos")?);
+        let (furthest, taken) = last.entry(row.try_get("subscription")?).or_insert((place, 0));
+        *furthest = place.max(*furthest);
+        *taken += 1;
+    }
+    // Only now: what a lost COMMIT has taken may be there again.
+    for ((subscription, room), from) in request.wanted.iter().zip(froms) {
+        let (place, taken) = last.get(subscription).map_or((None, 0), |(place, taken)| (Some(*place), *taken));
+        store.marks.found(*subscription, from, place, taken >= *room, begun, took);
+    }
 
     let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::with_capacity(rows.len()), next_due: None };
     if let Some(row) = next_due {

@@ -1,5 +1,6 @@
 -- Leases a batch: rows leave ready, and one lease row carries them all.
--- $1 worker, $2 token, $3 subscriptions, $4 how many of each.
+-- $1 worker, $2 token, $3 subscriptions, $4 how many of each, $5 and $6 the priority and the place after
+-- which the claim of each begins.
 with alive as materialized (
     -- The share lock keeps a takeover from missing this lease.
     select w.id from {schema}.worker w
@@ -9,10 +10,11 @@ with alive as materialized (
 picked as materialized (
     select p.subscription, p.priority, p.pos
     from alive
-    cross join unnest($3::int[], $4::int[]) as w(subscription, room)
+    cross join unnest($3::int[], $4::int[], $5::smallint[], $6::bigint[]) as w(subscription, room, priority, pos)
     cross join lateral (
         select r.subscription, r.priority, r.pos from {schema}.ready r
         where r.subscription = w.subscription
+            and (r.priority, r.pos) > (w.priority, w.pos)
         order by r.priority, r.pos
         limit w.room
         for update skip locked
@@ -37,7 +39,7 @@ leased as (
     having pg_catalog.count(*) > 0
     returning batch
 )
-select l.batch, g.delivery, g.subscription, g.message, g.priority, g.attempt, g.lost, g.rev + 1 as rev,
+select l.batch, g.delivery, g.subscription, g.message, g.priority, g.pos, g.attempt, g.lost, g.rev + 1 as rev,
     m.topic, m.key, m.payload::pg_catalog.text as payload, m.body, m.content_type, m.headers::pg_catalog.text as headers,
     (extract(epoch from m.occurred_at) * 1000000::numeric)::bigint as occurred_us,
     m.source, m.external_id, m.correlation_id, m.causation_id, m.max_attempts

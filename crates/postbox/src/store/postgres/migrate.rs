@@ -28,10 +28,11 @@ macro_rules! migration {
     };
 }
 
-pub(super) const MIGRATIONS: [Migration; 3] = [
+pub(super) const MIGRATIONS: [Migration; 4] = [
     migration!("0001", "engine", holds_data: true),
     migration!("0002", "pull", holds_data: false),
     migration!("0003", "roles", holds_data: false),
+    migration!("0004", "publish_many", holds_data: false),
 ];
 
 fn render(text: &str, schema: &str, channel: &str) -> String {

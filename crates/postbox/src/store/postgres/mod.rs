@@ -4,10 +4,12 @@ mod admin;
 mod claim;
 mod doubt;
 mod down;
+mod marks;
 mod migrate;
 mod operate;
 #[cfg(feature = "planted-bugs")]
 mod planted;
+mod promote;
 mod publish;
 mod pull;
 mod register;
@@ -27,6 +29,8 @@ use sqlx::{Connection, PgConnection, Postgres, Row};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
+use self::marks::Marks;
+use self::promote::Promoted;
 use crate::admin::{
     AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
     Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
@@ -95,6 +99,8 @@ pub struct PgStore {
     /// Publishes with the function, one by one: the role may do no more.
     through_function: bool,
     bell: Arc<Bell>,
+    marks: Arc<Marks>,
+    promoted: Arc<Promoted>,
 }
 
 /// Rings when a publisher has told that there is something.
@@ -298,6 +304,8 @@ impl Store for PgStore {
             wake_ups: settings.wake_ups()?,
             through_function: settings.publish_through_function()?,
             bell: Arc::default(),
+            marks: Arc::default(),
+            promoted: Arc::default(),
         };
         store.through_function |= !roles::may_insert(&store).await?;
         Ok(store)

@@ -1,7 +1,11 @@
--- Moves what is due from scheduled to the end of ready.
+-- Moves what is due from scheduled to the end of ready. $1 milliseconds: only what came due since then;
+-- null: all.
 with due as materialized (
     select s.delivery from {schema}.scheduled s
     where s.due_at <= pg_catalog.statement_timestamp()
+        and s.due_at > coalesce(
+            pg_catalog.statement_timestamp() - interval '1 millisecond' * $1::bigint::double precision,
+            timestamp with time zone '-infinity')
     order by s.due_at
     limit 1000
     for update skip locked

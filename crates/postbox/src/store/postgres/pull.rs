@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::{PgStore, envelope};
+use super::{PgStore, envelope, promote};
 use crate::error::Error;
 use crate::lifecycle::Kind;
 use crate::store::{Completion, Fate, Item, LeaseRef, Move, PullRequest, PulledOne, SubscriptionId, policy_of};
@@ -49,7 +49,7 @@ pub(super) async fn admit(caller: &mut PgConnection) -> Result<(), Error> {
 
 pub(super) async fn pull(store: &PgStore, request: PullRequest) -> Result<Option<PulledOne>, Error> {
     let mut work = store.work().await?;
-    store.query(store.sql.promote).execute(work.on()).await?;
+    promote::promote(store, &mut work).await?;
     let row = store
         .query(store.sql.pull)
         .bind(request.worker)

@@ -36,6 +36,7 @@ begin
         join (values
             ('publish', false, array['publisher', 'worker']),
             ('publish_checked', true, array['publisher', 'worker']),
+            ('publish_many', true, array['publisher', 'worker']),
             ('schema_version', true, array['publisher', 'worker', 'operator', 'viewer']),
             ('record_action', true, array['operator']),
             ('retain', true, array['worker', 'operator']),

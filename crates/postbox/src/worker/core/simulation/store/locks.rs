@@ -98,7 +98,11 @@ impl Model {
                 locks.workers.push((worker, EXCLUSIVE));
                 return Some(locks);
             }
-            Verb::Revive { .. } | Verb::Doubts { .. } | Verb::Unanswered { .. } | Verb::Answer(_) | Verb::Observe(_) => {}
+            Verb::Revive { .. }
+            | Verb::Doubts { .. }
+            | Verb::Unanswered { .. }
+            | Verb::Answer(_)
+            | Verb::Observe(_) => {}
         }
         if self.waits(&locks) {
             return None;

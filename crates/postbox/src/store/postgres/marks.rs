@@ -1,0 +1,140 @@
+//! Low-water marks: what lies below was claimed, so a claim does not walk over it again. What is dead
+//! there stays in the index for as long as some old transaction might see it.
+//!
+//! A transaction that commits late can leave deliveries below a mark, and so can a claim that was rolled
+//! back. Those a little below are found at once, because a claim begins [`SLACK`] places below its mark;
+//! the others by a sweep from the start, every [`SWEEP`] or twenty times as long as the last one took,
+//! and at least every [`SWEEP_MOST`].
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use crate::planted::planted;
+use crate::store::SubscriptionId;
+
+/// How far below its mark a claim begins.
+const SLACK: i64 = 500;
+/// The least time between two sweeps, how many times as long as a sweep the pause is, and the most time.
+const SWEEP: Duration = Duration::from_secs(1);
+const SWEEP_SHARE: u32 = 20;
+const SWEEP_MOST: Duration = Duration::from_secs(30);
+
+/// A place in the ready order of a subscription.
+pub(super) type Place = (i16, i64);
+/// Before all places.
+const START: Place = (i16::MIN, i64::MIN);
+
+/// One for each subscription, for all who claim in this process. Priorities share it: all are 0 so far.
+#[derive(Debug, Default)]
+pub(super) struct Marks(Mutex<HashMap<SubscriptionId, Mark>>);
+
+#[derive(Debug)]
+struct Mark {
+    /// The last that was claimed, with nothing left before it that could be seen.
+    place: Place,
+    swept: Option<Instant>,
+    /// How long the last sweep took.
+    took: Duration,
+}
+
+/// Where a claim begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct From {
+    /// It takes what comes after this.
+    pub(super) after: Place,
+    /// It begins at the start.
+    pub(super) sweeps: bool,
+}
+
+impl Marks {
+    /// Where the next claim of a subscription begins.
+    pub(super) fn from(&self, subscription: SubscriptionId, now: Instant) -> From {
+        let Ok(marks) = self.0.lock() else { return From { after: START, sweeps: true } };
+        match marks.get(&subscription) {
+            Some(mark) if !mark.is_due(now) => {
+                let (priority, pos) = mark.place;
+                From { after: (priority, pos.saturating_sub(SLACK)), sweeps: false }
+            }
+            _ => From { after: START, sweeps: true },
+        }
+    }
+
+    /// What a claim found that began there: the last place it took, and whether it took all it might.
+    pub(super) fn found(
+        &self,
+        subscription: SubscriptionId,
+        from: From,
+        last: Option<Place>,
+        full: bool,
+        begun: Instant,
+        took: Duration,
+    ) {
+        let Ok(mut marks) = self.0.lock() else { return };
+        let mark = marks.entry(subscription).or_insert(Mark { place: START, swept: None, took: Duration::ZERO });
+        match last {
+            // A sweep that stopped early has not seen what comes after.
+            Some(last) if full && from.sweeps => mark.place = last,
+            Some(last) => mark.place = mark.place.max(last),
+            None => {}
+        }
+        if from.sweeps {
+            (mark.swept, mark.took) = (Some(begun + took), took);
+        }
+    }
+}
+
+impl Mark {
+    fn is_due(&self, now: Instant) -> bool {
+        if planted!("no-sweep") && self.swept.is_some() {
+            return false;
+        }
+        let pause = self.took.saturating_mul(SWEEP_SHARE).clamp(SWEEP, SWEEP_MOST);
+        self.swept.is_none_or(|swept| now.saturating_duration_since(swept) >= pause)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_claim_begins_a_little_below_what_was_claimed() {
+        let (marks, now) = (Marks::default(), Instant::now());
+        let from = marks.from(1, now);
+        assert!(from.sweeps && from.after == START, "nothing is known yet");
+        marks.found(1, from, Some((0, 9_000)), true, now, MS);
+        assert_eq!(marks.from(1, now), From { after: (0, 8_500), sweeps: false });
+        assert!(marks.from(2, now).sweeps, "another one has a mark of its own");
+        marks.found(1, marks.from(1, now), None, false, now, MS);
+        assert_eq!(marks.from(1, now).after, (0, 8_500), "nothing found, nothing learnt");
+    }
+
+    #[test]
+    fn a_sweep_that_stops_early_takes_the_mark_back() {
+        let (marks, now) = (Marks::default(), Instant::now());
+        marks.found(1, marks.from(1, now), Some((0, 9_000)), true, now, MS);
+        let later = now + SWEEP + MS;
+        let from = marks.from(1, later);
+        assert!(from.sweeps);
+        // A late commit left many below: the next claim goes on behind the last that was taken.
+        marks.found(1, from, Some((0, 700)), true, later, MS);
+        assert_eq!(marks.from(1, later).after, (0, 200));
+        marks.found(1, marks.from(1, later), Some((0, 800)), false, later, MS);
+        assert_eq!(marks.from(1, later).after, (0, 300));
+    }
+
+    #[test]
+    fn sweeps_come_more_seldom_when_they_take_long_but_do_come() {
+        let (marks, now) = (Marks::default(), Instant::now());
+        marks.found(1, marks.from(1, now), Some((0, 9_000)), false, now, 100 * MS);
+        let done = now + 100 * MS;
+        assert!(!marks.from(1, done + 1_999 * MS).sweeps);
+        assert!(marks.from(1, done + 2_000 * MS).sweeps);
+        marks.found(1, marks.from(1, done + 2_000 * MS), None, false, done, Duration::from_secs(100));
+        let done = done + Duration::from_secs(100);
+        assert!(!marks.from(1, done + SWEEP_MOST - MS).sweeps && marks.from(1, done + SWEEP_MOST).sweeps);
+    }
+}
