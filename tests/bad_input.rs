@@ -2,6 +2,7 @@
 //! and SQL; the command's `--jsonl` in its own tests. The verdicts are the same.
 
 use postbox::{Draft, Envelope, Error, JsonError, Postgres, PublishError, Sqlite, TopicError};
+use postbox::store::Store;
 use postbox_testkit::Testable;
 use postbox_testkit::bad_input::{Input, Verdict, table};
 use sqlx::Row;
@@ -318,7 +319,40 @@ async fn the_sql_function_says_what_it_did() {
     .await
     .expect("the function");
     let inline = include_str!("../crates/postbox/src/store/postgres/publish.sql").replace("{schema}", &schema);
-    assert_eq!(body.trim(), inline.trim(), "publish_batch and publish.sql have drifted apart: add a migration");
+    assert!(body.contains(inline.trim()), "publish_batch and publish.sql have drifted apart: add a migration");
+    // The short way: its parameters are the function's arguments there.
+    let checked: String = sqlx::query_scalar(sqlx::AssertSqlSafe(format!(
+        "select prosrc from pg_proc where pronamespace = '{schema}'::regnamespace and proname = 'publish_checked'"
+    )))
+    .fetch_one(&fresh.pool)
+    .await
+    .expect("the function");
+    let short = include_str!("../crates/postbox/src/store/postgres/publish_one.sql").replace("{schema}", &schema);
+    for line in short.lines().filter(|line| !line.contains('$') && !line.starts_with("--")) {
+        assert!(checked.contains(line.trim()), "publish_checked and publish_one.sql have drifted apart: {line}");
+    }
+    // Both ways were gone: a topic whose routes are stored takes the short one, and delivers the same.
+    let worker = fresh
+        .postbox
+        .worker(postbox::Router::new().on("short.way", postbox::handler(async || {}).named("short")))
+        .start()
+        .await
+        .expect("starts");
+    worker.stop(None).await.expect("stops");
+    let deliveries = async |id: uuid::Uuid| fresh.postbox.admin().message(id).await.expect("it is there").1.len();
+    let long = publish("'short.way', '1'").await.expect("publish");
+    fresh.postbox.store().learn_routes(&["short.way".to_owned()]).await.expect("learns");
+    let short = publish("'short.way', '2', key => 'k', correlation_id => 'c-2', occurred_at => '2026-01-01'");
+    let short = short.await.expect("publish");
+    let inline = fresh.postbox.publish_now([Envelope::raw("short.way", "3").expect("json").key("k")]).await;
+    let inline = inline.expect("publish")[0].id;
+    for (id, payload) in [(long, "1"), (short, "2"), (inline, "3")] {
+        assert_eq!(deliveries(id).await, 1, "{payload}");
+        assert_eq!(fresh.postbox.admin().message(id).await.expect("it is there").0.payload_json(), Some(payload));
+    }
+    let (stored, _) = fresh.postbox.admin().message(short).await.expect("it is there");
+    assert_eq!((stored.key.as_deref(), stored.correlation_id.as_deref()), (Some("k"), Some("c-2")));
+    assert_eq!(stored.occurred_at.to_string(), "2026-01-01T00:00:00Z");
 }
 
 #[tokio::test]

@@ -174,7 +174,7 @@ fn all_succeeded(worker: Uuid, claimed: &Claimed) -> Settle {
 
 /// Claims in front of a big backlog beside claims in front of a small one, and a worker's memory.
 pub(crate) async fn backlog(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
-    let big = if extent.long { 5_000_000 } else { extent.messages * 5 };
+    let big = if extent.long { 5_000_000 } else { 50_000.max(extent.messages * 5) };
     let (small_claims, _) = in_front_of(site, CLAIMS * CLAIMED as usize + 10_000).await?;
     let (big_claims, memory) = in_front_of(site, big).await?;
     let p99 = |claims: &[f64]| percentile(claims, 0.99);

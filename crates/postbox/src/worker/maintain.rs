@@ -21,8 +21,12 @@ use crate::router::Route;
 use crate::store::decide::believed;
 use crate::store::{Answered, Claimed, Database, Doubtful, Registration, Speaker, Store, SubscriptionId};
 
-/// How often it looks, give or take a fifth.
+/// How often it looks, give or take a fifth: six times in a lease, within these bounds.
 const ROUND: Duration = Duration::from_secs(1);
+const LONGEST_ROUND: Duration = Duration::from_secs(5);
+/// The shortest and the longest pause between two looks for doubts; it grows while there are none.
+const ASK_ROUND: Duration = Duration::from_millis(500);
+const LONGEST_ASK_ROUND: Duration = Duration::from_secs(3);
 /// The first wait between two asks about the same doubt, and the longest one.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 const ASK_AGAIN_MOST: Duration = Duration::from_secs(900);
@@ -35,8 +39,8 @@ const RETAIN: Duration = Duration::from_secs(60);
 const RETAIN_PAUSE: Duration = Duration::from_millis(100);
 /// How long a verb may take before it is tried in the next round.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Every how many rounds routes are learnt anew.
-const LEARN_ROUNDS: u32 = 30;
+/// How often routes are learnt anew.
+const LEARN: Duration = Duration::from_secs(30);
 /// Topics remembered between two rounds.
 const MAX_TOPICS: usize = 1000;
 
@@ -89,13 +93,15 @@ pub(super) fn start<Db: Database>(
     routes: Arc<HashMap<SubscriptionId, Route<Db>>>,
     topics: Arc<Topics>,
 ) -> Keeper {
+    let lease = registration.lease;
     let asker = tokio::spawn(ask(postbox.clone(), registration, routes));
     let remover = tokio::spawn(retain(postbox.clone()));
-    Keeper(vec![tokio::spawn(keep(postbox.store().clone(), topics)), asker, remover])
+    Keeper(vec![tokio::spawn(keep(postbox.store().clone(), topics, lease)), asker, remover])
 }
 
-pub(super) async fn keep<S: Store>(store: S, topics: Arc<Topics>) {
-    let (mut tidied, mut learnt, mut rounds) = (Instant::now(), 0, 0u32);
+pub(super) async fn keep<S: Store>(store: S, topics: Arc<Topics>, lease: Duration) {
+    let round = (lease / 6).clamp(ROUND, LONGEST_ROUND);
+    let (mut tidied, mut learnt, mut known) = (Instant::now(), Instant::now(), 0);
     loop {
         while let Some(Some(taken)) = told("take over", PATIENCE, store.take_over(fastrand::f64())).await {
             tracing::warn!(
@@ -109,16 +115,15 @@ pub(super) async fn keep<S: Store>(store: S, topics: Arc<Topics>) {
         while told("backfill", PATIENCE, store.backfill()).await == Some(true) {}
         // Again now and then: a new routing epoch has outdated what was learnt.
         let seen = topics.all();
-        rounds += 1;
-        let due = seen.len() != learnt || rounds % LEARN_ROUNDS == 0;
+        let due = seen.len() != known || learnt.elapsed() >= LEARN;
         if due && !seen.is_empty() && told("learn routes", PATIENCE, store.learn_routes(&seen)).await.is_some() {
-            learnt = seen.len();
+            (learnt, known) = (Instant::now(), seen.len());
         }
         if tidied.elapsed() >= TIDY {
             tidied = Instant::now();
             while told("tidy", PATIENCE, store.tidy()).await.is_some_and(|removed| removed >= 1000) {}
         }
-        tokio::time::sleep(ROUND.mul_f64(0.8 + 0.4 * fastrand::f64())).await;
+        tokio::time::sleep(round.mul_f64(0.8 + 0.4 * fastrand::f64())).await;
     }
 }
 
@@ -156,9 +161,10 @@ async fn ask<Db: Database>(
     let longest = routes.values().map(|route| route.declared.timeout).max().unwrap_or_default();
     let hold = ASK_AGAIN.saturating_add(longest);
     let worker = registration.name;
+    let mut pause = ASK_ROUND;
     loop {
         let due = told("ask", PATIENCE, store.doubts(&able, ASKS, hold)).await.unwrap_or_default();
-        let more = due.len() >= ASKS as usize;
+        let (found, more) = (!due.is_empty(), due.len() >= ASKS as usize);
         let asks = due.into_iter().map(async |doubt| {
             let Some(route) = routes.get(&doubt.subscription) else { return };
             crash::point("reconciling");
@@ -174,7 +180,8 @@ async fn ask<Db: Database>(
         });
         futures_util::future::join_all(asks).await;
         if !more {
-            tokio::time::sleep(ROUND.mul_f64(0.4 + 0.2 * fastrand::f64())).await;
+            pause = if found { ASK_ROUND } else { (pause * 2).min(LONGEST_ASK_ROUND) };
+            tokio::time::sleep(pause.mul_f64(0.8 + 0.4 * fastrand::f64())).await;
         }
     }
 }

@@ -468,7 +468,7 @@ async fn keep<S: Store>(
     mut stopped: watch::Receiver<()>,
 ) {
     // Programs that only pull have no other worker that would do this.
-    let house = tokio::spawn(maintain::keep(shared.store.clone(), shared.topics.clone()));
+    let house = tokio::spawn(maintain::keep(shared.store.clone(), shared.topics.clone(), shared.lease));
     let (mut pause, mut next) = (FIRST_LOOK, None);
     loop {
         tokio::select! {

@@ -28,20 +28,49 @@ macro_rules! migration {
     };
 }
 
-pub(super) const MIGRATIONS: [Migration; 4] = [
+pub(super) const MIGRATIONS: [Migration; 5] = [
     migration!("0001", "engine", holds_data: true),
     migration!("0002", "pull", holds_data: false),
     migration!("0003", "roles", holds_data: false),
     migration!("0004", "publish_many", holds_data: false),
+    migration!("0005", "publish_one", holds_data: false),
 ];
 
 fn render(text: &str, schema: &str, channel: &str) -> String {
-    text.replace("{publish}", include_str!("publish.sql"))
+    text.replace("{publish}", include_str!("publish.sql").trim_end())
+        .replace("{publish_one}", &publish_one())
         .replace("{duplicates}", include_str!("duplicates.sql"))
         .replace("{roles}", include_str!("roles.sql"))
         .replace("{retain}", include_str!("retain_functions.sql").trim_end())
         .replace("{schema}", schema)
         .replace("{channel}", channel)
+}
+
+/// The short way to publish, as a statement of `publish_checked`: its parameters are that one's arguments.
+fn publish_one() -> String {
+    const ARGUMENTS: [&str; 12] = [
+        "publish_checked.topic",
+        "nullif(publish_checked.key, '')",
+        "text_payload",
+        "publish_checked.headers::pg_catalog.text",
+        "(extract(epoch from publish_checked.occurred_at) * 1000000::numeric)",
+        "nullif(publish_checked.source, '')",
+        "nullif(publish_checked.external_id, '')",
+        "nullif(publish_checked.correlation_id, '')",
+        "nullif(publish_checked.causation_id, '')",
+        "publish_checked.max_attempts",
+        "publish_checked.body",
+        "publish_checked.content_type",
+    ];
+    let text = include_str!("publish_one.sql").lines().filter(|line| !line.starts_with("--"));
+    let text = text.collect::<Vec<_>>().join("\n");
+    // The last first: `$1` is the beginning of `$12`.
+    let text = ARGUMENTS
+        .iter()
+        .enumerate()
+        .rev()
+        .fold(text, |text, (n, argument)| text.replace(&format!("${}", n + 1), argument));
+    format!("{text} into new_id, told;")
 }
 
 fn head(schema: &str) -> String {

@@ -20,6 +20,7 @@ mod settle;
 mod takeover;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -69,7 +70,7 @@ macro_rules! statements {
 }
 statements! {
     audit, beat, claim, complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
-    moves, next_due, part_exists, promote, publish, publish_checked, pull, replay, resolution, retain_preview, roles,
+    look, moves, next_due, part_exists, promote, publish, publish_checked, publish_one, pull, replay, resolution, retain_preview, roles,
     settle_open, settle_part, starts, suspects, unrouted,
     list, show_attempts, show_records, subscriptions, stranded, unanswered, waiting,
 }
@@ -101,6 +102,8 @@ pub struct PgStore {
     bell: Arc<Bell>,
     marks: Arc<Marks>,
     promoted: Arc<Promoted>,
+    /// The last claim found nothing, and nobody has rung since.
+    calm: Arc<AtomicBool>,
 }
 
 /// Rings when a publisher has told that there is something.
@@ -306,6 +309,7 @@ impl Store for PgStore {
             bell: Arc::default(),
             marks: Arc::default(),
             promoted: Arc::default(),
+            calm: Arc::default(),
         };
         store.through_function |= !roles::may_insert(&store).await?;
         Ok(store)
@@ -416,6 +420,7 @@ impl Store for PgStore {
 
     async fn woken(&self) {
         self.bell.rung.notified().await;
+        self.calm.store(false, Ordering::Relaxed);
     }
 
     async fn claim(&self, request: &ClaimRequest) -> Result<Claimed, Error> {

@@ -27,6 +27,18 @@ impl Promoted {
         })
     }
 
+    /// How far back this look has to go, in milliseconds; `None`: to the start.
+    pub(super) fn recent(&self, now: Instant) -> Option<i64> {
+        if self.is_due(now) { None } else { Some(super::millis(RECENT)) }
+    }
+
+    /// A look went back to the start, and left nothing behind.
+    pub(super) fn swept(&self, begun: Instant, took: Duration) {
+        if let Ok(mut swept) = self.0.lock() {
+            *swept = Some((begun + took, took));
+        }
+    }
+
     /// Something may be left behind: the next look is from the start.
     fn again(&self) {
         if let Ok(mut swept) = self.0.lock() {
@@ -38,13 +50,12 @@ impl Promoted {
 /// Moves up to a thousand.
 pub(super) async fn promote(store: &PgStore, work: &mut Work) -> Result<(), Error> {
     let begun = Instant::now();
-    let sweeps = store.promoted.is_due(begun);
-    let recent = if sweeps { None } else { Some(super::millis(RECENT)) };
+    let recent = store.promoted.recent(begun);
     let moved = store.query(store.sql.promote).bind(recent).execute(work.on()).await?.rows_affected();
     if moved >= MOST {
         store.promoted.again();
-    } else if sweeps && let Ok(mut swept) = store.promoted.0.lock() {
-        *swept = Some((Instant::now(), begun.elapsed()));
+    } else if recent.is_none() {
+        store.promoted.swept(begun, begun.elapsed());
     }
     Ok(())
 }

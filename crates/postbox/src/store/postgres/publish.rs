@@ -75,6 +75,11 @@ pub(super) async fn publish(
     if store.through_function {
         return through_function(connection, store, drafts).await;
     }
+    if let [draft] = drafts
+        && let Some(stored) = short_way(connection, store, draft).await?
+    {
+        return Ok(vec![stored]);
+    }
     let mut stored: Vec<Option<Stored>> = vec![None; drafts.len()];
     // A dedup row may expire between the two looks; then its message is published after all.
     for _ in 0..5 {
@@ -121,6 +126,35 @@ pub(super) async fn publish(
         .into_iter()
         .map(|s| s.ok_or_else(|| sqlx::Error::Protocol("a dedup key keeps changing hands; try again".into()).into()))
         .collect()
+}
+
+/// One message that is due now, where what its topic fans out to is stored: a statement a third as long.
+async fn short_way(
+    connection: &mut PgConnection,
+    store: &PgStore,
+    draft: &Draft,
+) -> Result<Option<Stored>, PublishError> {
+    if draft.dedup.is_some() || draft.due != Due::Now {
+        return Ok(None);
+    }
+    let columns = Columns::of(std::iter::once(draft))?;
+    let row = store
+        .query(store.sql.publish_one)
+        .bind(columns.topics[0])
+        .bind(columns.keys[0])
+        .bind(columns.payloads[0])
+        .bind(columns.headers[0].as_deref())
+        .bind(columns.occurred_us[0])
+        .bind(columns.sources[0])
+        .bind(columns.external_ids[0])
+        .bind(columns.correlation_ids[0])
+        .bind(columns.causation_ids[0])
+        .bind(columns.max_attempts[0])
+        .bind(columns.bodies[0])
+        .bind(columns.content_types[0])
+        .fetch_optional(connection)
+        .await?;
+    Ok(row.map(|row| row.try_get("id")).transpose()?.map(Stored::New))
 }
 
 /// What the function takes: it has no settings.
