@@ -8,11 +8,11 @@ with alive as materialized (
     for key share
 ),
 picked as materialized (
-    select p.subscription, p.priority, p.pos
+    select p.place
     from alive
     cross join unnest($3::int[], $4::int[], $5::smallint[], $6::bigint[]) as w(subscription, room, priority, pos)
     cross join lateral (
-        select r.subscription, r.priority, r.pos from {schema}.ready r
+        select r.ctid as place from {schema}.ready r
         where r.subscription = w.subscription
             and (r.priority, r.pos) > (w.priority, w.pos)
         order by r.priority, r.pos
@@ -21,21 +21,18 @@ picked as materialized (
     ) p
 ),
 gone as (
-    delete from {schema}.ready r using picked p
-    where r.subscription = p.subscription and r.priority = p.priority and r.pos = p.pos
+    -- By their places: rows of ready are never updated, these are locked, and no plan can read the whole
+    -- table for them.
+    delete from {schema}.ready r where r.ctid = any (array(select p.place from picked p))
     returning r.*
 ),
 leased as (
     insert into {schema}.lease (token, batch, worker, deliveries, messages, subscriptions, priorities, attempts, losts, revs)
     select $2, pg_catalog.nextval('{schema}.batch_id'), $1,
-        pg_catalog.array_agg(g.delivery order by g.priority, g.pos),
-        pg_catalog.array_agg(g.message order by g.priority, g.pos),
-        pg_catalog.array_agg(g.subscription order by g.priority, g.pos),
-        pg_catalog.array_agg(g.priority order by g.priority, g.pos),
-        pg_catalog.array_agg(g.attempt order by g.priority, g.pos),
-        pg_catalog.array_agg(g.lost order by g.priority, g.pos),
-        pg_catalog.array_agg(g.rev + 1 order by g.priority, g.pos)
-    from gone g
+        pg_catalog.array_agg(g.delivery), pg_catalog.array_agg(g.message), pg_catalog.array_agg(g.subscription),
+        pg_catalog.array_agg(g.priority), pg_catalog.array_agg(g.attempt), pg_catalog.array_agg(g.lost),
+        pg_catalog.array_agg(g.rev + 1)
+    from (select * from gone order by priority, pos) g
     having pg_catalog.count(*) > 0
     returning batch
 )

@@ -1,7 +1,7 @@
 -- Moves what is due from scheduled to the end of ready. $1 milliseconds: only what came due since then;
 -- null: all.
 with due as materialized (
-    select s.delivery from {schema}.scheduled s
+    select s.ctid as place from {schema}.scheduled s
     where s.due_at <= pg_catalog.statement_timestamp()
         and s.due_at > coalesce(
             pg_catalog.statement_timestamp() - interval '1 millisecond' * $1::bigint::double precision,
@@ -11,7 +11,8 @@ with due as materialized (
     for update skip locked
 ),
 gone as (
-    delete from {schema}.scheduled s using due d where s.delivery = d.delivery returning s.*
+    -- As in claim.sql.
+    delete from {schema}.scheduled s where s.ctid = any (array(select d.place from due d)) returning s.*
 )
 insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
 select g.subscription, g.priority, pg_catalog.nextval('{schema}.delivery_id'), g.delivery, g.message, g.attempt, g.lost, g.rev

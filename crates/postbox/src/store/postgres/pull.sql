@@ -7,12 +7,12 @@ with alive as materialized (
     for key share
 ),
 picked as materialized (
-    select p.subscription, p.priority, p.pos
+    select p.place
     from alive
     -- An operation's attempt needs a handler that the engine calls.
     join {schema}.subscription s on s.id = $3 and s.kind <> 'operation'
     cross join lateral (
-        select r.subscription, r.priority, r.pos from {schema}.ready r
+        select r.ctid as place from {schema}.ready r
         where r.subscription = s.id
         order by r.priority, r.pos
         limit 1
@@ -20,8 +20,8 @@ picked as materialized (
     ) p
 ),
 gone as (
-    delete from {schema}.ready r using picked p
-    where r.subscription = p.subscription and r.priority = p.priority and r.pos = p.pos
+    -- As in claim.sql.
+    delete from {schema}.ready r where r.ctid = any (array(select p.place from picked p))
     returning r.*
 ),
 leased as (
