@@ -1,8 +1,8 @@
 //! One table of bad input (in the testkit) through every door: here Rust on PostgreSQL, Rust on SQLite,
 //! and SQL; the command's `--jsonl` in its own tests. The verdicts are the same.
 
-use postbox::{Draft, Envelope, Error, JsonError, Postgres, PublishError, Sqlite, TopicError};
 use postbox::store::Store;
+use postbox::{Draft, Envelope, Error, JsonError, Postgres, PublishError, Sqlite, TopicError};
 use postbox_testkit::Testable;
 use postbox_testkit::bad_input::{Input, Verdict, table};
 use sqlx::Row;

@@ -1,0 +1,223 @@
+//! What things cost in statements, so that a regression shows without a clock. On PostgreSQL: each
+//! statement is a round trip there.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use postbox::lifecycle::Kind;
+use postbox::store::Store;
+use postbox::{Envelope, Failure, OperationFailure, Postgres, Receipt, Router, Tx, handler, operation};
+use postbox_testkit::hand::{Hand, declared, publish};
+use postbox_testkit::{Fresh, Testable};
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
+
+/// Hears of each statement that sqlx has run, in this process.
+struct Ear;
+
+static HEARD: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+struct Statement(Option<String>, Option<String>);
+
+impl Visit for Statement {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        match field.name() {
+            "summary" => self.0 = Some(value.to_owned()),
+            "db.statement" => self.1 = Some(value.to_owned()),
+            _ => {}
+        }
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        self.record_str(field, &format!("{value:?}"));
+    }
+}
+
+impl Subscriber for Ear {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target() == "sqlx::query"
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        let mut statement = Statement(None, None);
+        event.record(&mut statement);
+        // A short statement is its own summary.
+        let text = statement.1.filter(|text| !text.trim().is_empty()).or(statement.0).unwrap_or_default();
+        if let Ok(mut heard) = HEARD.lock() {
+            heard.push(text);
+        }
+    }
+
+    fn enter(&self, _: &Id) {}
+
+    fn exit(&self, _: &Id) {}
+}
+
+/// One test at a time: all statements of the process are counted, those of this schema at least.
+async fn alone() -> tokio::sync::MutexGuard<'static, ()> {
+    static ONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+    static LISTENS: OnceLock<()> = OnceLock::new();
+    let guard = ONE.lock().await;
+    LISTENS.get_or_init(|| tracing::subscriber::set_global_default(Ear).expect("nobody else listens"));
+    guard
+}
+
+/// What was run meanwhile.
+async fn heard<T>(run: impl Future<Output = T>) -> (T, Vec<String>) {
+    HEARD.lock().expect("it was not poisoned").clear();
+    let result = run.await;
+    (result, std::mem::take(&mut *HEARD.lock().expect("it was not poisoned")))
+}
+
+/// Those that have this in them.
+fn with(statements: &[String], words: &str) -> usize {
+    statements.iter().filter(|s| s.contains(words)).count()
+}
+
+async fn until(fresh: &Fresh<Postgres>, sql: &str, wanted: i64) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while Postgres::count(fresh, sql).await != wanted {
+        assert!(std::time::Instant::now() < deadline, "it is not done");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn publishing_is_one_statement() {
+    let _alone = alone().await;
+    let fresh = Postgres::fresh().await;
+    let routes = Router::new().on("t", handler(async || {}).named("a")).on("t", handler(async || {}).named("b"));
+    fresh.postbox.worker(routes).start().await.expect("starts").stop(None).await.expect("stops");
+    let mut tx = fresh.pool.begin().await.expect("begins");
+    let one = |n: u32| Envelope::json("t", &n).expect("a draft");
+    // What the topic fans out to is not stored yet: the short way finds nothing.
+    let (_, before) = heard(fresh.postbox.publish(&mut tx, one(1))).await;
+    assert_eq!(before.len(), 2, "{before:#?}");
+    tx.commit().await.expect("commits");
+    fresh.postbox.store().learn_routes(&["t".into()]).await.expect("learns");
+    let mut tx = fresh.pool.begin().await.expect("begins");
+    let (published, after) = heard(fresh.postbox.publish(&mut tx, one(2))).await;
+    published.expect("publishes");
+    assert_eq!(after.len(), 1, "{after:#?}");
+    let (published, many) = heard(fresh.postbox.publish_all(&mut tx, (0..1000).map(one))).await;
+    assert_eq!((published.expect("publishes").len(), many.len()), (1000, 1), "{many:#?}");
+    tx.commit().await.expect("commits");
+    let sql = format!("select count(*) from {}.ready", fresh.schema());
+    assert_eq!(Postgres::count(&fresh, &sql).await, 2 * 1002);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_is_one_statement_for_a_batch_and_a_look_is_one_for_nothing() {
+    let _alone = alone().await;
+    let fresh = Postgres::fresh().await;
+    let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
+    publish(&fresh, "t", 300).await;
+    let (claimed, claim) = heard(hand.claim(300)).await;
+    assert_eq!(claimed.items.len(), 300);
+    // BEGIN, what is due, the claim, whether a peer sleeps, COMMIT.
+    assert!(claim.len() <= 5, "{claim:#?}");
+    let (empty, _) = heard(hand.claim(300)).await;
+    assert!(empty.items.is_empty());
+    let (empty, look) = heard(hand.claim(300)).await;
+    assert!(empty.items.is_empty());
+    assert_eq!(look.len(), 3, "BEGIN, the look, ROLLBACK: {look:#?}");
+    publish(&fresh, "t", 1).await;
+    assert_eq!(hand.claim(300).await.items.len(), 1, "the look sees what has come");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_plain_deliveries_share_their_statements() {
+    let _alone = alone().await;
+    let fresh = Postgres::fresh().await;
+    let done = Arc::new(AtomicU64::new(0));
+    let routes = || {
+        let done = done.clone();
+        let count = move || {
+            done.fetch_add(1, Ordering::SeqCst);
+            std::future::ready(Ok::<(), Failure>(()))
+        };
+        Router::<Postgres>::new().on("t", handler(count).named("a"))
+    };
+    fresh.postbox.worker(routes()).start().await.expect("starts").stop(None).await.expect("stops");
+    publish(&fresh, "t", 1000).await;
+    let outcomes =
+        format!("select coalesce(sum(cardinality(deliveries)), 0)::bigint from {}.outcome_part", fresh.schema());
+    let drain = async {
+        let worker = fresh.postbox.worker(routes()).concurrency(100).start().await.expect("starts");
+        until(&fresh, &outcomes, 1000).await;
+        worker.stop(None).await.expect("stops");
+    };
+    let ((), statements) = heard(drain).await;
+    let (claims, flushes) = (with(&statements, "Leases a batch"), with(&statements, "One flush of a batch"));
+    // Each claim takes up to 500, each flush what has ended in 50 ms: a slow machine needs more of them.
+    assert!((2..=40).contains(&claims), "{claims} claims");
+    assert!((2..=60).contains(&flushes), "{flushes} flushes");
+    assert_eq!(with(&statements, "Puts deliveries where they go next"), 0, "nothing but first successes");
+    assert_eq!(with(&statements, "Attempts that begin"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn operations_start_in_waves() {
+    let _alone = alone().await;
+    let fresh = Postgres::fresh().await;
+    let routes = || {
+        let charge = operation(async || Ok::<Receipt, OperationFailure>(Receipt::none()));
+        Router::<Postgres>::new().on("t", charge.named("a"))
+    };
+    fresh.postbox.worker(routes()).start().await.expect("starts").stop(None).await.expect("stops");
+    publish(&fresh, "t", 500).await;
+    let outcomes = format!("select count(*) from {}.outcome where state_after = 'succeeded'", fresh.schema());
+    let drain = async {
+        let worker = fresh.postbox.worker(routes()).concurrency(100).start().await.expect("starts");
+        until(&fresh, &outcomes, 500).await;
+        worker.stop(None).await.expect("stops");
+    };
+    let ((), statements) = heard(drain).await;
+    let (starts, moves) =
+        (with(&statements, "Attempts that begin"), with(&statements, "Puts deliveries where they go next"));
+    // Never more than the concurrency in a wave.
+    assert!((5..=100).contains(&starts), "{starts} waves");
+    assert!((5..=100).contains(&moves), "{moves} flushes with outcomes");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transactional_delivery_adds_little_to_its_transaction() {
+    let _alone = alone().await;
+    let fresh = Postgres::fresh().await;
+    let table = fresh.table("effect");
+    Postgres::execute(&fresh, &format!("create table {table} (n bigint generated always as identity)")).await;
+    let insert: Arc<str> = format!("insert into {table} default values").into();
+    let routes = || {
+        let insert = insert.clone();
+        let effect = move |mut tx: Tx<Postgres>| {
+            let insert = insert.clone();
+            async move {
+                sqlx::query(sqlx::AssertSqlSafe(&*insert)).execute(&mut tx).await?;
+                Ok::<(), Failure>(())
+            }
+        };
+        Router::<Postgres>::new().on("t", handler(effect).named("a"))
+    };
+    fresh.postbox.worker(routes()).start().await.expect("starts").stop(None).await.expect("stops");
+    publish(&fresh, "t", 200).await;
+    let drain = async {
+        let worker = fresh.postbox.worker(routes()).concurrency(8).start().await.expect("starts");
+        until(&fresh, &format!("select count(*) from {table}"), 200).await;
+        worker.stop(None).await.expect("stops");
+    };
+    let ((), statements) = heard(drain).await;
+    assert_eq!(with(&statements, "default values"), 200, "the handlers' own");
+    // BEGIN, which transaction it is, the outcome under the lease's lock, COMMIT; claims come on top.
+    let beside = statements.len() - 200;
+    assert!((4 * 200..=4 * 200 + 300).contains(&beside), "{beside} statements beside the handlers' own");
+}
