@@ -124,13 +124,20 @@ async fn a_settle_that_commits_during_a_takeover_is_seen() {
     let schema = fresh.schema();
     // Somebody's lock stops the flush half-way: it has its lease row, and has not committed.
     let mut blocker = fresh.pool.begin().await.expect("begin");
-    let lock = format!("lock table {schema}.outcome in share row exclusive mode");
-    sqlx::raw_sql(sqlx::AssertSqlSafe(lock)).execute(&mut *blocker).await.expect("lock");
+    let item = &claimed.items[0];
+    let same = format!(
+        "insert into {schema}.outcome (delivery, number, kind, state_after, rev, subscription, message, batch, worker,
+             started_at, finished_at)
+         values ({}, 1, 'failed', 'dead', 0, 0, '{}', 0, '{}', now(), now())",
+        item.delivery, item.message, hand.worker
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(same)).execute(&mut *blocker).await.expect("the same key");
     let (store, flush) =
         (hand.store().clone(), Settle { moves: vec![succeeded(&claimed.items[0])], ..hand.flush(&claimed, 0) });
     let settling = tokio::spawn(async move { store.settle(&flush).await });
-    let waits =
-        format!("select count(*) from pg_locks where not granted and relation = '{schema}.outcome'::regclass::oid");
+    let waits = format!(
+        "select count(*) from pg_stat_activity where wait_event = 'transactionid' and query like '%insert into {schema}.outcome %'"
+    );
     until_one(&fresh, "half-way", &waits).await;
     // Meanwhile its worker is taken for dead.
     let dead = format!("update {schema}.worker set expires_at = clock_timestamp() - interval '1 ms'");

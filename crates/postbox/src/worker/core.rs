@@ -344,13 +344,12 @@ impl Core {
         if self.phase != Phase::Working || self.permits.len() >= self.setup.concurrency {
             return;
         }
-        let mut exposed = self.exposed();
-        let mut waiting = VecDeque::with_capacity(self.queue.len());
-        while let Some(hold) = self.queue.pop_front() {
-            if self.permits.len() >= self.setup.concurrency {
-                waiting.push_back(hold);
-                break;
-            }
+        let operations = self.lanes.values().any(|(lane, _)| lane.policy.kind == Kind::Operation);
+        let mut exposed = if operations { self.exposed() } else { HashMap::new() };
+        let mut waiting = Vec::new();
+        while self.permits.len() < self.setup.concurrency
+            && let Some(hold) = self.queue.pop_front()
+        {
             let Some(batch) = self.batches.get_mut(&hold.0) else { continue };
             let (item, slot) = &mut batch.items[hold.1];
             if !matches!(slot, Slot::Queued) {
@@ -365,7 +364,7 @@ impl Core {
             // A message whose worker died may have killed it: such ones run one at a time, on record.
             let suspicious = is_suspect(lane, item);
             if lane.concurrency.is_some_and(|limit| load.running >= limit) || (suspicious && self.suspect.is_some()) {
-                waiting.push_back(hold);
+                waiting.push(hold);
                 continue;
             }
             // What a kill would leave in doubt never passes the concurrency. Attempts that ended in this
@@ -377,7 +376,7 @@ impl Core {
                 };
                 let own = lane.concurrency.unwrap_or(self.setup.concurrency);
                 if besides(None) >= self.setup.concurrency || besides(Some(lane.id)) >= own {
-                    waiting.push_back(hold);
+                    waiting.push(hold);
                     continue;
                 }
                 exposed.entry((hold.0, lane.id)).or_default().open += 1;
@@ -395,8 +394,9 @@ impl Core {
                 commands.push(Command::Run(hold, batch.lease, Box::new(item.clone()), item.attempts + 1));
             }
         }
-        waiting.append(&mut self.queue);
-        self.queue = waiting;
+        for hold in waiting.into_iter().rev() {
+            self.queue.push_front(hold);
+        }
     }
 
     /// Operations on record as begun and without an outcome on record, by batch and subscription.

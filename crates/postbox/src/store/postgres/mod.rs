@@ -71,7 +71,7 @@ macro_rules! statements {
 statements! {
     audit, beat, claim, complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
     look, moves, next_due, part_exists, promote, publish, publish_checked, publish_one, pull, replay, resolution, retain_preview, roles,
-    settle_open, settle_part, starts, suspects, unrouted,
+    settle_open, settle_part, suspects, unrouted,
     list, show_attempts, show_records, subscriptions, stranded, unanswered, waiting,
 }
 

@@ -9,9 +9,10 @@ use uuid::Uuid;
 use super::{BEGIN_DURABLE, PgStore, Work, doubt, micros, millis, publish};
 use crate::crash;
 use crate::error::Error;
+use crate::lifecycle::State;
 use crate::message::{Draft, MAX_WAIT};
 use crate::planted::planted;
-use crate::store::{DeliveryId, Guarded, LeaseRef, Move, Settle, Stored, decide};
+use crate::store::{DeliveryId, Guarded, LeaseRef, Move, OutcomeRecord, Settle, Stored, decide};
 
 /// Which transaction a connection is in.
 const OWN_XID: &str = "select pg_catalog.pg_current_xact_id()::pg_catalog.text as xid";
@@ -27,6 +28,9 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
     // What left the lease without an outcome: the lease does not hold it any more.
     let left = settle.moves.iter().filter(|m| m.outcome.is_none()).map(|m| m.delivery);
     let left = settle.released.iter().map(|i| i.delivery).chain(left);
+    let (deliveries, numbers): (Vec<i64>, Vec<i32>) = settle.starts.iter().map(|(d, n)| (*d, *n as i32)).unzip();
+    // Successes go nowhere: their rows are all there is to write.
+    let done: Vec<(&Move, &OutcomeRecord)> = settle.moves.iter().filter_map(plain_success).collect();
     let held = store
         .query(store.sql.settle_part)
         .bind(lease.token)
@@ -38,6 +42,17 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         .bind(settle.successes.iter().map(|s| s.subscription).collect::<Vec<_>>())
         .bind(settle.successes.iter().map(|s| micros(s.ran)).collect::<Vec<_>>())
         .bind(left.collect::<Vec<_>>())
+        .bind(deliveries)
+        .bind(numbers)
+        .bind(done.iter().map(|(m, _)| m.delivery).collect::<Vec<_>>())
+        .bind(done.iter().map(|(_, o)| o.number as i32).collect::<Vec<_>>())
+        .bind(done.iter().map(|(m, _)| m.rev).collect::<Vec<_>>())
+        .bind(done.iter().map(|(m, _)| m.subscription).collect::<Vec<_>>())
+        .bind(done.iter().map(|(m, _)| m.message).collect::<Vec<_>>())
+        .bind(done.iter().map(|(_, o)| micros(o.ran)).collect::<Vec<_>>())
+        .bind(done.iter().map(|(_, o)| micros(o.ago)).collect::<Vec<_>>())
+        .bind(done.iter().map(|(_, o)| o.receipt.as_ref().map(|r| r.to_string())).collect::<Vec<_>>())
+        .bind(settle.close)
         .fetch_one(work.on())
         .await?;
     if held.try_get::<i64, _>("held")? == 0 {
@@ -50,7 +65,7 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         work.rollback().await?;
         return Ok(Guarded::Done);
     }
-    let mut moves: Vec<Move> = settle.moves.clone();
+    let mut moves: Vec<Move> = settle.moves.iter().filter(|m| plain_success(m).is_none()).cloned().collect();
     moves.extend(settle.released.iter().map(decide::released));
     apply(store, work.on(), &moves, Some(lease)).await?;
     for seen in &settle.seen {
@@ -59,27 +74,19 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
     if !planted!("follow-ups-apart") {
         follow(store, work.on(), &settle.follow_ups).await?;
     }
-    if !settle.starts.is_empty() {
-        let (deliveries, numbers): (Vec<i64>, Vec<i32>) = settle.starts.iter().map(|(d, n)| (*d, *n as i32)).unzip();
-        store
-            .query(store.sql.starts)
-            .bind(deliveries)
-            .bind(numbers)
-            .bind(lease.batch)
-            .bind(lease.worker)
-            .execute(work.on())
-            .await?;
-    }
-    if settle.close {
-        let sql = format!("delete from {}.lease where token = $1", store.schema);
-        store.dynamic(sql).bind(lease.token).execute(work.on()).await?;
-    }
     if settle.successes.is_empty() && settle.moves.is_empty() {
         work.commit().await?;
     } else {
         crash::commit("outcome-commit-sent", work.commit()).await?;
     }
     Ok(Guarded::Done)
+}
+
+/// A success with a row of its own, and with nothing else to it.
+fn plain_success(m: &Move) -> Option<(&Move, &OutcomeRecord)> {
+    let outcome = m.outcome.as_ref()?;
+    let plain = m.standing.state == State::Succeeded && outcome.kind == "succeeded" && outcome.error.is_none();
+    plain.then_some((m, outcome))
 }
 
 /// Writes moves, under a lease or outside of one.

@@ -12,9 +12,9 @@ use crate::planted::planted;
 use crate::store::{Evidence, Item, LeaseRef, Move, Observation, OutcomeRecord, Settle, SubscriptionId, Success};
 
 /// What has ended waits this long for company before it is settled.
-pub(super) const FLUSH_AFTER: Duration = Duration::from_millis(10);
+pub(super) const FLUSH_AFTER: Duration = Duration::from_millis(25);
 /// What has ended is settled at once when it is this many.
-const FLUSH_COUNT: usize = 100;
+const FLUSH_COUNT: usize = 500;
 
 /// The revision of a delivery that is leased for the first time, and was never moved.
 const FIRST_LEASED_REV: i32 = 1;
