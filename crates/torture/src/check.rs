@@ -4,8 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::child::handlers::LATER;
 use crate::history::{Attempt, Call, Delivery, History, Message, Resolved};
-use crate::traffic::{Behind, FLEETING, SUBSCRIPTIONS, Subscribed, follows, is_poison, most_attempts, subscribed};
+use crate::traffic::{Behind, FLEETING, Subscribed, follows, is_poison, most_attempts, subscribed};
 
+mod fan_out;
+#[cfg(test)]
+mod honest;
 pub(crate) mod load;
 
 /// The most lines for one invariant: the first tell enough.
@@ -16,6 +19,7 @@ pub(crate) fn check(history: &History) -> Vec<String> {
     let mut checker = Checker::new(history);
     checker.publishes();
     checker.fan_out();
+    checker.strangers();
     checker.deliveries();
     checker.attempts();
     checker.calls();
@@ -169,40 +173,6 @@ impl<'a> Checker<'a> {
                     "I2",
                     format!("message {} ({}) is there, and nobody published it", message.id, message.ext),
                 );
-            }
-        }
-    }
-
-    /// I1: each message has one delivery per subscription, each in one place.
-    fn fan_out(&mut self) {
-        let mut places: HashMap<i64, u32> = HashMap::new();
-        let mut reached: HashMap<(&str, &str), u32> = HashMap::new();
-        for delivery in &self.history.deliveries {
-            *places.entry(delivery.id).or_default() += 1;
-            // A replay is one more, and checked as such.
-            if delivery.replay_of.is_none() {
-                *reached.entry((&delivery.message, &delivery.subscription)).or_default() += 1;
-            }
-        }
-        for (delivery, count) in places.iter().filter(|(_, count)| **count > 1) {
-            self.broken("I6", format!("delivery {delivery} is in {count} places at once"));
-        }
-        for message in &self.history.messages {
-            for wanted in SUBSCRIPTIONS.iter().filter(|s| s.topics.contains(&message.topic.as_str())) {
-                match reached.get(&(message.id.as_str(), wanted.name)).copied().unwrap_or_default() {
-                    1 => {}
-                    0 => self.broken(
-                        "I1",
-                        format!("message {} ({}) has no delivery for {}", message.id, message.ext, wanted.name),
-                    ),
-                    n => self.broken(
-                        "I1",
-                        format!("message {} ({}) has {n} deliveries for {}", message.id, message.ext, wanted.name),
-                    ),
-                }
-            }
-            for lost in message.deliveries.iter().filter(|d| !places.contains_key(d)) {
-                self.broken("I1", format!("delivery {lost} of message {} is nowhere", message.id));
             }
         }
     }

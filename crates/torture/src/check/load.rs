@@ -45,11 +45,11 @@ pub(crate) fn seen(history: &History) -> Vec<(&'static str, u64)> {
 }
 
 impl<'a> Checker<'a> {
-    fn told_of(&self, delivery: &Delivery) -> String {
+    pub(super) fn told_of(&self, delivery: &Delivery) -> String {
         describe(delivery, self.messages.get(delivery.message.as_str()).copied())
     }
 
-    fn by_id(&self) -> HashMap<i64, &'a Delivery> {
+    pub(super) fn by_id(&self) -> HashMap<i64, &'a Delivery> {
         self.history.deliveries.iter().map(|d| (d.id, d)).collect()
     }
 
