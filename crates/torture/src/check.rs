@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::child::handlers::LATER;
-use crate::history::{Attempt, Call, Delivery, History, Message, Resolved};
+use crate::history::{Attempt, Call, Delivery, History, Message, Observed, Resolved};
 use crate::traffic::{Behind, FLEETING, Subscribed, follows, is_poison, most_attempts, subscribed};
 
+mod ends;
 mod fan_out;
 #[cfg(test)]
 mod honest;
@@ -22,6 +23,7 @@ pub(crate) fn check(history: &History) -> Vec<String> {
     checker.strangers();
     checker.deliveries();
     checker.attempts();
+    checker.ends();
     checker.calls();
     checker.due_times();
     checker.end_states();
@@ -46,6 +48,7 @@ struct Checker<'a> {
     attempts: HashMap<i64, Vec<&'a Attempt>>,
     resolutions: HashMap<i64, Vec<&'a Resolved>>,
     calls: HashMap<i64, Vec<&'a Call>>,
+    observed: HashMap<i64, Vec<&'a Observed>>,
     notes: HashMap<i64, Vec<u32>>,
     effects: HashMap<i64, Vec<u32>>,
     /// What retention may have removed: handled, and of a topic whose history is not kept.
@@ -102,6 +105,7 @@ impl<'a> Checker<'a> {
             attempts,
             resolutions: grouped(history.resolutions.iter().map(|r| (r.delivery, r))),
             calls: grouped(history.calls.iter().map(|c| (c.delivery, c))),
+            observed: grouped(history.observations.iter().map(|o| (o.delivery, o))),
             notes: grouped(history.notes.iter().map(|n| (n.delivery, n.number))),
             effects: grouped(history.effects.iter().map(|e| (e.delivery, e.number))),
             retries,
@@ -181,7 +185,7 @@ impl<'a> Checker<'a> {
         self.calls.get(&delivery).map_or(0, |calls| calls.iter().map(|c| c.applied.len()).sum())
     }
 
-    /// I1, I4, I5: the state tells what happened.
+    /// I1, I4, I5: the state tells what happened. What each attempt did: [`Self::ends`].
     fn deliveries(&mut self) {
         for delivery in &self.history.deliveries {
             let Some(behind) = subscribed(&delivery.subscription) else { continue };
@@ -214,12 +218,7 @@ impl<'a> Checker<'a> {
                         );
                     }
                 }
-                let there = match behind.kind {
-                    Behind::Operation | Behind::Idempotent => self.applied(delivery.id) > 0,
-                    Behind::Plain => self.notes.contains_key(&delivery.id),
-                    Behind::Transactional | Behind::Pulled => effects == 1,
-                };
-                if !there {
+                if behind.kind.commits_its_effect() && effects != 1 {
                     self.broken("I4", format!("{told} succeeded, and its effect is not there ({effects} rows)"));
                 }
             } else {
@@ -283,12 +282,6 @@ impl<'a> Checker<'a> {
                         let resolved = self.resolutions.get(&delivery.id).cloned().unwrap_or_default();
                         if !resolved.iter().any(|r| r.number == attempt.number) {
                             self.broken("I5", format!("{what} ended {unseen}, and nobody said how it ended"));
-                        }
-                    }
-                    Some("failed") if behind.kind.calls() => {
-                        let calls = self.calls.get(&delivery.id).cloned().unwrap_or_default();
-                        if calls.iter().any(|c| c.number == attempt.number && !c.applied.is_empty()) {
-                            self.broken("I5", format!("{what} failed ({}), and was applied", attempt.error));
                         }
                     }
                     _ => {}

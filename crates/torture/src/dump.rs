@@ -3,7 +3,7 @@
 use sqlx::Pool;
 
 use crate::fault::Kind;
-use crate::history::{Attempt, Audited, Delivery, History, Message, Resolved, Sample, Seen};
+use crate::history::{Attempt, Audited, Delivery, History, Message, Observed, Resolved, Sample, Seen};
 use crate::site::{Site, Texts};
 
 fn text(row: &Texts, index: usize) -> String {
@@ -126,6 +126,21 @@ pub(crate) async fn dump<Db: Site>(pool: &Pool<Db>, history: &mut History) -> Re
             answer: text(r, 2),
             source: text(r, 3),
             state_after: text(r, 4),
+        })
+        .collect();
+    let worker = if Db::KIND == Kind::Postgres { "cast(worker as text)" } else { "hex(worker)" };
+    let observations = format!(
+        "select cast(delivery as text), cast(number as text), {worker}, kind from {}",
+        Db::postbox("observation")
+    );
+    history.observations = read(pool, observations)
+        .await?
+        .iter()
+        .map(|r| Observed {
+            delivery: whole(r, 0).unwrap_or_default(),
+            number: count(r, 1),
+            worker: text(r, 2),
+            kind: text(r, 3),
         })
         .collect();
     let audit = match Db::KIND {

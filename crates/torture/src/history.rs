@@ -90,6 +90,16 @@ pub(crate) struct Resolved {
     pub(crate) state_after: String,
 }
 
+/// What was seen and changed no state by itself: mostly an outcome that came too late.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Observed {
+    pub(crate) delivery: i64,
+    pub(crate) number: u32,
+    pub(crate) worker: String,
+    /// An outcome's word, or `lost`.
+    pub(crate) kind: String,
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Audited {
     pub(crate) seq: i64,
@@ -145,6 +155,7 @@ pub(crate) struct History {
     pub(crate) deliveries: Vec<Delivery>,
     pub(crate) attempts: Vec<Attempt>,
     pub(crate) resolutions: Vec<Resolved>,
+    pub(crate) observations: Vec<Observed>,
     pub(crate) audit: Vec<Audited>,
     pub(crate) acted: Vec<Acted>,
     pub(crate) pulls: Vec<Pull>,

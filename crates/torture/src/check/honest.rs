@@ -117,7 +117,9 @@ pub(super) fn honest() -> History {
     history.calls.push(call(11, 1, 1500, vec![1520]));
     let seen =
         |delivery: i64, number: u32, clock: i64| Seen { ext: String::new(), delivery, number, clock, done: true };
-    history.notes = vec![seen(3, 1, 6000), seen(4, 1, 6000), seen(4, 2, 7000 + LATER as i64), seen(5, 1, 6000)];
+    // It was told to come later, the first time.
+    let later = Seen { done: false, ..seen(4, 1, 6000) };
+    history.notes = vec![seen(3, 1, 6000), later, seen(4, 2, 7000 + LATER as i64), seen(5, 1, 6000)];
     history.notes.push(seen(12, 1, 6000));
     history.effects = vec![seen(2, 1, 6000), seen(8, 2, 6000)];
     history.read_puller("pulled i 8 1 fail\npulled i 8 2 ok\npulled j 9 1 fail\n");

@@ -113,6 +113,81 @@ fn i5_a_failure_that_was_done() {
 }
 
 #[test]
+fn an_effect_of_another_attempt() {
+    told("I4", "attempt 1 of delivery 11 (g, blind, succeeded) succeeded, and its effect", |h| h.calls[6].number = 2);
+    told("I4", "attempt 3 of delivery 7 (h, repeat, succeeded) succeeded, and its", |h| h.calls[3].applied.clear());
+    told("I4", "attempt 1 of delivery 2 (a/2, chain_two, succeeded) succeeded", |h| h.effects[0].number = 2);
+    told("I4", "attempt 1 of delivery 5 (d, note, succeeded) succeeded", |h| h.notes[3].done = false);
+    let moved = |h: &mut History| {
+        let applied = std::mem::take(&mut h.calls[1].applied);
+        h.calls[0].applied = applied;
+    };
+    told("I4", "happened, says reconcile of attempt 2, and the effect is not there of [2]", moved);
+    told("I5", "attempt 1 of delivery 1 (a, chain_one, succeeded) failed", moved);
+}
+
+#[test]
+fn words_that_are_not_true() {
+    told("I5", "did not happen, says reconcile of attempt 2, and one of [2]", |h| {
+        h.resolutions[0].answer = "did_not_happen".into();
+    });
+    // Whoever says it of a declared-idempotent operation says it of every attempt that nobody saw.
+    told("I5", "did not happen, says operator of attempt 2, and one of [1, 2]", |h| {
+        h.resolutions.push(word(7, 2, "did_not_happen"));
+    });
+    told("I4", "happened, says operator of attempt 1", |h| h.resolutions.push(word(6, 1, "happened")));
+    told("I5", "failed late", |h| h.observations.push(late(1, 2, "failed")));
+    told("I4", "succeeded late", |h| h.observations.push(late(6, 1, "succeeded")));
+}
+
+fn word(delivery: i64, number: u32, answer: &str) -> Resolved {
+    let state_after = if answer == "happened" { "succeeded" } else { "dead" };
+    let (answer, source, state_after) = (answer.into(), "operator".into(), state_after.into());
+    Resolved { delivery, number, answer, source, state_after }
+}
+
+fn late(delivery: i64, number: u32, kind: &str) -> Observed {
+    Observed { delivery, number, worker: "w".into(), kind: kind.into() }
+}
+
+/// A repeat that was given up is told of what the other one did.
+#[test]
+fn late_words_that_are_true() {
+    let mut history = honest();
+    history.observations = vec![
+        late(1, 2, "succeeded"),
+        late(6, 1, "failed"),
+        late(7, 1, "succeeded"),
+        late(7, 2, "succeeded"),
+        late(5, 1, "lost"),
+    ];
+    assert_eq!(check(&history), [""; 0]);
+}
+
+/// An operator gave it up and had it tried again after all; then the first call was found.
+#[test]
+fn what_was_abandoned_may_be_found() {
+    let mut history = honest();
+    history.deliveries[5] = Delivery { attempts: 2, state: "succeeded".into(), ..history.deliveries[5].clone() };
+    history.attempts[7].outcome = Some("in_doubt".into());
+    history.attempts.push(Attempt { number: 2, ..history.attempts[7].clone() });
+    history.calls[2].applied = vec![920];
+    history.calls.push(Call {
+        number: 2,
+        received: 990,
+        over: Some(1090),
+        applied: vec![],
+        ..history.calls[2].clone()
+    });
+    history.resolutions.extend([word(6, 1, "abandoned"), word(6, 2, "happened")]);
+    history.audit.push(Audited { seq: 5, action: "retry".into(), delivery: Some(6), ..Audited::default() });
+    assert_eq!(check(&history), [""; 0]);
+    // Without its being given up, the word is about the attempt in doubt alone.
+    history.resolutions[1].answer = "did_not_happen".into();
+    assert!(check(&history).iter().any(|line| line.starts_with("I4: ") && line.contains("not there of [2]")));
+}
+
+#[test]
 fn i6_a_write_without_the_lease() {
     told("I6", "written by other", |h| h.attempts[1].ended_by = Some("other/2".into()));
     told("I6", "in 2 places", |h| h.deliveries.push(h.deliveries[0].clone()));
@@ -166,7 +241,7 @@ fn pulls_that_are_not_what_was_told() {
     told("I1", "was committed, and is", |h| h.attempts[12].outcome = Some("failed".into()));
     told("I1", "its effect is there: false", |h| h.effects[1].number = 1);
     told("I2", "was rolled back, and is", |h| h.effects.push(Seen { number: 1, ..h.effects[1].clone() }));
-    told("I4", "effect is not of that", |h| h.effects[1].number = 1);
+    told("I4", "attempt 2 of delivery 8 (i, pulled, succeeded) succeeded", |h| h.effects[1].number = 1);
     told("I4", "its effect is not there (2 rows)", |h| h.effects.push(h.effects[1].clone()));
     told("I4", "nobody committed it", |h| {
         h.deliveries[8].state = "succeeded".into();

@@ -1,0 +1,106 @@
+//! Attempt by attempt: what the record says of its end, and what was really done in it.
+
+use std::collections::HashSet;
+
+use super::load::is_unseen;
+use super::{Attempt, Behind, Checker, Delivery, Resolved, Subscribed, subscribed};
+
+/// How an attempt ends that is known to have done nothing.
+const NOT_DONE: &[&str] = &["failed", "discarded", "snoozed"];
+
+impl<'a> Checker<'a> {
+    /// I4, I5: the attempt that succeeded has done it, and none that failed has.
+    pub(super) fn ends(&mut self) {
+        let told_done: HashSet<(i64, u32)> =
+            self.history.notes.iter().filter(|n| n.done).map(|n| (n.delivery, n.number)).collect();
+        for delivery in &self.history.deliveries {
+            let Some(behind) = subscribed(&delivery.subscription) else { continue };
+            let told = self.told_of(delivery);
+            for attempt in self.attempts.get(&delivery.id).cloned().unwrap_or_default() {
+                let (number, how) = (attempt.number, attempt.outcome.as_deref().unwrap_or("open"));
+                let done = match behind.kind {
+                    Behind::Operation => self.was_applied(delivery.id, number),
+                    // Once per key: a repeat is told that it is done.
+                    Behind::Idempotent => (1..=number).any(|n| self.was_applied(delivery.id, n)),
+                    Behind::Plain => told_done.contains(&(delivery.id, number)),
+                    Behind::Transactional | Behind::Pulled => {
+                        self.effects.get(&delivery.id).is_some_and(|numbers| numbers.contains(&number))
+                    }
+                };
+                if how == "succeeded" && !done {
+                    self.broken("I4", format!("attempt {number} of {told} succeeded, and its effect is not there"));
+                }
+                if NOT_DONE.contains(&how) && behind.kind.calls() && self.was_applied(delivery.id, number) {
+                    self.broken("I5", format!("attempt {number} of {told} {how} ({}), and was applied", attempt.error));
+                }
+            }
+            if behind.kind.calls() {
+                self.words(delivery, behind, &told);
+                self.late_words(delivery, behind, &told);
+            }
+        }
+    }
+
+    fn was_applied(&self, delivery: i64, number: u32) -> bool {
+        let calls = self.calls.get(&delivery).map_or(&[][..], Vec::as_slice);
+        calls.iter().any(|c| c.number == number && !c.applied.is_empty())
+    }
+
+    /// I4, I5: the word on a doubt is true of the attempts that it is about.
+    fn words(&mut self, delivery: &Delivery, behind: &Subscribed, told: &str) {
+        let words = self.resolutions.get(&delivery.id).cloned().unwrap_or_default();
+        for word in &words {
+            let about = self.about(delivery.id, behind, word, &words);
+            let applied = about.iter().any(|number| self.was_applied(delivery.id, *number));
+            let (number, source) = (word.number, &word.source);
+            match word.answer.as_str() {
+                "happened" if !applied => self.broken(
+                    "I4",
+                    format!(
+                        "{told} happened, says {source} of attempt {number}, and the effect is not there of {about:?}"
+                    ),
+                ),
+                "did_not_happen" if applied => self.broken(
+                    "I5",
+                    format!(
+                        "{told} did not happen, says {source} of attempt {number}, and one of {about:?} was applied"
+                    ),
+                ),
+                _ => {}
+            }
+        }
+    }
+
+    /// The attempts that a word is about: the one in doubt; of a declared-idempotent operation, whatever
+    /// nobody saw the end of. Who looks at the remote finds what was abandoned before, too.
+    fn about(&self, delivery: i64, behind: &Subscribed, word: &Resolved, words: &[&Resolved]) -> Vec<u32> {
+        let abandoned = words.iter().filter(|w| w.answer == "abandoned" && w.number < word.number).map(|w| w.number);
+        let given_up = abandoned.max().unwrap_or_default();
+        let found = word.answer == "happened";
+        let attempts = self.attempts.get(&delivery).map_or(&[][..], Vec::as_slice);
+        let doubtful = |a: &&&Attempt| is_unseen(a) && (behind.kind == Behind::Idempotent || a.number <= given_up);
+        let mut about: Vec<u32> = (attempts.iter().filter(doubtful))
+            .map(|a| a.number)
+            .filter(|number| *number < word.number && (found || *number > given_up))
+            .collect();
+        about.push(word.number);
+        about
+    }
+
+    /// I4, I5: what came too late to count is true as well.
+    fn late_words(&mut self, delivery: &Delivery, behind: &Subscribed, told: &str) {
+        for seen in self.observed.get(&delivery.id).cloned().unwrap_or_default() {
+            let (number, how) = (seen.number, seen.kind.as_str());
+            let applied = self.was_applied(delivery.id, number);
+            // One that was given up may have come after its repeat.
+            let known = behind.kind == Behind::Idempotent && self.applied(delivery.id) > 0;
+            if how == "succeeded" && !applied && !known {
+                let what = format!("attempt {number} of {told} succeeded late, and its effect is not there");
+                self.broken("I4", what);
+            }
+            if NOT_DONE.contains(&how) && applied {
+                self.broken("I5", format!("attempt {number} of {told} {how} late, and was applied"));
+            }
+        }
+    }
+}
