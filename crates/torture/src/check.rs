@@ -6,6 +6,7 @@ use crate::child::handlers::LATER;
 use crate::history::{Attempt, Call, Delivery, History, Message, Observed, Resolved};
 use crate::traffic::{Behind, FLEETING, Subscribed, follows, is_poison, most_attempts, subscribed};
 
+mod claims;
 mod ends;
 mod fan_out;
 #[cfg(test)]
@@ -24,6 +25,7 @@ pub(crate) fn check(history: &History) -> Vec<String> {
     checker.deliveries();
     checker.attempts();
     checker.ends();
+    checker.claims();
     checker.calls();
     checker.due_times();
     checker.end_states();

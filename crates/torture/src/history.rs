@@ -81,6 +81,28 @@ pub(crate) struct Attempt {
     pub(crate) ended_by: Option<String>,
 }
 
+/// A delivery that was leased, as the witness beside the leases saw it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Claim {
+    /// Worker and batch.
+    pub(crate) by: String,
+    pub(crate) delivery: i64,
+    pub(crate) rev: i64,
+    /// Of the attempt that it is for.
+    pub(crate) number: u32,
+}
+
+/// An attempt's outcome, whichever way it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// Worker and batch; `None`: no lease's.
+    pub(crate) by: Option<String>,
+    pub(crate) delivery: i64,
+    pub(crate) number: u32,
+    /// The delivery's revision with it.
+    pub(crate) rev: i64,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Resolved {
     pub(crate) delivery: i64,
@@ -154,6 +176,8 @@ pub(crate) struct History {
     pub(crate) messages: Vec<Message>,
     pub(crate) deliveries: Vec<Delivery>,
     pub(crate) attempts: Vec<Attempt>,
+    pub(crate) claims: Vec<Claim>,
+    pub(crate) written: Vec<Written>,
     pub(crate) resolutions: Vec<Resolved>,
     pub(crate) observations: Vec<Observed>,
     pub(crate) audit: Vec<Audited>,

@@ -7,6 +7,7 @@ mod check;
 mod child;
 mod dump;
 mod fault;
+mod ground;
 mod history;
 mod log;
 mod operator;

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use crate::check::LATER;
-use crate::history::{Acted, Attempt, Audited, Call, Delivery, History, Message, Resolved, Sample, Seen};
+use crate::history::{
+    Acted, Attempt, Audited, Call, Claim, Delivery, History, Message, Resolved, Sample, Seen, Written,
+};
 
 /// What happened, and was put on record as it happened: an operation that was in doubt, found and
 /// followed up; a transactional handler; a delayed plain one; a crowd with one dedup key; a rollback;
@@ -43,7 +45,7 @@ pub(super) fn honest() -> History {
         subscription: subscription.into(),
         message: format!("m{id}"),
         attempts,
-        rev: 4,
+        rev: 8,
         note: String::new(),
         replay_of: None,
     };
@@ -74,7 +76,7 @@ pub(super) fn honest() -> History {
     };
     history.attempts = vec![
         attempt(1, 1, "failed"),
-        Attempt { begun_by: Some("w/1".into()), ended_by: Some("w/1".into()), ..attempt(1, 2, "in_doubt") },
+        Attempt { begun_by: Some("w/2".into()), ended_by: Some("w/2".into()), ..attempt(1, 2, "in_doubt") },
         attempt(2, 1, "succeeded"),
         attempt(3, 1, "succeeded"),
         Attempt { error: format!("come back in {LATER} ms"), ..attempt(4, 1, "failed") },
@@ -92,6 +94,14 @@ pub(super) fn honest() -> History {
         attempt(11, 1, "succeeded"),
         attempt(12, 1, "succeeded"),
     ];
+    // Each attempt was claimed, by a batch for all that came to as many, and its outcome written by that.
+    for Attempt { delivery, number, .. } in history.attempts.clone() {
+        let (by, rev) = (format!("w/{number}"), i64::from(number) * 2 - 1);
+        history.written.push(Written { by: Some(by.clone()), delivery, number, rev: rev + 1 });
+        history.claims.push(Claim { by, delivery, rev, number });
+    }
+    // And this one was handed back before it was called off.
+    history.claims.push(Claim { by: "w/1".into(), delivery: 10, rev: 1, number: 1 });
     history.resolutions = vec![Resolved {
         delivery: 1,
         number: 2,
@@ -135,11 +145,11 @@ pub(super) fn honest() -> History {
     };
     history.audit = vec![
         entry(1, "resolve refused", 6, "dead"),
-        Audited { state_after: "cancelled".into(), rev_after: Some(4), ..entry(2, "cancel", 10, "pending") },
+        Audited { state_after: "cancelled".into(), rev_after: Some(8), ..entry(2, "cancel", 10, "pending") },
         Audited { replayed_as: Some(11), ..entry(3, "replay: irreversible", 6, "dead") },
         Audited { replayed_as: Some(12), ..entry(4, "replay", 5, "succeeded") },
     ];
     history.acted = vec![Acted { seq: 2, action: "cancel".into(), delivery: 10 }];
-    history.samples = BTreeMap::from([(2, vec![Sample { state: "succeeded".into(), rev: 4 }])]);
+    history.samples = BTreeMap::from([(2, vec![Sample { state: "succeeded".into(), rev: 8 }])]);
     history
 }

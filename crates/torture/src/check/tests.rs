@@ -2,7 +2,7 @@
 
 use super::honest::honest;
 use super::*;
-use crate::history::{Audited, Pull, Sample, Seen};
+use crate::history::{Audited, Claim, Pull, Sample, Seen, Written};
 
 #[test]
 fn what_was_kept_is_not_told() {
@@ -198,6 +198,61 @@ fn i6_a_write_without_the_lease() {
     told("I6", "was succeeded at revision 3", |h| {
         h.samples.insert(2, vec![Sample { state: "succeeded".into(), rev: 3 }]);
     });
+}
+
+#[test]
+fn i6_outcomes_of_another_batch() {
+    let by = |h: &History, number: u32| h.written.iter().position(|w| (w.delivery, w.number) == (5, number));
+    let own = move |h: &History| by(h, 1).expect("its outcome");
+    told("I6", "attempt 1 of delivery 5 (d, note, succeeded) was written by w/9, which had not claimed it", |h| {
+        let at = own(h);
+        h.written[at].by = Some("w/9".into());
+    });
+    told("I6", "was written by w/1, which had not claimed it", |h| h.claims.retain(|c| c.delivery != 5));
+    told("I6", "attempt 1 of delivery 5 (d, note, succeeded) was written by nobody", |h| {
+        let at = own(h);
+        h.written[at].by = None;
+    });
+    told("I6", "has revision 6, and w/1 had claimed it at revision 1 for attempt 1", |h| {
+        let at = own(h);
+        h.written[at].rev = 6;
+    });
+    told("I6", "has revision 2, and w/1 had claimed it at revision 1 for attempt 2", |h| {
+        h.claims.iter_mut().filter(|c| c.delivery == 5).for_each(|c| c.number = 2);
+    });
+    told("I6", "was written by w/1 and by w/3", |h| {
+        h.claims.push(Claim { by: "w/3".into(), delivery: 5, rev: 1, number: 1 });
+        h.written.push(Written { by: Some("w/3".into()), ..h.written[own(h)].clone() });
+    });
+    told("I6", "was begun by w/7, which had not claimed it", |h| h.attempts[1].begun_by = Some("w/7".into()));
+    told("I6", "revision 1 of delivery 5 was claimed by w/1 and by w/3", |h| {
+        h.claims.push(Claim { by: "w/3".into(), delivery: 5, rev: 1, number: 1 });
+    });
+    told("I6", "was claimed by w/3 at revision 9, and ended at 8", |h| {
+        h.claims.push(Claim { by: "w/3".into(), delivery: 5, rev: 9, number: 2 });
+    });
+}
+
+/// In SQL there is no lease, and so no claim.
+#[test]
+fn i6_a_pull_in_sql_is_nobodys() {
+    let mut history = honest();
+    history.read_publisher("l intent sql.good -\nl ok\n");
+    let message =
+        Message { id: "m13".into(), topic: "sql.good".into(), ext: "l".into(), ..history.messages[8].clone() };
+    history.messages.push(message);
+    let pulled = Delivery {
+        id: 13,
+        subscription: "pulled_in_sql".into(),
+        message: "m13".into(),
+        attempts: 1,
+        ..history.deliveries[7].clone()
+    };
+    history.deliveries.push(pulled);
+    history.attempts.push(Attempt { delivery: 13, ..history.attempts[6].clone() });
+    history.effects.push(Seen { delivery: 13, number: 1, ..history.effects[1].clone() });
+    history.written.push(Written { by: None, delivery: 13, number: 1, rev: 8 });
+    assert_eq!(check(&history), [""; 0]);
 }
 
 #[test]
