@@ -30,6 +30,8 @@ use crate::world::World;
 
 /// A fault that has not been hit by the end of its time is tried for this much longer.
 const OVERTIME: Duration = Duration::from_secs(30);
+/// A run in which also the smallest parts of a fault have their turn.
+const LONG: Duration = Duration::from_secs(600);
 /// After healing, all is quiet within this.
 const HEALED_WITHIN: Duration = Duration::from_secs(120);
 
@@ -114,6 +116,10 @@ pub(crate) fn missing(world: &World, span: Duration) -> Vec<String> {
         if !world.faults.is_empty() {
             wanted.extend(operator::DEEDS.iter().map(|deed| (*deed).to_owned()));
         }
+    }
+    if span >= LONG {
+        let parts = |f: &Fault| f.small_parts().into_iter().map(|part| format!("{f}:{part}")).collect::<Vec<_>>();
+        wanted.extend(world.faults.iter().flat_map(parts));
     }
     wanted.retain(|id| world.counts.of(id) == 0);
     wanted
