@@ -25,6 +25,7 @@ pub(crate) fn check(history: &History) -> Vec<String> {
     checker.deliveries();
     checker.attempts();
     checker.ends();
+    checker.late_ends();
     checker.claims();
     checker.calls();
     checker.due_times();

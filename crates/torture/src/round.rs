@@ -380,6 +380,11 @@ impl<Db: Site> Stage<Db> {
             let log = std::fs::read_to_string(folder.join(format!("q{slot}.witness"))).unwrap_or_default();
             history.read_puller(&log);
         }
+        for slot in 0..self.round.world.workers() {
+            let name = format!("w{slot}");
+            let log = std::fs::read_to_string(folder.join(format!("{name}.witness"))).unwrap_or_default();
+            history.read_worker(&name, &log);
+        }
         history.acted = self.round.acted.lock().map(|acted| acted.clone()).unwrap_or_default();
         let log =
             std::fs::read_to_string(folder.join("remote.witness")).map_err(|e| format!("the remote's log: {e}"))?;

@@ -1,9 +1,28 @@
 //! Attempt by attempt: what the record says of its end, and what was really done in it.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use super::load::is_unseen;
 use super::{Attempt, Behind, Checker, Delivery, Resolved, Subscribed, subscribed};
+use crate::history::{Ended, History};
+
+/// Who left this many signs of life after an end, two seconds apart and each with the database there,
+/// had the time to write down that it came too late.
+const LIVELY: u32 = 8;
+
+/// Its worker was taken for dead before its end was written.
+fn was_taken_over(attempt: &Attempt) -> bool {
+    matches!(attempt.outcome.as_deref(), Some("in_doubt" | "lost"))
+        && attempt.error.contains("was lost during the attempt")
+}
+
+/// Ends by workers that were taken for dead and lived: which attempt each is of.
+pub(super) fn late_ends(history: &History) -> Vec<(&Ended, &Attempt)> {
+    let taken: HashMap<_, _> =
+        history.attempts.iter().filter(|a| was_taken_over(a)).map(|a| ((a.delivery, a.number), a)).collect();
+    let lively = history.ends.iter().filter(|e| e.lived >= LIVELY);
+    lively.filter_map(|end| Some((end, *taken.get(&(end.delivery, end.number))?))).collect()
+}
 
 /// How an attempt ends that is known to have done nothing.
 const NOT_DONE: &[&str] = &["failed", "discarded", "snoozed"];
@@ -100,6 +119,19 @@ impl<'a> Checker<'a> {
             }
             if NOT_DONE.contains(&how) && applied {
                 self.broken("I5", format!("attempt {number} of {told} {how} late, and was applied"));
+            }
+        }
+    }
+
+    /// I6: what came too late is on record, if whoever came too late lived to write it.
+    pub(super) fn late_ends(&mut self) {
+        for (end, attempt) in late_ends(self.history) {
+            let worker = attempt.begun_by.as_deref().and_then(|by| by.split('/').next()).unwrap_or_default();
+            let observed = self.observed.get(&end.delivery).map_or(&[][..], Vec::as_slice);
+            if !observed.iter().any(|o| o.number == end.number && o.worker == worker && o.kind != "lost") {
+                let Ended { life, delivery, number, word, .. } = end;
+                let what = format!("attempt {number} of delivery {delivery} was taken over, and then {word} in {life}");
+                self.broken("I6", format!("{what}: no late outcome of worker {worker} is on record"));
             }
         }
     }

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
+use super::ends::late_ends;
 use super::{Attempt, Behind, Checker, Delivery, Subscribed, describe, is_poison, subscribed};
 use crate::history::{Audited, History};
 use crate::traffic::{POISON_ATTEMPTS, PULLED, PULLED_IN_SQL};
@@ -39,6 +40,7 @@ pub(crate) fn seen(history: &History) -> Vec<(&'static str, u64)> {
         ("load:poisoned", ended(&pulled, "dead")),
         ("load:pulled-in-sql", ended(&in_sql, "succeeded")),
         ("load:poisoned-in-sql", ended(&in_sql, "dead")),
+        ("load:late-ends", late_ends(history).len()),
         ("load:pulled-replays", replays(&pulled) + replays(&in_sql)),
     ];
     all.into_iter().map(|(what, times)| (what, times as u64)).collect()

@@ -2,7 +2,7 @@
 
 use super::honest::honest;
 use super::*;
-use crate::history::{Audited, Claim, Pull, Sample, Seen, Written};
+use crate::history::{Audited, Claim, Ended, Pull, Sample, Seen, Written};
 
 #[test]
 fn what_was_kept_is_not_told() {
@@ -161,6 +161,28 @@ fn late_words_that_are_true() {
         late(7, 2, "succeeded"),
         late(5, 1, "lost"),
     ];
+    assert_eq!(check(&history), [""; 0]);
+}
+
+#[test]
+fn i6_a_late_end_that_left_no_trace() {
+    // Paused while it called, taken over, resolved by what the remote knew, and gone on.
+    let mut history = honest();
+    history.attempts[1].error = "worker w1 was lost during the attempt".into();
+    let end = Ended { life: "w1-3".into(), delivery: 1, number: 2, word: "succeeded".into(), lived: 8 };
+    history.ends = vec![end.clone()];
+    history.observations = vec![late(1, 2, "succeeded")];
+    assert_eq!(check(&history), [""; 0]);
+    assert!(load::seen(&history).contains(&("load:late-ends", 1)));
+    // Of its own worker, and of its end; that one is thought to be lost is another's word.
+    for other in [late(1, 2, "lost"), Observed { worker: "v".into(), ..late(1, 2, "succeeded") }] {
+        history.observations = vec![other];
+        let told = check(&history);
+        assert!(told.iter().any(|line| line.starts_with("I6: ") && line.contains("no late outcome")), "{told:#?}");
+    }
+    // Killed soon after: it had no time to write it.
+    history.ends = vec![Ended { lived: 3, ..end }];
+    history.observations.clear();
     assert_eq!(check(&history), [""; 0]);
 }
 
