@@ -30,23 +30,13 @@ const NOT_DONE: &[&str] = &["failed", "discarded", "snoozed"];
 impl<'a> Checker<'a> {
     /// I4, I5: the attempt that succeeded has done it, and none that failed has.
     pub(super) fn ends(&mut self) {
-        let told_done: HashSet<(i64, u32)> =
-            self.history.notes.iter().filter(|n| n.done).map(|n| (n.delivery, n.number)).collect();
+        let noted = self.history.notes.iter().filter(|n| n.done).map(|n| (n.delivery, n.number)).collect();
         for delivery in &self.history.deliveries {
             let Some(behind) = subscribed(&delivery.subscription) else { continue };
             let told = self.told_of(delivery);
             for attempt in self.attempts.get(&delivery.id).cloned().unwrap_or_default() {
                 let (number, how) = (attempt.number, attempt.outcome.as_deref().unwrap_or("open"));
-                let done = match behind.kind {
-                    Behind::Operation => self.was_applied(delivery.id, number),
-                    // Once per key: a repeat is told that it is done.
-                    Behind::Idempotent => (1..=number).any(|n| self.was_applied(delivery.id, n)),
-                    Behind::Plain => told_done.contains(&(delivery.id, number)),
-                    Behind::Transactional | Behind::Pulled => {
-                        self.effects.get(&delivery.id).is_some_and(|numbers| numbers.contains(&number))
-                    }
-                };
-                if how == "succeeded" && !done {
+                if how == "succeeded" && !self.has_done(behind, delivery.id, number, &noted) {
                     self.broken("I4", format!("attempt {number} of {told} succeeded, and its effect is not there"));
                 }
                 if NOT_DONE.contains(&how) && behind.kind.calls() && self.was_applied(delivery.id, number) {
@@ -56,6 +46,19 @@ impl<'a> Checker<'a> {
             if behind.kind.calls() {
                 self.words(delivery, behind, &told);
                 self.late_words(delivery, behind, &told);
+            }
+        }
+    }
+
+    /// Whether the effect is that of this attempt. `noted`: the plain runs that were told that they are done.
+    fn has_done(&self, behind: &Subscribed, delivery: i64, number: u32, noted: &HashSet<(i64, u32)>) -> bool {
+        match behind.kind {
+            Behind::Operation => self.was_applied(delivery, number),
+            // Once per key: a repeat is told that it is done.
+            Behind::Idempotent => (1..=number).any(|n| self.was_applied(delivery, n)),
+            Behind::Plain => noted.contains(&(delivery, number)),
+            Behind::Transactional | Behind::Pulled => {
+                self.effects.get(&delivery).is_some_and(|numbers| numbers.contains(&number))
             }
         }
     }
