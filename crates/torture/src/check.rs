@@ -3,9 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::child::handlers::LATER;
-use crate::history::{Attempt, Call, Delivery, History, Message, Resolved};
-use crate::traffic::{Behind, FLEETING, SUBSCRIPTIONS, Subscribed, follows, is_poison, most_attempts, subscribed};
+use crate::history::{Attempt, Call, Delivery, History, Message, Observed, Resolved};
+use crate::traffic::{Behind, FLEETING, Subscribed, follows, is_poison, most_attempts, subscribed};
 
+mod claims;
+mod ends;
+mod fan_out;
+#[cfg(test)]
+mod honest;
 pub(crate) mod load;
 
 /// The most lines for one invariant: the first tell enough.
@@ -16,8 +21,12 @@ pub(crate) fn check(history: &History) -> Vec<String> {
     let mut checker = Checker::new(history);
     checker.publishes();
     checker.fan_out();
+    checker.strangers();
     checker.deliveries();
     checker.attempts();
+    checker.ends();
+    checker.late_ends();
+    checker.claims();
     checker.calls();
     checker.due_times();
     checker.end_states();
@@ -42,6 +51,7 @@ struct Checker<'a> {
     attempts: HashMap<i64, Vec<&'a Attempt>>,
     resolutions: HashMap<i64, Vec<&'a Resolved>>,
     calls: HashMap<i64, Vec<&'a Call>>,
+    observed: HashMap<i64, Vec<&'a Observed>>,
     notes: HashMap<i64, Vec<u32>>,
     effects: HashMap<i64, Vec<u32>>,
     /// What retention may have removed: handled, and of a topic whose history is not kept.
@@ -98,6 +108,7 @@ impl<'a> Checker<'a> {
             attempts,
             resolutions: grouped(history.resolutions.iter().map(|r| (r.delivery, r))),
             calls: grouped(history.calls.iter().map(|c| (c.delivery, c))),
+            observed: grouped(history.observations.iter().map(|o| (o.delivery, o))),
             notes: grouped(history.notes.iter().map(|n| (n.delivery, n.number))),
             effects: grouped(history.effects.iter().map(|e| (e.delivery, e.number))),
             retries,
@@ -173,45 +184,11 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// I1: each message has one delivery per subscription, each in one place.
-    fn fan_out(&mut self) {
-        let mut places: HashMap<i64, u32> = HashMap::new();
-        let mut reached: HashMap<(&str, &str), u32> = HashMap::new();
-        for delivery in &self.history.deliveries {
-            *places.entry(delivery.id).or_default() += 1;
-            // A replay is one more, and checked as such.
-            if delivery.replay_of.is_none() {
-                *reached.entry((&delivery.message, &delivery.subscription)).or_default() += 1;
-            }
-        }
-        for (delivery, count) in places.iter().filter(|(_, count)| **count > 1) {
-            self.broken("I6", format!("delivery {delivery} is in {count} places at once"));
-        }
-        for message in &self.history.messages {
-            for wanted in SUBSCRIPTIONS.iter().filter(|s| s.topics.contains(&message.topic.as_str())) {
-                match reached.get(&(message.id.as_str(), wanted.name)).copied().unwrap_or_default() {
-                    1 => {}
-                    0 => self.broken(
-                        "I1",
-                        format!("message {} ({}) has no delivery for {}", message.id, message.ext, wanted.name),
-                    ),
-                    n => self.broken(
-                        "I1",
-                        format!("message {} ({}) has {n} deliveries for {}", message.id, message.ext, wanted.name),
-                    ),
-                }
-            }
-            for lost in message.deliveries.iter().filter(|d| !places.contains_key(d)) {
-                self.broken("I1", format!("delivery {lost} of message {} is nowhere", message.id));
-            }
-        }
-    }
-
     fn applied(&self, delivery: i64) -> usize {
         self.calls.get(&delivery).map_or(0, |calls| calls.iter().map(|c| c.applied.len()).sum())
     }
 
-    /// I1, I4, I5: the state tells what happened.
+    /// I1, I4, I5: the state tells what happened. What each attempt did: [`Self::ends`].
     fn deliveries(&mut self) {
         for delivery in &self.history.deliveries {
             let Some(behind) = subscribed(&delivery.subscription) else { continue };
@@ -244,12 +221,7 @@ impl<'a> Checker<'a> {
                         );
                     }
                 }
-                let there = match behind.kind {
-                    Behind::Operation | Behind::Idempotent => self.applied(delivery.id) > 0,
-                    Behind::Plain => self.notes.contains_key(&delivery.id),
-                    Behind::Transactional | Behind::Pulled => effects == 1,
-                };
-                if !there {
+                if behind.kind.commits_its_effect() && effects != 1 {
                     self.broken("I4", format!("{told} succeeded, and its effect is not there ({effects} rows)"));
                 }
             } else {
@@ -313,12 +285,6 @@ impl<'a> Checker<'a> {
                         let resolved = self.resolutions.get(&delivery.id).cloned().unwrap_or_default();
                         if !resolved.iter().any(|r| r.number == attempt.number) {
                             self.broken("I5", format!("{what} ended {unseen}, and nobody said how it ended"));
-                        }
-                    }
-                    Some("failed") if behind.kind.calls() => {
-                        let calls = self.calls.get(&delivery.id).cloned().unwrap_or_default();
-                        if calls.iter().any(|c| c.number == attempt.number && !c.applied.is_empty()) {
-                            self.broken("I5", format!("{what} failed ({}), and was applied", attempt.error));
                         }
                     }
                     _ => {}

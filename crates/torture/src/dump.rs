@@ -3,7 +3,7 @@
 use sqlx::Pool;
 
 use crate::fault::Kind;
-use crate::history::{Attempt, Audited, Delivery, History, Message, Resolved, Sample, Seen};
+use crate::history::{Attempt, Audited, Claim, Delivery, History, Message, Observed, Resolved, Sample, Seen, Written};
 use crate::site::{Site, Texts};
 
 fn text(row: &Texts, index: usize) -> String {
@@ -113,6 +113,8 @@ pub(crate) async fn dump<Db: Site>(pool: &Pool<Db>, history: &mut History) -> Re
             ended_by: r.get(7).cloned().flatten(),
         })
         .collect();
+    history.claims = claims(pool).await?;
+    history.written = written(pool).await?;
     let resolutions = format!(
         "select cast(delivery as text), cast(number as text), answer, source, state_after from {}",
         Db::postbox("resolution")
@@ -126,6 +128,21 @@ pub(crate) async fn dump<Db: Site>(pool: &Pool<Db>, history: &mut History) -> Re
             answer: text(r, 2),
             source: text(r, 3),
             state_after: text(r, 4),
+        })
+        .collect();
+    let worker = if Db::KIND == Kind::Postgres { "cast(worker as text)" } else { "hex(worker)" };
+    let observations = format!(
+        "select cast(delivery as text), cast(number as text), {worker}, kind from {}",
+        Db::postbox("observation")
+    );
+    history.observations = read(pool, observations)
+        .await?
+        .iter()
+        .map(|r| Observed {
+            delivery: whole(r, 0).unwrap_or_default(),
+            number: count(r, 1),
+            worker: text(r, 2),
+            kind: text(r, 3),
         })
         .collect();
     let audit = match Db::KIND {
@@ -176,6 +193,54 @@ pub(crate) async fn dump<Db: Site>(pool: &Pool<Db>, history: &mut History) -> Re
     let business = format!("select ext from {}", Db::table("business"));
     history.business = read(pool, business).await?.iter().map(|r| text(r, 0)).collect();
     Ok(())
+}
+
+async fn claims<Db: Site>(pool: &Pool<Db>) -> Result<Vec<Claim>, sqlx::Error> {
+    let sql = match Db::KIND {
+        Kind::Postgres => {
+            "select cast(c.worker as text) || '/' || cast(c.batch as text), cast(i.delivery as text), cast(i.rev as text),
+                cast(i.attempt + 1 as text)
+             from torture.claim c cross join lateral unnest(c.deliveries, c.revs, c.attempts) as i(delivery, rev, attempt)"
+        }
+        Kind::Sqlite => {
+            "select hex(worker) || '/' || batch, cast(delivery as text), cast(rev as text), cast(attempt + 1 as text)
+             from torture_claim"
+        }
+    };
+    let claim = |r: &Texts| Claim {
+        by: text(r, 0),
+        delivery: whole(r, 1).unwrap_or_default(),
+        rev: whole(r, 2).unwrap_or_default(),
+        number: count(r, 3),
+    };
+    Ok(read(pool, sql.into()).await?.iter().map(claim).collect())
+}
+
+/// Outcomes, with those that are kept many in a row. Nobody's have the batch 0.
+async fn written<Db: Site>(pool: &Pool<Db>) -> Result<Vec<Written>, sqlx::Error> {
+    let sql = match Db::KIND {
+        // A success that is kept so went the straight way: claimed at revision 1.
+        Kind::Postgres => {
+            "select case when o.batch <> 0 then cast(o.worker as text) || '/' || cast(o.batch as text) end,
+                cast(o.delivery as text), cast(o.number as text), cast(o.rev as text)
+             from postbox.outcome o
+             union all
+             select cast(p.worker as text) || '/' || cast(p.batch as text), cast(d.delivery as text), '1', '2'
+             from postbox.outcome_part p cross join lateral unnest(p.deliveries) as d(delivery)"
+        }
+        Kind::Sqlite => {
+            "select case when batch <> 0 then hex(worker) || '/' || batch end, cast(delivery as text),
+                cast(number as text), cast(rev as text)
+             from postbox_outcome"
+        }
+    };
+    let written = |r: &Texts| Written {
+        by: r.first().cloned().flatten(),
+        delivery: whole(r, 1).unwrap_or_default(),
+        number: count(r, 2),
+        rev: whole(r, 3).unwrap_or_default(),
+    };
+    Ok(read(pool, sql.into()).await?.iter().map(written).collect())
 }
 
 /// Some deliveries that are in an end state now; they are looked at again in the end.

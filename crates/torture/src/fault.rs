@@ -141,7 +141,18 @@ pub(crate) const PULLER_POINTS: &[&str] = &["pull-leased", "pulled", "pull-commi
 /// Other named points, each reached in a process of its own. A point of retention belongs here, too.
 pub(crate) const OTHER_POINTS: &[&str] = &["migrating"];
 
+/// What the COMMIT is for that F3 cuts.
+pub(crate) const COMMITS: &[&str] = &["publish", "claim", "start", "outcome", "resolution"];
+
 impl Fault {
+    /// Smaller parts, `F3:outcome:before`: only in a long run each has its turn.
+    pub(crate) fn small_parts(self) -> Vec<String> {
+        match self {
+            Fault::F3 => COMMITS.iter().flat_map(|of| [format!("{of}:before"), format!("{of}:after")]).collect(),
+            _ => Vec::new(),
+        }
+    }
+
     /// What it is made of: each is counted by itself, as `F1:claimed`.
     pub(crate) fn parts(self) -> Vec<&'static str> {
         match self {

@@ -81,6 +81,28 @@ pub(crate) struct Attempt {
     pub(crate) ended_by: Option<String>,
 }
 
+/// A delivery that was leased, as the witness beside the leases saw it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Claim {
+    /// Worker and batch.
+    pub(crate) by: String,
+    pub(crate) delivery: i64,
+    pub(crate) rev: i64,
+    /// Of the attempt that it is for.
+    pub(crate) number: u32,
+}
+
+/// An attempt's outcome, whichever way it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// Worker and batch; `None`: no lease's.
+    pub(crate) by: Option<String>,
+    pub(crate) delivery: i64,
+    pub(crate) number: u32,
+    /// The delivery's revision with it.
+    pub(crate) rev: i64,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Resolved {
     pub(crate) delivery: i64,
@@ -88,6 +110,16 @@ pub(crate) struct Resolved {
     pub(crate) answer: String,
     pub(crate) source: String,
     pub(crate) state_after: String,
+}
+
+/// What was seen and changed no state by itself: mostly an outcome that came too late.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Observed {
+    pub(crate) delivery: i64,
+    pub(crate) number: u32,
+    pub(crate) worker: String,
+    /// An outcome's word, or `lost`.
+    pub(crate) kind: String,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -111,6 +143,18 @@ pub(crate) struct Acted {
     pub(crate) seq: i64,
     pub(crate) action: String,
     pub(crate) delivery: i64,
+}
+
+/// An operation's handler that came to its end, by its worker's own log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Ended {
+    /// Which worker: its slot, and which life of it.
+    pub(crate) life: String,
+    pub(crate) delivery: i64,
+    pub(crate) number: u32,
+    pub(crate) word: String,
+    /// How many signs of life its process left after it.
+    pub(crate) lived: u32,
 }
 
 /// What somebody who pulled was told about the end of their transaction.
@@ -144,10 +188,14 @@ pub(crate) struct History {
     pub(crate) messages: Vec<Message>,
     pub(crate) deliveries: Vec<Delivery>,
     pub(crate) attempts: Vec<Attempt>,
+    pub(crate) claims: Vec<Claim>,
+    pub(crate) written: Vec<Written>,
     pub(crate) resolutions: Vec<Resolved>,
+    pub(crate) observations: Vec<Observed>,
     pub(crate) audit: Vec<Audited>,
     pub(crate) acted: Vec<Acted>,
     pub(crate) pulls: Vec<Pull>,
+    pub(crate) ends: Vec<Ended>,
     pub(crate) samples: BTreeMap<i64, Vec<Sample>>,
     /// What is left that should not be after healing, in words.
     pub(crate) leftovers: Vec<String>,
@@ -186,6 +234,25 @@ impl History {
                 number: number.parse().unwrap_or_default(),
                 told: (*told).to_owned(),
             });
+        }
+    }
+
+    /// Reads the log of the worker in a slot: its lives, one after the other.
+    pub(crate) fn read_worker(&mut self, slot: &str, text: &str) {
+        // From the end, so that the signs of life that came after are known.
+        let mut signs: BTreeMap<&str, u32> = BTreeMap::new();
+        for line in text.lines().rev() {
+            match line.split_whitespace().collect::<Vec<_>>().as_slice() {
+                ["alive", life] => *signs.entry(life).or_default() += 1,
+                ["ended", life, delivery, number, word] => self.ends.push(Ended {
+                    life: format!("{slot}-{life}"),
+                    delivery: delivery.parse().unwrap_or_default(),
+                    number: number.parse().unwrap_or_default(),
+                    word: (*word).to_owned(),
+                    lived: signs.get(life).copied().unwrap_or_default(),
+                }),
+                _ => {}
+            }
         }
     }
 
@@ -255,6 +322,13 @@ mod tests {
         assert!(call.unrecorded && call.applied == [150] && call.over == Some(160) && call.clock == 555);
         assert_eq!((history.notes[0].delivery, history.notes[0].number, history.notes[0].clock), (8, 2, 777));
         assert!(history.notes[0].done);
+        history.read_worker(
+            "w1",
+            "alive 3\nended 3 7 1 failed\nalive 3\nalive 3\nended 4 8 2 succeeded\nalive 4\nended 4 9",
+        );
+        let [second, first] = history.ends.as_slice() else { panic!("two ends") };
+        assert_eq!((first.life.as_str(), first.delivery, first.number, first.lived), ("w1-3", 7, 1, 2));
+        assert_eq!((second.life.as_str(), second.word.as_str(), second.lived), ("w1-4", "succeeded", 1));
         history.read_puller("pulled e 9 2 ok\npulled e 9");
         let [pull] = history.pulls.as_slice() else { panic!("one pull") };
         assert_eq!((pull.delivery, pull.number, pull.told.as_str()), (9, 2, "ok"));

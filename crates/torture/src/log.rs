@@ -32,6 +32,13 @@ impl Log {
             std::process::exit(70);
         }
     }
+
+    /// The same without waiting: who is killed right after it may not have said it.
+    pub(crate) fn leave(&self, line: impl Into<String>) {
+        let mut line = line.into();
+        line.push('\n');
+        self.lines.send((line, oneshot::channel().0)).ok();
+    }
 }
 
 fn write(mut file: File, inbox: &Receiver<(String, oneshot::Sender<()>)>) {

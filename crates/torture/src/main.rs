@@ -7,6 +7,7 @@ mod check;
 mod child;
 mod dump;
 mod fault;
+mod ground;
 mod history;
 mod log;
 mod operator;
@@ -258,7 +259,7 @@ fn counted(world: &World) -> BTreeMap<String, u64> {
     let mut all = world.counts.all();
     for fault in &world.faults {
         all.entry(fault.id().to_owned()).or_default();
-        for part in fault.parts() {
+        for part in fault.parts().into_iter().map(str::to_owned).chain(fault.small_parts()) {
             all.entry(format!("{fault}:{part}")).or_default();
         }
     }

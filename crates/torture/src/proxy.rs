@@ -30,27 +30,44 @@ pub(crate) struct Cut {
 }
 
 /// Statements whose COMMIT is worth cutting.
-pub(crate) const ABOUTS: &[&str] = &[
-    "",
-    "insert into postbox.message (",
-    "insert into postbox.attempt (",
-    "insert into postbox.outcome (",
-    "insert into postbox.outcome_part (",
-    "insert into postbox.lease (",
-    "insert into postbox.resolution (",
-];
+pub(crate) const ABOUTS: &[&str] = &["", PUBLISH, START, OUTCOME, FLUSH, CLAIM, RESOLUTION];
+
+const PUBLISH: &str = "insert into postbox.message (";
+const START: &str = "insert into postbox.attempt (";
+const OUTCOME: &str = "insert into postbox.outcome (";
+/// A flush says this also if nothing has ended.
+const FLUSH: &str = "insert into postbox.outcome_part (";
+const CLAIM: &str = "insert into postbox.lease (";
+const RESOLUTION: &str = "insert into postbox.resolution (";
+
+/// What a transaction is for, by the words of [`crate::fault::COMMITS`]. The first that fits: who pulls claims and starts at
+/// once, and follow-ups are published with an outcome.
+fn purpose(statements: &[String]) -> Option<&'static str> {
+    let all = [
+        (RESOLUTION, "resolution"),
+        (CLAIM, "claim"),
+        (OUTCOME, "outcome"),
+        (START, "start"),
+        (FLUSH, "outcome"),
+        (PUBLISH, "publish"),
+    ];
+    all.into_iter().find(|(text, _)| statements.iter().any(|s| s.contains(text))).map(|(_, purpose)| purpose)
+}
 
 /// The proxy; clones are the same one.
 #[derive(Clone)]
 pub(crate) struct Proxy {
     port: u16,
     armed: Arc<Mutex<VecDeque<Cut>>>,
-    hit: Arc<dyn Fn(Cut) + Send + Sync>,
+    hit: Arc<dyn Fn(When, Option<&'static str>) + Send + Sync>,
 }
 
 impl Proxy {
-    /// Listens, and passes on to this port.
-    pub(crate) async fn start(upstream: u16, hit: impl Fn(Cut) + Send + Sync + 'static) -> io::Result<Proxy> {
+    /// Listens, and passes on to this port. It tells each cut, and what the transaction was for.
+    pub(crate) async fn start(
+        upstream: u16,
+        hit: impl Fn(When, Option<&'static str>) + Send + Sync + 'static,
+    ) -> io::Result<Proxy> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let proxy = Proxy { port: listener.local_addr()?.port(), armed: Arc::default(), hit: Arc::new(hit) };
         let serving = proxy.clone();
@@ -131,7 +148,7 @@ impl Proxy {
                         let patience = std::time::Duration::from_secs(2);
                         tokio::time::timeout(patience, answered.notified()).await.ok();
                     }
-                    (self.hit)(cut);
+                    (self.hit)(cut.when, purpose(&transaction.statements));
                     return Ok(());
                 }
                 forwarded += length;
@@ -223,6 +240,7 @@ fn is_commit(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fault::COMMITS;
 
     fn message(tag: u8, texts: &[&str]) -> Vec<u8> {
         let body: Vec<u8> = texts.iter().flat_map(|t| t.bytes().chain([0])).collect();
@@ -246,6 +264,20 @@ mod tests {
         transaction.commits(&message(b'P', &["c", "commit"]));
         transaction.commits(&message(b'B', &["p", "c"]));
         assert!(transaction.commits(&message(b'E', &["p"])));
+    }
+
+    #[test]
+    fn a_transaction_has_one_purpose() {
+        let of = |texts: &[&str]| purpose(&texts.iter().map(|t| format!("with x as ({t}id)")).collect::<Vec<_>>());
+        assert_eq!(of(&["begin"]), None);
+        assert_eq!(of(&[PUBLISH]), Some("publish"));
+        assert_eq!(of(&[PUBLISH, OUTCOME]), Some("outcome"));
+        assert_eq!((of(&[FLUSH, START]), of(&[FLUSH])), (Some("start"), Some("outcome")));
+        assert_eq!(of(&[CLAIM, START]), Some("claim"));
+        assert_eq!(of(&[RESOLUTION, PUBLISH]), Some("resolution"));
+        for text in ABOUTS.iter().filter(|text| !text.is_empty()) {
+            assert!(of(&[text]).is_some_and(|purpose| COMMITS.contains(&purpose)), "{text}");
+        }
     }
 
     #[test]

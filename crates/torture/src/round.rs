@@ -9,28 +9,29 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
-use postbox::Postbox;
 use sqlx::Pool;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::child::publisher::POOL_SIZE;
-use crate::child::races::COUNTERS;
 use crate::child::{ChildPlan, LEASE};
 use crate::dump;
 use crate::fault::{Fault, Kind};
+use crate::ground::prepare;
 use crate::history::{Acted, History, Sample};
 use crate::operator;
 use crate::plan::{Action, Child, schedule};
 use crate::point::point_of_its_own;
-use crate::site::{SCHEMA, Site, number};
+use crate::site::{Site, number};
 use crate::slot::{Wish, keep};
 use crate::traffic::FLEETING;
 use crate::world::World;
 
 /// A fault that has not been hit by the end of its time is tried for this much longer.
 const OVERTIME: Duration = Duration::from_secs(30);
+/// A run in which also the smallest parts of a fault have their turn.
+const LONG: Duration = Duration::from_secs(600);
 /// After healing, all is quiet within this.
 const HEALED_WITHIN: Duration = Duration::from_secs(120);
 
@@ -115,6 +116,10 @@ pub(crate) fn missing(world: &World, span: Duration) -> Vec<String> {
         if !world.faults.is_empty() {
             wanted.extend(operator::DEEDS.iter().map(|deed| (*deed).to_owned()));
         }
+    }
+    if span >= LONG {
+        let parts = |f: &Fault| f.small_parts().into_iter().map(|part| format!("{f}:{part}")).collect::<Vec<_>>();
+        wanted.extend(world.faults.iter().flat_map(parts));
     }
     wanted.retain(|id| world.counts.of(id) == 0);
     wanted
@@ -375,6 +380,11 @@ impl<Db: Site> Stage<Db> {
             let log = std::fs::read_to_string(folder.join(format!("q{slot}.witness"))).unwrap_or_default();
             history.read_puller(&log);
         }
+        for slot in 0..self.round.world.workers() {
+            let name = format!("w{slot}");
+            let log = std::fs::read_to_string(folder.join(format!("{name}.witness"))).unwrap_or_default();
+            history.read_worker(&name, &log);
+        }
         history.acted = self.round.acted.lock().map(|acted| acted.clone()).unwrap_or_default();
         let log =
             std::fs::read_to_string(folder.join("remote.witness")).map_err(|e| format!("the remote's log: {e}"))?;
@@ -415,34 +425,6 @@ async fn look_at<Db: Site>(pool: &Pool<Db>, sql: String) -> Option<bool> {
         Ok(Ok(rows)) => Some(number(&rows) > 0),
         _ => None,
     }
-}
-
-/// An empty database with the tables of both.
-async fn prepare<Db: Site>(pool: &Pool<Db>, url: &str) -> Result<(), Box<dyn std::error::Error>> {
-    let settings = postbox::Settings::defaults().url(url).set("schema", SCHEMA).set("application", "torture");
-    let number = if Db::KIND == Kind::Postgres { "bigint" } else { "integer" };
-    if Db::KIND == Kind::Postgres {
-        let fresh =
-            "drop schema if exists postbox cascade; drop schema if exists torture cascade; create schema torture";
-        Db::run(&mut *Db::acquire(pool).await?, fresh.into()).await?;
-    }
-    // This makes SQLite's file.
-    let postbox = Postbox::<Db>::migrate(settings).await?;
-    postbox.close().await;
-    let mut tables = format!(
-        "create table {} (ext text primary key);
-         create table {} (delivery {number} not null, number {number} not null, ext text not null, clock {number} not null);
-         create table {counter} (id {number} primary key, n {number} not null);",
-        Db::table("business"),
-        Db::table("effect"),
-        counter = Db::table("counter"),
-    );
-    let mut connection = Db::acquire(pool).await?;
-    for id in 0..COUNTERS + 2 {
-        tables.push_str(&format!("insert into {} (id, n) values ({id}, 0);", Db::table("counter")));
-    }
-    Db::run(&mut connection, tables).await?;
-    Ok(())
 }
 
 async fn take_samples<Db: Site>(pool: Pool<Db>, samples: Arc<Mutex<BTreeMap<i64, Vec<Sample>>>>) {

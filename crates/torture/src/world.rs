@@ -14,7 +14,7 @@ use postbox_testkit::Server;
 use crate::child::ChildPlan;
 use crate::fault::{Fault, Kind};
 use crate::plan::Crew;
-use crate::proxy::{Cut, Proxy, When};
+use crate::proxy::{Proxy, When};
 
 /// Handlers that hold every connection hold them for this long: past the lease.
 const HOG_MS: u64 = 1900;
@@ -47,11 +47,13 @@ pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) struct Counts(Mutex<BTreeMap<String, u64>>);
 
 impl Counts {
-    /// `F1:claimed` counts for `F1`, too.
+    /// `F1:claimed` counts for `F1`, too. `F3:outcome:before` does not: it is counted as `F3:before`.
     pub(crate) fn add(&self, id: &str, times: u64) {
         let mut counts = locked(&self.0);
         *counts.entry(id.to_owned()).or_default() += times;
-        if let Some((fault, _)) = id.split_once(':') {
+        if let Some((fault, part)) = id.split_once(':')
+            && !part.contains(':')
+        {
             *counts.entry(fault.to_owned()).or_default() += times;
         }
     }
@@ -97,8 +99,12 @@ impl World {
         world.server = Mutex::new(Some(server));
         if world.wants(Fault::F3) {
             let counts = world.counts.clone();
-            let hit = move |cut: Cut| {
-                counts.add(if cut.when == When::Before { "F3:before" } else { "F3:after" }, 1);
+            let hit = move |when: When, purpose: Option<&str>| {
+                let when = if when == When::Before { "before" } else { "after" };
+                counts.add(&format!("F3:{when}"), 1);
+                if let Some(purpose) = purpose {
+                    counts.add(&format!("F3:{purpose}:{when}"), 1);
+                }
             };
             world.proxy = Some(Proxy::start(world.server_port, hit).await.map_err(|e| format!("the proxy: {e}"))?);
         }
@@ -328,4 +334,19 @@ fn faketime() -> Result<PathBuf, String> {
     found.find(|library| library.exists()).ok_or_else(|| {
         "F14 needs libfaketime; install Debian's package `libfaketime` (scripts/test does), or leave F14 out".into()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hit_counts_once_for_its_fault() {
+        let counts = Counts::default();
+        counts.add("F3:before", 1);
+        counts.add("F3:outcome:before", 1);
+        counts.add("F2", 1);
+        assert_eq!((counts.of("F3"), counts.of("F3:before"), counts.of("F3:outcome:before")), (1, 1, 1));
+        assert_eq!((counts.of("F2"), counts.of("F1")), (1, 0));
+    }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
+use super::ends::late_ends;
 use super::{Attempt, Behind, Checker, Delivery, Subscribed, describe, is_poison, subscribed};
 use crate::history::{Audited, History};
 use crate::traffic::{POISON_ATTEMPTS, PULLED, PULLED_IN_SQL};
@@ -12,7 +13,7 @@ use crate::traffic::{POISON_ATTEMPTS, PULLED, PULLED_IN_SQL};
 const LATEST_RUN_MS: i64 = 10_000;
 
 /// Ends that leave open whether it happened.
-fn is_unseen(attempt: &Attempt) -> bool {
+pub(super) fn is_unseen(attempt: &Attempt) -> bool {
     matches!(attempt.outcome.as_deref(), Some("lost" | "in_doubt" | "panicked" | "timed_out"))
 }
 
@@ -39,17 +40,18 @@ pub(crate) fn seen(history: &History) -> Vec<(&'static str, u64)> {
         ("load:poisoned", ended(&pulled, "dead")),
         ("load:pulled-in-sql", ended(&in_sql, "succeeded")),
         ("load:poisoned-in-sql", ended(&in_sql, "dead")),
+        ("load:late-ends", late_ends(history).len()),
         ("load:pulled-replays", replays(&pulled) + replays(&in_sql)),
     ];
     all.into_iter().map(|(what, times)| (what, times as u64)).collect()
 }
 
 impl<'a> Checker<'a> {
-    fn told_of(&self, delivery: &Delivery) -> String {
+    pub(super) fn told_of(&self, delivery: &Delivery) -> String {
         describe(delivery, self.messages.get(delivery.message.as_str()).copied())
     }
 
-    fn by_id(&self) -> HashMap<i64, &'a Delivery> {
+    pub(super) fn by_id(&self) -> HashMap<i64, &'a Delivery> {
         self.history.deliveries.iter().map(|d| (d.id, d)).collect()
     }
 
@@ -158,10 +160,6 @@ impl<'a> Checker<'a> {
             }
             let told = self.told_of(delivery);
             let attempts = self.attempts.get(&delivery.id).cloned().unwrap_or_default();
-            let done = attempts.iter().find(|a| a.outcome.as_deref() == Some("succeeded")).map(|a| a.number);
-            if let Some(number) = done.filter(|number| !committed.contains(&(delivery.id, *number))) {
-                self.broken("I4", format!("{told} succeeded as attempt {number}, and its effect is not of that"));
-            }
             if self.is_poisoned(delivery) {
                 if delivery.state == "succeeded" {
                     self.broken("I4", format!("{told} succeeded, and nobody committed it"));

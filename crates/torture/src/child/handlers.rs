@@ -16,8 +16,12 @@ use tokio::net::TcpStream;
 
 use super::{ChildPlan, LEASE, QUIET, TIMEOUT, hit};
 use crate::fault::{Fault, Kind};
+use crate::log::Log;
 use crate::site::{Site, Texts};
 use crate::traffic::{FEW, FLEETING, MANY, follows};
+
+/// Between two signs of life.
+const SIGNS: Duration = Duration::from_secs(2);
 
 /// What the handlers share.
 pub(crate) struct Hands<Db: Site> {
@@ -26,6 +30,8 @@ pub(crate) struct Hands<Db: Site> {
     pub(crate) side: Pool<Db>,
     pub(crate) running: Arc<AtomicU64>,
     pub(crate) done: Arc<AtomicU64>,
+    /// How operations ended, and signs of life.
+    pub(crate) log: Log,
 }
 
 impl<Db: Site> Clone for Hands<Db> {
@@ -36,6 +42,7 @@ impl<Db: Site> Clone for Hands<Db> {
             side: self.side.clone(),
             running: self.running.clone(),
             done: self.done.clone(),
+            log: self.log.clone(),
         }
     }
 }
@@ -68,6 +75,28 @@ impl<Db: Site> Hands<Db> {
         self.running.fetch_add(1, Ordering::SeqCst);
         self.done.fetch_add(1, Ordering::SeqCst);
         Running(self.running.clone())
+    }
+
+    /// Leaves a word of how an operation's handler ended.
+    fn ended(&self, attempt: Attempt, end: Result<Receipt, OperationFailure>) -> Result<Receipt, OperationFailure> {
+        let word = match &end {
+            Ok(_) => "succeeded",
+            Err(OperationFailure::InDoubt { .. }) => "in_doubt",
+            Err(OperationFailure::Discarded { .. }) => "discarded",
+            Err(OperationFailure::NotDone { .. } | OperationFailure::Refused { .. }) => "failed",
+        };
+        self.log.leave(format!("ended {} {} {} {word}", self.plan.life, attempt.delivery, attempt.number));
+        end
+    }
+
+    /// Leaves signs of life for as long as the process runs and the database answers.
+    pub(crate) async fn live(self) {
+        loop {
+            tokio::time::sleep(SIGNS).await;
+            if self.clock().await.is_ok() {
+                self.log.leave(format!("alive {}", self.plan.life));
+            }
+        }
     }
 
     /// The database's clock, over a connection that is nobody else's.
@@ -180,9 +209,9 @@ async fn charge<Db: Site>(
     op: Operation,
     payload: Payload<Body>,
     attempt: Attempt,
-    hands: State<Hands<Db>>,
+    State(hands): State<Hands<Db>>,
 ) -> Result<Receipt, OperationFailure> {
-    call("charge", op, payload, attempt, hands).await
+    hands.ended(attempt, call("charge", op, payload, attempt, &hands).await)
 }
 
 /// A call that the remote applies once per idempotency key, however often it comes.
@@ -190,9 +219,9 @@ async fn repeat<Db: Site>(
     op: Operation,
     payload: Payload<Body>,
     attempt: Attempt,
-    hands: State<Hands<Db>>,
+    State(hands): State<Hands<Db>>,
 ) -> Result<Receipt, OperationFailure> {
-    call("repeat", op, payload, attempt, hands).await
+    hands.ended(attempt, call("repeat", op, payload, attempt, &hands).await)
 }
 
 async fn call<Db: Site>(
@@ -200,7 +229,7 @@ async fn call<Db: Site>(
     op: Operation,
     Payload(body): Payload<Body>,
     attempt: Attempt,
-    State(hands): State<Hands<Db>>,
+    hands: &Hands<Db>,
 ) -> Result<Receipt, OperationFailure> {
     let _running = hands.enter();
     let clock = hands.clock().await.not_done()?;

@@ -10,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::handlers::{Hands, routes};
 use super::{ChildPlan, LEASE, hit, listen, say};
 use crate::fault::Fault;
+use crate::log::Log;
 use crate::site::Site;
 
 /// It could not start: the database is away.
@@ -32,8 +33,10 @@ pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::er
         postbox: postbox.clone(),
         running: Arc::new(AtomicU64::new(0)),
         done: Arc::new(AtomicU64::new(0)),
+        log: Log::open(&plan.log)?,
         plan: plan.clone(),
     };
+    tokio::spawn(hands.clone().live());
     let (running, done) = (hands.running.clone(), hands.done.clone());
     // A clock that is right after all proves nothing.
     let wrong = plan.tag != Some(Fault::F14) || hands.clock().await.is_ok_and(|clock| is_wrong(&clock));
