@@ -67,6 +67,11 @@ impl<'a> Columns<'a> {
     }
 }
 
+/// A column in which nothing is set is left out: the statement fills it up.
+fn some<T>(column: Vec<Option<T>>) -> Option<Vec<Option<T>>> {
+    column.iter().any(Option::is_some).then_some(column)
+}
+
 pub(super) async fn publish(
     connection: &mut PgConnection,
     store: &PgStore,
@@ -91,21 +96,21 @@ pub(super) async fn publish(
         let rows = store
             .query(store.sql.publish)
             .bind(columns.topics)
-            .bind(columns.keys)
-            .bind(columns.payloads)
-            .bind(columns.headers)
-            .bind(columns.occurred_us)
-            .bind(columns.sources)
-            .bind(columns.external_ids)
-            .bind(columns.correlation_ids)
-            .bind(columns.causation_ids)
-            .bind(columns.max_attempts)
-            .bind(columns.delay_ms)
-            .bind(columns.due_us)
-            .bind(columns.dedup_keys)
-            .bind(columns.dedup_ms)
-            .bind(columns.bodies)
-            .bind(columns.content_types)
+            .bind(some(columns.keys))
+            .bind(some(columns.payloads))
+            .bind(some(columns.headers))
+            .bind(some(columns.occurred_us))
+            .bind(some(columns.sources))
+            .bind(some(columns.external_ids))
+            .bind(some(columns.correlation_ids))
+            .bind(some(columns.causation_ids))
+            .bind(some(columns.max_attempts))
+            .bind(some(columns.delay_ms))
+            .bind(some(columns.due_us))
+            .bind(some(columns.dedup_keys))
+            .bind(some(columns.dedup_ms))
+            .bind(some(columns.bodies))
+            .bind(some(columns.content_types))
             .fetch_all(&mut *connection)
             .await?;
         for row in rows {

@@ -12,24 +12,25 @@ with routing as materialized (
         for share
     ) s
 ),
--- Narrow on purpose: payloads are read once, by their place in the array, where they are stored.
+-- Arrays that are null stand for nulls. Each is walked once: an element in the middle of one is found by walking to it.
 input as materialized (
-    select i.ord, i.topic, i.dedup_key, {schema}.uuid7() as id,
+    select i.*, {schema}.uuid7() as id,
         case
             when i.due_us is not null
                 and pg_catalog.to_timestamp(i.due_us::double precision / 1000000::double precision) > pg_catalog.clock_timestamp()
                 then pg_catalog.to_timestamp(i.due_us::double precision / 1000000::double precision)
             when i.delay_ms > 0 then pg_catalog.clock_timestamp() + interval '1 millisecond' * i.delay_ms::double precision
         end as due_at
-    from unnest($1::pg_catalog.text[], $11::bigint[], $12::bigint[], $13::pg_catalog.text[])
-        with ordinality as i(topic, delay_ms, due_us, dedup_key, ord)
+    from unnest($1::pg_catalog.text[], $2::pg_catalog.text[], $3::pg_catalog.text[], $4::pg_catalog.text[], $5::bigint[],
+        $6::pg_catalog.text[], $7::pg_catalog.text[], $8::pg_catalog.text[], $9::pg_catalog.text[], $10::int[],
+        $11::bigint[], $12::bigint[], $13::pg_catalog.text[], $14::bigint[], $15::pg_catalog.bytea[], $16::pg_catalog.text[])
+        with ordinality as i(topic, key, payload, headers, occurred_us, source, external_id, correlation_id,
+            causation_id, max_attempts, delay_ms, due_us, dedup_key, dedup_ms, body, content_type, ord)
 ),
 fresh as (
     insert into {schema}.dedup as d (topic, key, message, body_hash, expires_at)
-    select i.topic, i.dedup_key, i.id,
-        {schema}.body_hash(($2::pg_catalog.text[])[i.ord], ($3::pg_catalog.text[])[i.ord],
-            ($15::pg_catalog.bytea[])[i.ord], ($16::pg_catalog.text[])[i.ord]),
-        pg_catalog.clock_timestamp() + interval '1 millisecond' * ($14::bigint[])[i.ord]::double precision
+    select i.topic, i.dedup_key, i.id, {schema}.body_hash(i.key, i.payload, i.body, i.content_type),
+        pg_catalog.clock_timestamp() + interval '1 millisecond' * i.dedup_ms::double precision
     from input i where i.dedup_key is not null
     order by i.topic, i.dedup_key
     on conflict (topic, key) do update
@@ -37,32 +38,30 @@ fresh as (
         where d.expires_at <= pg_catalog.statement_timestamp()
     returning d.message
 ),
-kept as materialized (
-    select i.ord, i.id, i.topic, i.due_at from input i
-    where i.dedup_key is null or i.id in (select f.message from fresh f)
-),
-routed as materialized (
-    select k.ord, k.id, k.topic, k.due_at,
-        coalesce(
-            (select t.subscriptions from {schema}.route t
-                where t.topic = k.topic and t.epoch = (select r.epoch from routing r)),
-            array(select s.id from {schema}.subscription s
-                where s.removed_at is null and k.topic ~ s.matcher order by s.id)) as subscriptions
-    from kept k
-),
 fan as materialized (
-    select r.*, array(select pg_catalog.nextval('{schema}.delivery_id') from pg_catalog.unnest(r.subscriptions)) as deliveries
-    from routed r
+    select k.*,
+        case pg_catalog.cardinality(k.subscriptions)
+            when 1 then array[pg_catalog.nextval('{schema}.delivery_id')]
+            else array(select pg_catalog.nextval('{schema}.delivery_id') from pg_catalog.unnest(k.subscriptions))
+        end as deliveries
+    from (
+        select i.*,
+            coalesce(
+                (select t.subscriptions from {schema}.route t
+                    where t.topic = i.topic and t.epoch = (select r.epoch from routing r)),
+                array(select s.id from {schema}.subscription s
+                    where s.removed_at is null and i.topic ~ s.matcher order by s.id)) as subscriptions
+        from input i
+        where i.dedup_key is null or i.id in (select f.message from fresh f)
+        offset 0
+    ) k
 ),
 stored as (
     insert into {schema}.message (id, epoch, topic, key, payload, headers, occurred_at, due_at, source,
         external_id, correlation_id, causation_id, max_attempts, deliveries, body, content_type)
-    select f.id, (select r.epoch from routing r), f.topic, ($2::pg_catalog.text[])[f.ord],
-        ($3::pg_catalog.text[])[f.ord]::pg_catalog.json, ($4::pg_catalog.text[])[f.ord]::pg_catalog.json,
-        pg_catalog.to_timestamp(($5::bigint[])[f.ord]::double precision / 1000000::double precision), f.due_at,
-        ($6::pg_catalog.text[])[f.ord], ($7::pg_catalog.text[])[f.ord], ($8::pg_catalog.text[])[f.ord],
-        ($9::pg_catalog.text[])[f.ord], ($10::int[])[f.ord], f.deliveries,
-        ($15::pg_catalog.bytea[])[f.ord], ($16::pg_catalog.text[])[f.ord]
+    select f.id, (select r.epoch from routing r), f.topic, f.key, f.payload::pg_catalog.json, f.headers::pg_catalog.json,
+        pg_catalog.to_timestamp(f.occurred_us::double precision / 1000000::double precision), f.due_at, f.source,
+        f.external_id, f.correlation_id, f.causation_id, f.max_attempts, f.deliveries, f.body, f.content_type
     from fan f
 ),
 readied as (

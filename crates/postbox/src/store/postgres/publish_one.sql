@@ -4,7 +4,10 @@
 -- $7 external id, $8 correlation id, $9 causation id, $10 attempts, $11 body, $12 content type.
 with fan as materialized (
     select {schema}.uuid7() as id, r.epoch, r.channel, t.subscriptions,
-        array(select pg_catalog.nextval('{schema}.delivery_id') from pg_catalog.unnest(t.subscriptions)) as deliveries
+        case pg_catalog.cardinality(t.subscriptions)
+            when 1 then array[pg_catalog.nextval('{schema}.delivery_id')]
+            else array(select pg_catalog.nextval('{schema}.delivery_id') from pg_catalog.unnest(t.subscriptions))
+        end as deliveries
     from {schema}.routing r
     join {schema}.route t on t.topic = $1 and t.epoch = r.epoch
     -- As in publish.sql: a stricter snapshot may be older than the lock on message.
