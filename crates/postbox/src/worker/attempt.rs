@@ -106,6 +106,7 @@ impl Drop for Permit {
 /// Starts an attempt in a task of its own.
 pub(super) fn run<Db: Database>(attempt: Attempt<Db>) -> Running {
     let fate = Arc::new(AtomicU8::new(OPEN));
+    let attempt = Box::new(attempt);
     let (hold, events, operation) = (attempt.hold, attempt.events.clone(), attempt.kind == Kind::Operation);
     let permit = Permit(events.clone(), hold);
     let started = Instant::now();
@@ -148,7 +149,7 @@ fn seal(fate: &AtomicU8) -> bool {
 }
 
 impl<Db: Database> Attempt<Db> {
-    async fn perform(self, fate: &Arc<AtomicU8>) -> Ended {
+    async fn perform(self: Box<Self>, fate: &Arc<AtomicU8>) -> Ended {
         let Some(envelope) = self.item.envelope.clone() else {
             return Ended::failed("its message is gone: retention or a restore took it before it was delivered", true);
         };
@@ -159,13 +160,14 @@ impl<Db: Database> Attempt<Db> {
             envelope,
         };
         match self.kind {
-            Kind::Transactional => context.scope(self.transactional(call, fate.clone())).await,
-            Kind::Plain | Kind::Operation => context.scope(self.outside(call)).await,
+            // Boxed: what a task is made of is copied several times when it starts.
+            Kind::Transactional => context.scope(Box::pin(self.transactional(call, fate.clone()))).await,
+            Kind::Plain | Kind::Operation => context.scope(Box::pin(self.outside(call))).await,
         }
     }
 
     /// A plain handler or an operation: the outcome follows the effect.
-    async fn outside(self, call: Call) -> Ended {
+    async fn outside(self: Box<Self>, call: Call) -> Ended {
         if self.kind == Kind::Operation {
             crash::point("attempt-committed");
             // A process that slept through its lease must not call: others may have taken over.
@@ -200,7 +202,7 @@ impl<Db: Database> Attempt<Db> {
     }
 
     /// A transactional handler: effects and outcome commit together, or not at all.
-    async fn transactional(self, call: Call, fate: Arc<AtomicU8>) -> Ended {
+    async fn transactional(self: Box<Self>, call: Call, fate: Arc<AtomicU8>) -> Ended {
         // An idle transaction must not outlive its lease.
         let tx = match self.store.open(self.lease, self.timeout.min(self.lease_time)).await {
             Ok(tx) => tx,
@@ -248,7 +250,7 @@ impl<Db: Database> Attempt<Db> {
         }
     }
 
-    async fn commit(self, tx: <Db::Store as Store>::Tx, follow_ups: Vec<Draft>, started: Instant) -> Ended {
+    async fn commit(self: Box<Self>, tx: <Db::Store as Store>::Tx, follow_ups: Vec<Draft>, started: Instant) -> Ended {
         let outcome = Move {
             delivery: self.item.delivery,
             message: self.item.message,
