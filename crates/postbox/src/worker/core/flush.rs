@@ -134,19 +134,26 @@ pub(super) fn due_flush(
     rng: &mut fastrand::Rng,
     now: Duration,
 ) -> Option<Settle> {
-    let count = |wanted: fn(&Slot) -> bool| batch.items.iter().filter(|(_, slot)| wanted(slot)).count();
-    let ended = count(|s| matches!(s, Slot::Ended(..)));
-    let reserved = count(|s| matches!(s, Slot::Reserved));
-    let released = count(|s| matches!(s, Slot::Released | Slot::Withheld));
-    let settled = count(|s| matches!(s, Slot::Settled));
-    let complete = ended + released + settled == batch.items.len();
-    let oldest =
-        batch.items.iter().filter_map(|(_, s)| if let Slot::Ended(_, at) = s { Some(*at) } else { None }).min();
+    let (mut ended, mut reserved, mut released, mut settled) = (0, 0, 0, 0);
+    let mut oldest: Option<Duration> = None;
     // An operation's outcome does not wait: others may wait for it.
-    let urgent = batch.items.iter().any(|(item, slot)| {
-        matches!(slot, Slot::Ended(..))
-            && lanes.get(&item.subscription).is_some_and(|(lane, _)| lane.policy.kind == Kind::Operation)
-    });
+    let mut urgent = false;
+    let operations = lanes.values().any(|(lane, _)| lane.policy.kind == Kind::Operation);
+    for (item, slot) in &batch.items {
+        match slot {
+            Slot::Ended(_, at) => {
+                ended += 1;
+                oldest = Some(oldest.map_or(*at, |oldest| oldest.min(*at)));
+                urgent |= operations
+                    && lanes.get(&item.subscription).is_some_and(|(lane, _)| lane.policy.kind == Kind::Operation);
+            }
+            Slot::Reserved => reserved += 1,
+            Slot::Released | Slot::Withheld => released += 1,
+            Slot::Settled => settled += 1,
+            _ => {}
+        }
+    }
+    let complete = ended + released + settled == batch.items.len();
     let ripe = urgent || ended >= FLUSH_COUNT || oldest.is_some_and(|at| at + FLUSH_AFTER <= now);
     if !(complete || ripe || reserved > 0 || released > 0) {
         return None;
