@@ -192,7 +192,11 @@ fn of_attempt(attempt: &AttemptRow) -> Vec<Moment> {
     let mut moments = vec![Moment::new(
         attempt.started_at,
         format!("attempt {number}"),
-        format!("started by worker {}", attempt.worker),
+        // `next` in SQL works without a worker.
+        match attempt.worker.is_nil() {
+            true => "taken in SQL".to_owned(),
+            false => format!("started by worker {}", attempt.worker),
+        },
     )];
     if let Some(outcome) = &attempt.outcome {
         let at = attempt.finished_at.unwrap_or(attempt.started_at);
