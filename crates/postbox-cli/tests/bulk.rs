@@ -77,6 +77,8 @@ fn many_are_called_off_and_tried_again() {
     assert!(shown.err.contains("cancel subscription:crm --limit 2 --reason"), "{}", shown.err);
     let shown = place.run(&["cancel", "subscription:crm", "--dry-run", "--json"]).ends(0).json();
     assert_eq!((shown["deliveries"].as_i64(), shown["sample"].as_array().map(Vec::len)), (Some(5), Some(5)));
+    let shown = place.run(&["cancel", "subscription:crm", "--dry-run", "--limit", "2", "--json"]).ends(0).json();
+    assert_eq!(shown["sample"].as_array().map(Vec::len), Some(2), "no more than it is done to");
     let unsaid = place.run(&["cancel", "subscription:crm", "--limit", "2", "--yes"]).ends(5);
     assert!(unsaid.err.contains("--limit 2 --yes --reason \"why\""), "{}", unsaid.err);
     let unconfirmed = place.run(&["cancel", "subscription:crm", "--limit", "2", "--reason", "over"]).ends(5);

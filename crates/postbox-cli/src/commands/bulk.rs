@@ -381,14 +381,16 @@ fn preview(wanted: &Wanted, found: &[DeliveryRow]) -> Preview {
     let deliveries = wanted.bulk.limit.and_then(|l| i64::try_from(l).ok()).map_or(matched, |l| l.min(matched));
     let what = if wanted.verb.name == "retry" { "tries again" } else { "calls off" };
     let mut words = match (deliveries, deliveries < matched) {
-        (0, _) => format!("no delivery that is {} matches", states(wanted)),
+        (0, _) => format!("no delivery matches that is {}", states(wanted)),
         (n, true) => format!("{what} the newest {n} of {matched} that match"),
         (n, false) => format!("{what} {}", many(n, "delivery", "deliveries")),
     };
     if more && deliveries == matched {
         words.push_str(", and those that match beyond them");
     }
-    let sample: Vec<DeliveryRow> = found.iter().filter(|row| !left_out(wanted, row)).take(SAMPLE).cloned().collect();
+    // No more of them than it is done to.
+    let shown = SAMPLE.min(usize::try_from(deliveries).unwrap_or(SAMPLE));
+    let sample: Vec<DeliveryRow> = found.iter().filter(|row| !left_out(wanted, row)).take(shown).cloned().collect();
     let object = json!({"deliveries": deliveries, "matched": matched, "more": more, "by_subscription": by_subscription, "sample": sample});
     Preview { deliveries, lines, sample, words, object }
 }

@@ -152,10 +152,14 @@ async fn status<Db: Database>(desk: &Desk<'_>) -> Ended {
         return Ok(0);
     }
     desk.output.line(&format!("schema {}", plain(&status.schema)))?;
+    let width = status.migrations.iter().map(|(_, name, _)| name.len()).max().unwrap_or_default();
     for (version, name, applied_at) in &status.migrations {
+        let name = plain(name);
         let line = match applied_at {
-            Some(at) => format!("{} {version:04} {}  applied {at:.0}", desk.output.paint(Tone::Good, "+"), plain(name)),
-            None => format!("{} {version:04} {}  not applied", desk.output.paint(Tone::Doubt, "."), plain(name)),
+            Some(at) => {
+                format!("{} {version:04} {name:<width$}  applied {at:.0}", desk.output.paint(Tone::Good, "+"))
+            }
+            None => format!("{} {version:04} {name:<width$}  not applied", desk.output.paint(Tone::Doubt, ".")),
         };
         desk.output.line(&line)?;
     }

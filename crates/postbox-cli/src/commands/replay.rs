@@ -56,6 +56,11 @@ async fn singly<Db: Database>(
                 row.id
             ));
         }
+        if irreversible {
+            for row in rows.iter().filter(|row| row.kind != "operation") {
+                desk.output.prose(&format!("delivery {} is no operation: it needs no --irreversible", row.id));
+            }
+        }
         if wanted.bulk.dry_run {
             return Ok(0);
         }
