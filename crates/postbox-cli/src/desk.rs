@@ -80,6 +80,13 @@ impl<'a> Desk<'a> {
         })
     }
 
+    /// The application that a new subscription belongs to: of the flag or of a setting, if one says it.
+    pub(crate) fn whose(&self) -> Option<String> {
+        let said = |(name, _, origin): &(&str, String, String)| *name == "application" && origin != "default";
+        let setting = || self.settings.shown().into_iter().find(said).map(|(_, application, _)| application);
+        self.application.clone().or_else(setting)
+    }
+
     /// A command to run next, against the same database.
     pub(crate) fn command(&self, rest: &str) -> String {
         format!("{} {rest}", self.prefix)

@@ -442,6 +442,9 @@ fn subscriptions_are_declared_for_programs_that_pull() {
         (&7.into(), &1.into()),
         "what nobody was subscribed to"
     );
+    let mut by_setting = place.command(&["subscriptions", "add", "mail", "orders.placed", "--json"]);
+    let by_setting = Ran::of(&by_setting.env("POSTBOX_APPLICATION", "post").output().expect("runs"));
+    assert_eq!(by_setting.ends(0).json()["application"], "post");
 }
 
 #[test]
