@@ -5,7 +5,7 @@ use std::path::Path;
 use postbox::admin::MAX_REASON_BYTES;
 use postbox::{Backend, Database, Error, Postbox, Settings, hide_password};
 
-use crate::failure::{Failure, NOT_FOUND, REFUSED, USAGE};
+use crate::failure::{Failure, NOT_FOUND, REFUSED, USAGE, sqlstate};
 use crate::flags::Global;
 use crate::output::Output;
 use crate::text::{plain, quoted};
@@ -37,8 +37,14 @@ impl<'a> Desk<'a> {
             Some(file) => Some(file.as_path()),
             None => usual.exists().then_some(usual),
         };
-        let mut settings = Settings::load_from(file)
-            .map_err(|e| Failure::of(&e, "read the settings", "mend the file, then: postbox config show --origin"))?;
+        let mut settings = Settings::load_from(file).map_err(|e| {
+            let given = global
+                .config
+                .as_ref()
+                .map_or_else(String::new, |file| format!(" --config {}", quoted(&file.display().to_string())));
+            let next = format!("mend the file, then: {}{given} config show --origin", program());
+            Failure::of(&e, "read the settings", next)
+        })?;
         for (name, flag, value) in [
             ("database_url", "--database-url", &global.database_url),
             ("schema", "--schema", &global.schema),
@@ -72,6 +78,13 @@ impl<'a> Desk<'a> {
             elsewhere,
             acting,
         })
+    }
+
+    /// The application that a new subscription belongs to: of the flag or of a setting, if one says it.
+    pub(crate) fn whose(&self) -> Option<String> {
+        let said = |(name, _, origin): &(&str, String, String)| *name == "application" && origin != "default";
+        let setting = || self.settings.shown().into_iter().find(said).map(|(_, application, _)| application);
+        self.application.clone().or_else(setting)
     }
 
     /// A command to run next, against the same database.
@@ -111,16 +124,26 @@ impl<'a> Desk<'a> {
         Postbox::open_unchecked(self.settings.clone()).await.map_err(|e| self.no_connection(&e))
     }
 
-    /// Connects; a SQLite file is made if there is none.
+    /// Connects; a SQLite file is made if there is none, and that is told.
     pub(crate) async fn open_or_create<Db: Database>(&self) -> Result<Postbox<Db>, Failure> {
-        Postbox::open(self.settings.clone()).await.map_err(|e| self.no_connection(&e))
+        let makes = self.makes_a_file();
+        let postbox = Postbox::open(self.settings.clone()).await.map_err(|e| self.no_connection(&e))?;
+        if makes {
+            let settings = self.command("config show --origin");
+            self.output.prose(&format!("opening it made the file; if another one was meant: {settings}"));
+        }
+        Ok(postbox)
     }
 
     /// What to say when the database cannot be reached.
     pub(crate) fn no_connection(&self, error: &Error) -> Failure {
-        let next = match error {
-            Error::Schema { .. } => self.command("migrate up"),
-            _ => self.command("config show --origin"),
+        let settings = self.command("config show --origin");
+        let next = match (error, sqlstate(error).as_deref()) {
+            (Error::Schema { .. }, _) => self.command("migrate up"),
+            (_, Some("3D000")) => format!("make the database with createdb, then: {}", self.command("migrate up")),
+            (_, Some("28000" | "28P01")) => format!("mend the user or the password: {settings}"),
+            (Error::Database(sqlx::Error::Io(_)), _) => format!("start the server, or mend the URL: {settings}"),
+            _ => settings,
         };
         Failure::of(error, "open the database", next)
     }

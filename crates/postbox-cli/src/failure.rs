@@ -94,7 +94,8 @@ pub(crate) fn denied(error: &Error) -> bool {
     sqlstate(error).as_deref() == Some("42501")
 }
 
-fn sqlstate(error: &Error) -> Option<String> {
+/// The server's code for it.
+pub(crate) fn sqlstate(error: &Error) -> Option<String> {
     match error {
         Error::Database(e) | Error::Publish(PublishError::Database(e)) => {
             Some(e.as_database_error()?.code()?.into_owned())

@@ -50,7 +50,7 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     /// A small shop that runs by itself, to look at: needs nothing
     Demo(Demo),
-    /// Bring a database to this version, or see how
+    /// Bring a database to this version, take it back, or see how
     #[command(subcommand)]
     Migrate(Migrate),
     /// Publish a message, or a file of them
@@ -62,14 +62,14 @@ pub(crate) enum Command {
     /// One delivery with its history, or a message with its deliveries
     Show(Show),
     /// Try deliveries again, now; their attempts go on counting
-    ///
-    /// A filter that names no state means the dead ones.
+    #[command(after_help = "A filter that names no state means the dead ones.")]
     Retry(Retry),
     /// Call deliveries off that wait or are dead
-    ///
-    /// A filter that names no state means those that wait.
+    #[command(after_help = "A filter that names no state means those that wait.")]
     Cancel(Cancel),
     /// Deliver again what has ended: a new delivery, linked to the old one
+    #[command(after_help = "A filter that names no state means all that succeeded, is dead or was cancelled. \
+                            Operations are left out: they are replayed by their numbers, with --irreversible.")]
     Replay(Replay),
     /// Say how a doubt ends
     Resolve(Resolve),
@@ -152,7 +152,7 @@ pub(crate) struct Publish {
     /// The payload is bytes of this media type, like image/png, and not JSON
     #[arg(long, value_name = "TYPE")]
     pub(crate) content_type: Option<String>,
-    /// What ordering and partitioning go by
+    /// What the message is about, like an order's number; `list key:KEY` finds it
     #[arg(long)]
     pub(crate) key: Option<String>,
     /// A header, name=value; may be repeated
@@ -186,7 +186,8 @@ pub(crate) struct Publish {
 
 #[derive(Debug, Args)]
 pub(crate) struct List {
-    /// state:dead,in_doubt topic:orders.* subscription:NAME application:NAME key:KEY since:2h until:TIME; words narrow, commas widen
+    /// state:dead,in_doubt topic:orders.* subscription:NAME application:NAME key:KEY since:2h until:TIME;
+    /// each name narrows, commas widen. The states: pending, running, in_doubt, succeeded, dead, cancelled
     #[arg(value_name = "FILTER")]
     pub(crate) filter: Vec<String>,
     /// How many at most
@@ -206,7 +207,7 @@ pub(crate) struct Bulk {
     /// Deliveries' numbers, or a filter as for `list`: subscription:NAME since:2h state:dead
     #[arg(required_unless_present = "all", value_name = "ID|FILTER")]
     pub(crate) which: Vec<String>,
-    /// Instead of a filter: all that it is done to where a filter names no state
+    /// Instead of a filter: all in the states that are meant where a filter names none (see below)
     #[arg(long, conflicts_with = "which")]
     pub(crate) all: bool,
     /// Shows what would be done, and does nothing

@@ -95,7 +95,8 @@ pub(crate) fn many(number: i64, one: &str, more: &str) -> String {
     match number {
         1 => format!("1 {one}"),
         n if n > 100_000 => format!("100k+ {more}"),
-        n => format!("{n} {more}"),
+        0 => format!("0 {more}"),
+        n => format!("{} {more}", count(n)),
     }
 }
 

@@ -2,6 +2,8 @@
 
 mod place;
 
+use std::process::{Command, Stdio};
+
 use place::{Place, Ran};
 use serde_json::Value;
 use sqlx::Connection;
@@ -37,6 +39,35 @@ fn summary(ran: &Ran) -> Value {
     ran.json_lines().last().cloned().unwrap_or_default()
 }
 
+/// What a run leaves that Ctrl-C ends, once so many deliveries match.
+fn interrupted(place: &Place, args: &[&str], filter: &str, many: usize) -> Ran {
+    let mut command = place.command(args);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+    while ids(place, filter).len() < many {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("runs").success());
+    Ran::of(&child.wait_with_output().expect("ends"))
+}
+
+#[test]
+fn ctrl_c_says_where_to_go_on() {
+    let place = shop();
+    let slow = ["--rate", "0.01", "--reason", "over", "--yes", "--json"];
+    let args = [&["cancel", "subscription:crm"], slow.as_slice()].concat();
+    let ran = interrupted(&place, &args, "state:cancelled", 1).ends(1);
+    assert_eq!(summary(&ran), serde_json::json!({"action": "cancel", "done": 1, "refused": 0}));
+    assert!(ran.err.contains("cancel subscription:crm --rate 0.01 --reason over --yes"), "{}", ran.err);
+    place.run(&["cancel", "subscription:crm", "--reason", "over", "--yes"]).ends(0);
+
+    let args = [&["replay", "subscription:crm"], slow.as_slice()].concat();
+    let ran = interrupted(&place, &args, "subscription:crm state:pending", 1).ends(1);
+    assert_eq!(summary(&ran)["replayed"], 1, "{}", ran.out);
+    let next = ran.err.rsplit("next: ").next().unwrap_or_default().trim_end();
+    let above = format!("--above {}", summary(&ran)["upto"]);
+    assert!(next.contains(&above) && next.contains("--rate 0.01"), "{}", ran.err);
+}
+
 #[test]
 fn many_are_called_off_and_tried_again() {
     let place = shop();
@@ -46,6 +77,8 @@ fn many_are_called_off_and_tried_again() {
     assert!(shown.err.contains("cancel subscription:crm --limit 2 --reason"), "{}", shown.err);
     let shown = place.run(&["cancel", "subscription:crm", "--dry-run", "--json"]).ends(0).json();
     assert_eq!((shown["deliveries"].as_i64(), shown["sample"].as_array().map(Vec::len)), (Some(5), Some(5)));
+    let shown = place.run(&["cancel", "subscription:crm", "--dry-run", "--limit", "2", "--json"]).ends(0).json();
+    assert_eq!(shown["sample"].as_array().map(Vec::len), Some(2), "no more than it is done to");
     let unsaid = place.run(&["cancel", "subscription:crm", "--limit", "2", "--yes"]).ends(5);
     assert!(unsaid.err.contains("--limit 2 --yes --reason \"why\""), "{}", unsaid.err);
     let unconfirmed = place.run(&["cancel", "subscription:crm", "--limit", "2", "--reason", "over"]).ends(5);

@@ -29,6 +29,8 @@ async fn a_login_that_may_not_is_told_the_role() {
         let refused = run(viewer.url(), args).ends(5);
         assert!(refused.err.contains(&format!("{schema}_{role}")), "{}", refused.err);
     }
+    let refused = run(viewer.url(), &["migrate", "down", "--yes"]).ends(5);
+    assert!(refused.err.contains("owns the schema"), "{}", refused.err);
 
     let args = ["cancel", "subscription:crm", "--reason", "over", "--yes", "--json", "--rate", "100"];
     let done = run(operator.url(), &args).ends(0).json_lines();

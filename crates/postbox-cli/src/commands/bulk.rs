@@ -9,6 +9,7 @@ use postbox::lifecycle::State;
 use postbox::{Database, Error, Postbox};
 use serde::Serialize;
 use serde_json::json;
+use tokio::sync::watch;
 
 use crate::commands::{Ended, list};
 use crate::confirm::confirm;
@@ -24,6 +25,8 @@ const LOOKED_AT: u32 = 20_000;
 const PAGE: u32 = 500;
 /// So many of what would be done are shown.
 const SAMPLE: usize = 5;
+/// The exit code of a process that Ctrl-C ended.
+const INTERRUPTED: i32 = 130;
 
 /// A verb, and what it can be done to.
 #[derive(Debug)]
@@ -213,6 +216,42 @@ impl Pace {
     }
 }
 
+/// Ctrl-C while many are done: the run ends between two of them, and says where it came to. A second one
+/// ends the process.
+#[derive(Debug)]
+pub(super) struct Interrupt(watch::Receiver<bool>);
+
+impl Interrupt {
+    /// From here on.
+    pub(super) fn listen(desk: &Desk<'_>) -> Interrupt {
+        let (tell, told) = watch::channel(false);
+        let output = desk.output.clone();
+        tokio::spawn(async move {
+            if tokio::signal::ctrl_c().await.is_ok() {
+                output.prose("stops after what is under way; Ctrl-C again ends it at once");
+                tell.send_replace(true);
+                if tokio::signal::ctrl_c().await.is_ok() {
+                    std::process::exit(INTERRUPTED);
+                }
+            }
+            std::future::pending::<()>().await;
+        });
+        Interrupt(told)
+    }
+
+    pub(super) fn came(&self) -> bool {
+        *self.0.borrow()
+    }
+
+    /// Waits for as long as the pace says, or until it comes.
+    pub(super) async fn or_after(&mut self, pace: &mut Pace, done: u64) {
+        tokio::select! {
+            () = pace.after(done) => {}
+            _ = self.0.wait_for(|came| *came) => {}
+        }
+    }
+}
+
 /// What became of many.
 #[derive(Debug, Default, Serialize)]
 struct Sums {
@@ -238,7 +277,7 @@ where
     // What is newer was not there when it was agreed to.
     let newest = found.first().map_or(0, |row| row.id);
     let limit = wanted.bulk.limit.unwrap_or(u64::MAX);
-    let mut pace = Pace::new(wanted.bulk.rate);
+    let (mut pace, mut interrupt) = (Pace::new(wanted.bulk.rate), Interrupt::listen(desk));
     let (mut sums, mut seen, mut codes) = (Sums::default(), HashSet::new(), HashSet::new());
     let mut asked = LOOKED_AT;
     let ended = 'all: loop {
@@ -248,6 +287,9 @@ where
         for row in fresh.iter().filter(|row| !left_out(wanted, row)) {
             if sums.done >= limit {
                 break 'all None;
+            }
+            if interrupt.came() {
+                break 'all Some(Cut::Interrupted);
             }
             match act(row.id, row.rev, reason.clone()).await {
                 Ok(entry) => {
@@ -260,9 +302,9 @@ where
                     codes.insert(code_of(&error));
                     failed_at(desk, name, row.id, &error)?;
                 }
-                Err(error) => break 'all Some(error),
+                Err(error) => break 'all Some(Cut::Failed(error)),
             }
-            pace.after(1).await;
+            interrupt.or_after(&mut pace, 1).await;
         }
         if last_page {
             break None;
@@ -272,7 +314,7 @@ where
         asked = PAGE.saturating_add(u32::try_from(stay + fresh.len()).unwrap_or(u32::MAX));
         found = match postbox.admin().list(filter, asked).await {
             Ok(found) => found,
-            Err(error) => break Some(error),
+            Err(error) => break Some(Cut::Failed(error)),
         };
     };
     if desk.output.json {
@@ -281,15 +323,31 @@ where
         let plus = desk.output.paint(Tone::Good, "+");
         desk.output.line(&format!("{plus} {} {}, refused {}", wanted.verb.past, sums.done, sums.refused))?;
     }
-    if let Some(error) = ended {
+    if let Some(cut) = ended {
         let next = format!("{} --reason {} --yes", wanted.same, quoted(&plain(&reason)));
-        return Err(Failure::of(&error, format!("{} to its end", wanted.tried), next));
+        return Err(cut.failure(format!("{} to its end", wanted.tried), next));
     }
     Ok(match (sums.done, codes.len(), codes.iter().next()) {
         (_, 0, _) => 0,
         (0, 1, Some(code)) => *code,
         _ => FAILED,
     })
+}
+
+/// Why a run did not come to its end.
+#[derive(Debug)]
+pub(super) enum Cut {
+    Interrupted,
+    Failed(Error),
+}
+
+impl Cut {
+    pub(super) fn failure(&self, tried: String, next: String) -> Failure {
+        match self {
+            Cut::Interrupted => Failure::new(FAILED, tried, "it was interrupted", next),
+            Cut::Failed(error) => Failure::of(error, tried, next),
+        }
+    }
 }
 
 /// An operation whose outcome nobody knows may have happened: whoever tries it again says so for each.
@@ -323,14 +381,16 @@ fn preview(wanted: &Wanted, found: &[DeliveryRow]) -> Preview {
     let deliveries = wanted.bulk.limit.and_then(|l| i64::try_from(l).ok()).map_or(matched, |l| l.min(matched));
     let what = if wanted.verb.name == "retry" { "tries again" } else { "calls off" };
     let mut words = match (deliveries, deliveries < matched) {
-        (0, _) => format!("no delivery that is {} matches", states(wanted)),
+        (0, _) => format!("no delivery matches that is {}", states(wanted)),
         (n, true) => format!("{what} the newest {n} of {matched} that match"),
         (n, false) => format!("{what} {}", many(n, "delivery", "deliveries")),
     };
     if more && deliveries == matched {
         words.push_str(", and those that match beyond them");
     }
-    let sample: Vec<DeliveryRow> = found.iter().filter(|row| !left_out(wanted, row)).take(SAMPLE).cloned().collect();
+    // No more of them than it is done to.
+    let shown = SAMPLE.min(usize::try_from(deliveries).unwrap_or(SAMPLE));
+    let sample: Vec<DeliveryRow> = found.iter().filter(|row| !left_out(wanted, row)).take(shown).cloned().collect();
     let object = json!({"deliveries": deliveries, "matched": matched, "more": more, "by_subscription": by_subscription, "sample": sample});
     Preview { deliveries, lines, sample, words, object }
 }

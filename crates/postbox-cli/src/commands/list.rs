@@ -24,7 +24,9 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, list: List) -> Ended {
         return Ok(0);
     }
     if rows.is_empty() {
-        desk.output.prose("no delivery matches");
+        let next = if filter.subscriptions.is_empty() { "status" } else { "subscriptions" };
+        desk.output.prose(if filter == Filter::default() { "no deliveries yet" } else { "no delivery matches" });
+        desk.output.prose(&format!("next: {}", desk.command(next)));
         return Ok(0);
     }
     table(&rows, desk.output)?;

@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::commands::Ended;
 use crate::confirm::confirm;
 use crate::desk::Desk;
-use crate::failure::Failure;
+use crate::failure::{Failure, denied};
 use crate::flags::{Down, Migrate};
 use crate::output::Tone;
 use crate::text::plain;
@@ -40,7 +40,7 @@ async fn up<Db: Database>(desk: &Desk<'_>) -> Ended {
     let made = desk.makes_a_file();
     let postbox = unchecked::<Db>(desk).await?;
     let tried = "bring the schema to this version";
-    let failed = |e| Failure::of(&e, tried, desk.command("migrate status"));
+    let failed = |e| refused(desk, &e, tried, "migrate status");
     let mut applied = postbox.migrate_up().await.map_err(failed)?;
     let status = postbox.migration_status().await.map_err(failed)?;
     if made {
@@ -78,7 +78,7 @@ async fn missing<Db: Database>(postbox: &Postbox<Db>) -> Result<Vec<String>, pos
 async fn down<Db: Database>(desk: &Desk<'_>, wish: Down) -> Ended {
     let postbox = desk.open_as_it_is::<Db>().await?;
     let tried = "take migrations back";
-    let failed = |e| Failure::of(&e, tried, desk.command("migrate status"));
+    let failed = |e| refused(desk, &e, tried, "migrate status");
     let status = postbox.migration_status().await.map_err(failed)?;
     let found = status.migrations.iter().filter(|(_, _, at)| at.is_some()).count() as u32;
     let to = wish.to.unwrap_or(found.saturating_sub(1));
@@ -120,10 +120,8 @@ async fn down<Db: Database>(desk: &Desk<'_>, wish: Down) -> Ended {
 
 async fn roles<Db: Database>(desk: &Desk<'_>) -> Ended {
     let postbox = desk.open::<Db>().await?;
-    let roles = postbox
-        .grant_roles()
-        .await
-        .map_err(|e| Failure::of(&e, "give the roles their rights", desk.command("migrate status")))?;
+    let roles =
+        postbox.grant_roles().await.map_err(|e| refused(desk, &e, "give the roles their rights", "migrate status"))?;
     if desk.output.json {
         let names: Vec<&str> = roles.iter().map(|r| r.name.as_str()).collect();
         desk.output.object(&json!({"roles": names}))?;
@@ -143,7 +141,7 @@ async fn status<Db: Database>(desk: &Desk<'_>) -> Ended {
     let status = postbox
         .migration_status()
         .await
-        .map_err(|e| Failure::of(&e, "look at the migrations", desk.command("config show --origin")))?;
+        .map_err(|e| refused(desk, &e, "look at the migrations", "config show --origin"))?;
     if desk.output.json {
         let migrations: Vec<_> = status
             .migrations
@@ -154,10 +152,14 @@ async fn status<Db: Database>(desk: &Desk<'_>) -> Ended {
         return Ok(0);
     }
     desk.output.line(&format!("schema {}", plain(&status.schema)))?;
+    let width = status.migrations.iter().map(|(_, name, _)| name.len()).max().unwrap_or_default();
     for (version, name, applied_at) in &status.migrations {
+        let name = plain(name);
         let line = match applied_at {
-            Some(at) => format!("{} {version:04} {}  applied {at:.0}", desk.output.paint(Tone::Good, "+"), plain(name)),
-            None => format!("{} {version:04} {}  not applied", desk.output.paint(Tone::Doubt, "."), plain(name)),
+            Some(at) => {
+                format!("{} {version:04} {name:<width$}  applied {at:.0}", desk.output.paint(Tone::Good, "+"))
+            }
+            None => format!("{} {version:04} {name:<width$}  not applied", desk.output.paint(Tone::Doubt, ".")),
         };
         desk.output.line(&line)?;
     }
@@ -165,6 +167,15 @@ async fn status<Db: Database>(desk: &Desk<'_>) -> Ended {
         desk.output.prose(&format!("next: {}", desk.command("migrate up")));
     }
     Ok(0)
+}
+
+/// The schema is its owner's: no role of the postbox may migrate it.
+fn refused(desk: &Desk<'_>, error: &postbox::Error, tried: &str, next: &str) -> Failure {
+    let next = match denied(error) {
+        true => "run it as the login that owns the schema, or may make it; see docs/roles.md".to_owned(),
+        false => desk.command(next),
+    };
+    Failure::of(error, tried, next)
 }
 
 async fn unchecked<Db: Database>(desk: &Desk<'_>) -> Result<Postbox<Db>, Failure> {

@@ -5,7 +5,7 @@ use postbox::lifecycle::State;
 use postbox::{Database, Postbox};
 
 use crate::commands::Ended;
-use crate::commands::bulk::{self, Pace, Preview, Verb, Wanted, Which};
+use crate::commands::bulk::{self, Cut, Interrupt, Pace, Preview, Verb, Wanted, Which};
 use crate::desk::{Desk, usage};
 use crate::failure::Failure;
 use crate::flags::Replay;
@@ -56,6 +56,11 @@ async fn singly<Db: Database>(
                 row.id
             ));
         }
+        if irreversible {
+            for row in rows.iter().filter(|row| row.kind != "operation") {
+                desk.output.prose(&format!("delivery {} is no operation: it needs no --irreversible", row.id));
+            }
+        }
         if wanted.bulk.dry_run {
             return Ok(0);
         }
@@ -99,17 +104,20 @@ async fn by_filter<Db: Database>(
     let Some(reason) = wanted.agreed(desk, &preview(wanted, found)?)? else { return Ok(0) };
     let wish = admin::Replay { actor: desk.actor.clone(), reason, irreversible: false };
     let mut run = postbox.admin().replay_all(filter, &wish, above).await.map_err(failed)?;
-    let mut pace = Pace::new(wanted.bulk.rate);
+    let (mut pace, mut interrupt) = (Pace::new(wanted.bulk.rate), Interrupt::listen(desk));
     let ended = loop {
         let before = run.so_far().replayed;
         let left = wanted.bulk.limit.map_or(u64::MAX, |limit| limit.saturating_sub(before));
         if left == 0 {
             break None;
         }
+        if interrupt.came() {
+            break Some(Cut::Interrupted);
+        }
         match run.next_of(usize::try_from(left.min(pace.at_once())).unwrap_or(usize::MAX)).await {
-            Ok(Some(so_far)) => pace.after(so_far.replayed - before).await,
+            Ok(Some(so_far)) => interrupt.or_after(&mut pace, so_far.replayed - before).await,
             Ok(None) => break None,
-            Err(error) => break Some(error),
+            Err(error) => break Some(Cut::Failed(error)),
         }
     };
     let so_far = run.so_far();
@@ -130,7 +138,7 @@ async fn by_filter<Db: Database>(
     }
     match ended {
         None => Ok(0),
-        Some(error) => Err(Failure::of(&error, format!("{} to its end", wanted.tried), go_on())),
+        Some(cut) => Err(cut.failure(format!("{} to its end", wanted.tried), go_on())),
     }
 }
 

@@ -14,6 +14,11 @@ use crate::flags::Show;
 use crate::output::{Output, Tone, state_sign};
 use crate::text::{count, inert_json, plain, took};
 
+/// So much of a payload is shown to people,
+const SHOWN_CHARACTERS: usize = 4096;
+/// and this, if there is more.
+const MORE: &str = " … (--json has it all)";
+
 pub(super) async fn run<Db: Database>(desk: &Desk<'_>, show: Show) -> Ended {
     let delivery = show.id.parse::<i64>().ok();
     let message = show.id.parse::<Uuid>().ok();
@@ -124,7 +129,7 @@ fn tell_envelope(output: &Output, envelope: &Envelope) -> std::io::Result<()> {
         output.line(&format!("header     {}: {}", plain(name), plain(value)))?;
     }
     match &envelope.payload {
-        Content::Json(text) => output.line(&format!("payload    {}", inert_json(text.get()))),
+        Content::Json(text) => output.line(&format!("payload    {}", cut(inert_json(text.get())))),
         Content::Bytes(bytes) => {
             let size = if bytes.is_empty() { "0".into() } else { count(bytes.len() as i64) };
             output.line(&format!("content    {}, {size} bytes", plain(bytes.content_type())))?;
@@ -139,11 +144,20 @@ fn shown(content_type: &str, bytes: &[u8]) -> String {
     if content_type.get(..5).is_some_and(|kind| kind.eq_ignore_ascii_case("text/"))
         && let Ok(text) = std::str::from_utf8(bytes)
     {
-        return plain(text);
+        return cut(plain(text));
     }
     let first: Vec<String> = bytes.iter().take(32).map(|byte| format!("{byte:02x}")).collect();
-    let more = if bytes.len() > 32 { " … (--json has it all)" } else { "" };
+    let more = if bytes.len() > 32 { MORE } else { "" };
     format!("{}{more}", first.join(" "))
+}
+
+/// As much of a long payload as people read.
+fn cut(mut text: String) -> String {
+    if let Some((at, _)) = text.char_indices().nth(SHOWN_CHARACTERS) {
+        text.truncate(at);
+        text.push_str(MORE);
+    }
+    text
 }
 
 /// One line of a history.
@@ -192,7 +206,11 @@ fn of_attempt(attempt: &AttemptRow) -> Vec<Moment> {
     let mut moments = vec![Moment::new(
         attempt.started_at,
         format!("attempt {number}"),
-        format!("started by worker {}", attempt.worker),
+        // `next` in SQL works without a worker.
+        match attempt.worker.is_nil() {
+            true => "taken in SQL".to_owned(),
+            false => format!("started by worker {}", attempt.worker),
+        },
     )];
     if let Some(outcome) = &attempt.outcome {
         let at = attempt.finished_at.unwrap_or(attempt.started_at);
@@ -236,7 +254,14 @@ fn next(detail: &DeliveryDetail) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::shown;
+    use super::{cut, shown};
+
+    #[test]
+    fn long_payloads_are_cut() {
+        let long = "é".repeat(4096);
+        assert_eq!(cut(long.clone()), long);
+        assert_eq!(cut(format!("{long}é")), format!("{long} … (--json has it all)"));
+    }
 
     #[test]
     fn bytes_are_shown_inert() {

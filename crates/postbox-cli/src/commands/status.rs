@@ -31,7 +31,9 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>) -> Ended {
     output.line(&headline(desk, &status))?;
     table(&status.subscriptions).print(output)?;
     if status.subscriptions.is_empty() {
-        output.line("no subscriptions yet: a worker makes them when it first starts")?;
+        output.line(
+            "no subscriptions yet: a worker makes them when it first starts; `postbox subscriptions add` does, too",
+        )?;
     }
     if status.unrouted > 0 {
         let mut topics: Vec<_> = status.unrouted_topics.iter().take(TOPICS).map(|t| plain(t)).collect();
@@ -41,9 +43,20 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>) -> Ended {
         let messages = many(status.unrouted, "message matches", "messages match");
         output.line(&format!("unrouted  {messages} no subscription: {}", topics.join(", ")))?;
     }
+    if status.workers.iter().all(|w| !w.alive) {
+        for row in status.subscriptions.iter().filter(|row| row.backfilling) {
+            let run = desk.command("maintain");
+            output.line(&format!("history  {} waits for a worker to hand it out, or: {run}", plain(&row.name)))?;
+        }
+    }
     for stranded in &status.stranded {
         let what = match removed(&status, stranded) {
-            None => "which no live worker stands behind: start one, rename with `renamed_from`, or `postbox subscriptions remove`".to_owned(),
+            None => {
+                let pulled = if is_operation(&status, stranded) { "" } else { " pull them," };
+                format!(
+                    "which no live worker stands behind: start one,{pulled} rename with `renamed_from`, or `postbox subscriptions remove`"
+                )
+            }
             Some(row) if row.in_doubt == stranded.waiting => {
                 "which was removed: say how they ended with `postbox resolve`".to_owned()
             }
@@ -71,6 +84,12 @@ fn needs_you(status: &Status) -> i64 {
         status.subscriptions.iter().find(whose).is_none_or(|s| s.in_doubt < stranded.waiting)
     });
     status.subscriptions.iter().map(|s| s.in_doubt).sum::<i64>() + stranded.count() as i64
+}
+
+/// What waits can only be handled by a worker.
+fn is_operation(status: &Status, stranded: &Stranded) -> bool {
+    let same = |s: &&SubscriptionRow| s.name == stranded.subscription && s.application == stranded.application;
+    status.subscriptions.iter().filter(same).any(|s| s.kind == "operation")
 }
 
 /// Its subscription, if that was removed: a later one of the same name may be there, too.

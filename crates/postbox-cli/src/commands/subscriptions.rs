@@ -87,7 +87,7 @@ async fn rows<Db: Database>(
 async fn add<Db: Database>(desk: &Desk<'_>, wish: Add) -> Ended {
     let tried = format!("add the subscription {}", wish.name);
     let next = || desk.command("subscriptions add orders 'orders.*'");
-    let Some(application) = &desk.application else {
+    let Some(application) = &desk.whose() else {
         // The command's own name would be the default, and nobody would look there.
         let why = "whose subscription it is has to be said; programs pull from it under that application";
         return Err(usage(

@@ -83,15 +83,20 @@ impl Ending {
         ))?;
         if let Some(delivery) = self.doubt {
             output.line("")?;
-            output.line(
-                "One charge is in doubt: the provider took the call and never answered. Look, then say how it ended:",
-            )?;
+            // Those that were under way at the end are in doubt, too.
+            let doubts = match self.in_doubt {
+                1 => "One charge is in doubt: the provider took the call and never answered.".to_owned(),
+                n => format!("{n} charges are in doubt: the provider took the calls and never answered. The first:"),
+            };
+            output.line(&format!("{doubts} Look, then say how it ended:"))?;
             for what in look_and_resolve(delivery) {
                 output.line(&format!("  {command} {what}"))?;
             }
         }
         if let Some(delivery) = self.dead_letter {
-            output.line("Dead letters are not tried again by themselves:")?;
+            output.line(
+                "Dead letters are not tried again by themselves. The shop is closed now, so one that is retried waits:",
+            )?;
             output.line(&format!("  {command} list state:dead"))?;
             output.line(&format!("  {command} retry {delivery} --reason \"what was wrong is mended\""))?;
         }

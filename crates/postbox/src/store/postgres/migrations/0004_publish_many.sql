@@ -40,8 +40,8 @@ begin
                 end if;
             end loop;
             perform {schema}.check_message(one ->> 'topic', one -> 'payload', one ->> 'key',
-                nullif(one -> 'headers', 'null'), (one ->> 'after')::interval, one ->> 'dedup_key',
-                coalesce((one ->> 'dedup_window')::interval, interval '1 day'), (one ->> 'max_attempts')::int,
+                nullif(one -> 'headers', 'null'), (one ->> 'after')::pg_catalog.interval, one ->> 'dedup_key',
+                coalesce((one ->> 'dedup_window')::pg_catalog.interval, interval '1 day'), (one ->> 'max_attempts')::int,
                 one ->> 'external_id', one ->> 'source', one ->> 'correlation_id', one ->> 'causation_id',
                 pg_catalog.decode(one ->> 'body', 'base64'), one ->> 'content_type');
             if one ->> 'at' is not null and one ->> 'after' is not null then
@@ -88,12 +88,12 @@ begin
             pg_catalog.array_agg(nullif(g.value ->> 'correlation_id', '') order by g.ord) as correlation_ids,
             pg_catalog.array_agg(nullif(g.value ->> 'causation_id', '') order by g.ord) as causation_ids,
             pg_catalog.array_agg((g.value ->> 'max_attempts')::int order by g.ord) as max_attempts,
-            pg_catalog.array_agg((extract(epoch from (g.value ->> 'after')::interval)
+            pg_catalog.array_agg((extract(epoch from (g.value ->> 'after')::pg_catalog.interval)
                 * 1000::numeric)::bigint order by g.ord) as delay_ms,
             pg_catalog.array_agg((extract(epoch from (g.value ->> 'at')::timestamp with time zone)
                 * 1000000::numeric)::bigint order by g.ord) as due_us,
             pg_catalog.array_agg(g.dedup_key order by g.ord) as dedup_keys,
-            pg_catalog.array_agg((extract(epoch from coalesce((g.value ->> 'dedup_window')::interval, interval '1 day'))
+            pg_catalog.array_agg((extract(epoch from coalesce((g.value ->> 'dedup_window')::pg_catalog.interval, interval '1 day'))
                 * 1000::numeric)::bigint order by g.ord) as dedup_ms,
             pg_catalog.array_agg(g.body order by g.ord) as bodies,
             pg_catalog.array_agg(g.content_type order by g.ord) as content_types
