@@ -33,6 +33,6 @@ ended as (
         as e(delivery, number, rev, subscription, message, ran_us, ago_us, receipt)
 ),
 closed as (
-    delete from {schema}.lease l using part p where l.token = $1 and $20::boolean
+    delete from {schema}.lease l using part p where l.token = $1 and $20::pg_catalog.bool
 )
 select (select pg_catalog.count(*) from held) as held, (select pg_catalog.count(*) from part) as written

@@ -32,7 +32,7 @@ begin
                 raise exception using errcode = '22023', message = 'postbox: it is no JSON object';
             end if;
             for word in select k.key from pg_catalog.jsonb_object_keys(one) as k(key) loop
-                if word <> all (array['topic', 'payload', 'key', 'headers', 'after', 'at', 'dedup_key', 'dedup_window',
+                if not word = any (array['topic', 'payload', 'key', 'headers', 'after', 'at', 'dedup_key', 'dedup_window',
                         'max_attempts', 'external_id', 'source', 'correlation_id', 'causation_id', 'occurred_at', 'body',
                         'content_type']) then
                     raise exception using errcode = '22023', message = pg_catalog.format(

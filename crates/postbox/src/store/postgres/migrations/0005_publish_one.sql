@@ -38,13 +38,15 @@ declare
 begin
     -- Almost all messages are nothing but a small JSON payload and short names; whatever else there is,
     -- and whatever is wrong, is looked at one by one.
-    if (pg_catalog.octet_length(topic) <= 255 and topic ~ '^[A-Za-z0-9_:/@+-]+([.][A-Za-z0-9_:/@+-]+)*$'
+    if pg_catalog.octet_length(topic) <= 255 and topic ~ '^[A-Za-z0-9_:/@+-]+([.][A-Za-z0-9_:/@+-]+)*$'
         and pg_catalog.octet_length(text_payload) <= 1048576
         and pg_catalog.length(text_payload) - pg_catalog.length(pg_catalog.translate(text_payload, '[{', '')) <= 128
         and pg_catalog.num_nonnulls(headers, after, dedup_key, max_attempts, body, content_type) = 0
         and pg_catalog.octet_length(pg_catalog.concat_ws('', key, external_id, source, correlation_id, causation_id)) <= 255
-        and dedup_window between interval '0' and interval '3660 days') is not true
+        and dedup_window between interval '0' and interval '3660 days'
     then
+        null;
+    else
         perform {schema}.check_message(topic, payload, key, headers, after, dedup_key, dedup_window,
             max_attempts, external_id, source, correlation_id, causation_id, body, content_type);
     end if;
