@@ -251,7 +251,9 @@ async fn a_filter_is_previewed_and_replayed_once<Db: Testable>() {
     let done = async { while !admin.list(&open, 1).await.expect("list").is_empty() {} };
     tokio::time::timeout(Duration::from_secs(60), done).await.expect("all done");
     worker.stop(None).await.expect("stop");
-    admin.remove_subscription("test", "gone", "ana", "over").await.expect("remove");
+    let entry = admin.remove_subscription("test", "gone", "ana", "over").await.expect("remove");
+    assert_eq!((entry.subscription.as_deref(), entry.delivery), (Some("gone"), None));
+    assert_eq!(admin.audit(1).await.expect("audit")[0].subscription.as_deref(), Some("gone"), "on record, too");
     let everything: Filter = "topic:>".parse().expect("a filter");
     let preview = admin.replay_preview(&everything).await.expect("preview");
     assert_eq!((preview.deliveries, preview.operations, preview.removed), (703, 3, 3), "{preview:?}");

@@ -403,6 +403,8 @@ pub struct AuditEntry {
     pub action: String,
     /// On which delivery.
     pub delivery: Option<DeliveryId>,
+    /// On which subscription, or whose delivery it is: its name.
+    pub subscription: Option<String>,
     /// From this state.
     pub state_before: Option<String>,
     /// To this one.

@@ -30,7 +30,7 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, audit: Audit) -> Ended {
     if logins {
         headings.push("LOGIN");
     }
-    headings.extend(["ACTION", ">DELIVERY", "CHANGE", "REASON"]);
+    headings.extend(["ACTION", ">DELIVERY", "SUBSCRIPTION", "CHANGE", "REASON"]);
     let mut columns = Columns::new(&headings);
     for entry in entries {
         let change = match (&entry.state_before, &entry.state_after) {
@@ -46,6 +46,7 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, audit: Audit) -> Ended {
         cells.extend([
             text(plain(&entry.action)),
             text(entry.delivery.map_or_else(|| "-".into(), |d| d.to_string())),
+            text(entry.subscription.as_deref().map_or_else(|| "-".into(), plain)),
             text(change),
             text(entry.reason.as_deref().map_or_else(|| "-".into(), plain)),
         ]);

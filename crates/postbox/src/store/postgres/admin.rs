@@ -408,6 +408,7 @@ pub(super) async fn record(store: &PgStore, work: &mut Work, action: Action<'_>)
         login: row.try_get("login")?,
         action: action.action.to_owned(),
         delivery: action.delivery,
+        subscription: row.try_get("subscription")?,
         state_before: action.state.map(|s| s.0.as_str().to_owned()),
         state_after: action.state.map(|s| s.1.as_str().to_owned()),
         rev_after: action.rev.map(|r| r.1),
@@ -576,9 +577,10 @@ pub(super) async fn remove_subscription(
 pub(super) async fn audit(store: &PgStore, limit: u32) -> Result<Vec<AuditEntry>, Error> {
     let mut work = store.read().await?;
     let sql = format!(
-        "select seq, (extract(epoch from at) * 1000000::numeric)::bigint as at_us, actor, login, action, delivery,
-            state_before, state_after, rev_after, reason
-         from {}.audit order by seq desc limit $1",
+        "select a.seq, (extract(epoch from a.at) * 1000000::numeric)::bigint as at_us, a.actor, a.login, a.action,
+            a.delivery, s.name as subscription, a.state_before, a.state_after, a.rev_after, a.reason
+         from {0}.audit a left join {0}.subscription s on s.id = a.subscription
+         order by a.seq desc limit $1",
         store.schema
     );
     let rows = store.dynamic(sql).bind(i64::from(limit)).fetch_all(work.on()).await?;
@@ -592,6 +594,7 @@ pub(super) async fn audit(store: &PgStore, limit: u32) -> Result<Vec<AuditEntry>
                 login: row.try_get("login")?,
                 action: row.try_get("action")?,
                 delivery: row.try_get("delivery")?,
+                subscription: row.try_get("subscription")?,
                 state_before: row.try_get("state_before")?,
                 state_after: row.try_get("state_after")?,
                 rev_after: row.try_get("rev_after")?,

@@ -66,6 +66,7 @@ pub(super) async fn one(store: &PgStore, delivery: DeliveryId, replay: &Replay) 
             login: made.try_get("login")?,
             action: replay.action(operation).to_owned(),
             delivery: Some(delivery),
+            subscription: made.try_get("name")?,
             state_before: Some(row.state.as_str().to_owned()),
             state_after: Some(row.state.as_str().to_owned()),
             rev_after: None,

@@ -25,7 +25,7 @@ told as materialized (
         pg_catalog.json_build_object('replayed_as', m.fresh)) r
 )
 select m.delivery, m.fresh, t.seq, (extract(epoch from t.at) * 1000000::numeric)::bigint as at_us,
-    session_user::pg_catalog.text as login,
+    session_user::pg_catalog.text as login, (select s.name from {schema}.subscription s where s.id = m.subscription) as name,
     (select pg_catalog.count(pg_catalog.pg_notify(r.channel, ''))
         from {schema}.routing r where exists (select from {schema}.worker w where w.asleep)) as woken
 from made m join told t on t.delivery = m.delivery

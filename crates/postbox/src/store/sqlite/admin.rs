@@ -49,7 +49,8 @@ pub(super) async fn record(work: &mut Work, action: Action<'_>) -> Result<AuditE
         "insert into postbox_audit (seq, actor, action, delivery, subscription, rev_before, rev_after, state_before,
              state_after, reason, detail, at)
          select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, now from postbox_clock
-         returning seq, at, actor, action, delivery, state_before, state_after, rev_after, reason",
+         returning seq, at, actor, action, delivery,
+             (select s.name from postbox_subscription s where s.id = postbox_audit.subscription) as name, state_before, state_after, rev_after, reason",
     )
     .bind(seq)
     .bind(action.actor)
@@ -75,6 +76,7 @@ fn entry(row: &SqliteRow) -> Result<AuditEntry, Error> {
         login: None,
         action: row.try_get("action")?,
         delivery: row.try_get("delivery")?,
+        subscription: row.try_get("name")?,
         state_before: row.try_get("state_before")?,
         state_after: row.try_get("state_after")?,
         rev_after: row.try_get("rev_after")?,
@@ -238,7 +240,9 @@ pub(super) async fn remove_subscription(
 
 pub(super) async fn audit(store: &SqliteStore, limit: u32) -> Result<Vec<AuditEntry>, Error> {
     let rows = sqlx::query(
-        "select seq, at, actor, action, delivery, state_before, state_after, rev_after, reason
+        "select seq, at, actor, action, delivery,
+             (select s.name from postbox_subscription s where s.id = postbox_audit.subscription) as name,
+             state_before, state_after, rev_after, reason
          from postbox_audit order by seq desc limit ?1",
     )
     .bind(limit)
