@@ -5,6 +5,7 @@
 
 mod check;
 mod child;
+mod disturb;
 mod dump;
 mod fault;
 mod ground;

@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::child::publisher::POOL_SIZE;
 use crate::child::{ChildPlan, LEASE};
+use crate::disturb;
 use crate::dump;
 use crate::fault::{Fault, Kind};
 use crate::ground::prepare;
@@ -25,7 +26,6 @@ use crate::plan::{Action, Child, schedule};
 use crate::point::point_of_its_own;
 use crate::site::{Site, number};
 use crate::slot::{Wish, keep};
-use crate::traffic::FLEETING;
 use crate::world::World;
 
 /// A fault that has not been hit by the end of its time is tried for this much longer.
@@ -180,7 +180,7 @@ impl<Db: Site> Stage<Db> {
         }));
         let samples: Arc<Mutex<BTreeMap<i64, Vec<Sample>>>> = Arc::default();
         helpers.push(tokio::spawn(take_samples::<Db>(pool.clone(), samples.clone())));
-        helpers.push(tokio::spawn(age_soon::<Db>(pool.clone())));
+        helpers.push(tokio::spawn(disturb::age_soon::<Db>(pool.clone())));
         helpers.push(tokio::spawn(operator::operate::<Db>(round.clone(), world.direct(number), round.remote.clone())));
         let children = (0..world.workers()).map(Child::Worker).chain((0..world.publishers()).map(Child::Publisher));
         let children = children.chain((0..world.crew().pullers).map(Child::Puller));
@@ -239,21 +239,7 @@ impl<Db: Site> Stage<Db> {
             }
             Action::EndBackends(most) => {
                 let pool = self.pool.clone();
-                under_way.spawn(async move {
-                    // Chosen by the server: whoever is there.
-                    let sql = format!(
-                        "select cast(count(*) filter (where pg_terminate_backend(pid)) as text) from (
-                            select pid from pg_stat_activity
-                            where backend_type = 'client backend' and pid <> pg_backend_pid() and application_name <> 'witness'
-                            order by random() limit {most}) chosen"
-                    );
-                    if let Ok(Ok(mut connection)) = tokio::time::timeout(Duration::from_secs(2), Db::acquire(&pool)).await
-                        && let Ok(rows) = Db::rows(&mut connection, sql).await
-                        && number(&rows) > 0
-                    {
-                        world.counts.add("F4", number(&rows) as u64);
-                    }
-                });
+                under_way.spawn(async move { disturb::end_backends(&world, &pool, most).await });
             }
             Action::Crash(away) => {
                 under_way.spawn(async move { world.crash_server(away).await });
@@ -438,34 +424,6 @@ async fn take_samples<Db: Site>(pool: Pool<Db>, samples: Arc<Mutex<BTreeMap<i64,
                 known.push(sample);
             }
         }
-    }
-}
-
-/// Makes one subscription's history old as soon as it is there, so that retention has something to
-/// remove: keeping it for a shorter time than an hour is nothing that a worker would declare.
-async fn age_soon<Db: Site>(pool: Pool<Db>) {
-    let sql = match Db::KIND {
-        Kind::Postgres => format!(
-            "update postbox.outcome_part set finished_at = finished_at - interval '40 days'
-             where finished_at > clock_timestamp() - interval '1 day'
-                 and subscriptions <@ array(select id from postbox.subscription where name = '{FLEETING}');
-             update postbox.outcome set finished_at = finished_at - interval '40 days'
-             where finished_at > clock_timestamp() - interval '1 day' and state_after = 'succeeded'
-                 and subscription in (select id from postbox.subscription where name = '{FLEETING}')"
-        ),
-        Kind::Sqlite => format!(
-            "update postbox_delivery set since = since - 40 * 86400000
-             where state = 'succeeded' and since > (select now from postbox_clock) - 86400000
-                 and subscription in (select id from postbox_subscription where name = '{FLEETING}')"
-        ),
-    };
-    loop {
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        let age = async {
-            let mut connection = Db::acquire(&pool).await?;
-            Db::run(&mut connection, sql.clone()).await
-        };
-        tokio::time::timeout(Duration::from_secs(5), age).await.ok();
     }
 }
 
