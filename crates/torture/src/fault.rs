@@ -62,6 +62,8 @@ faults! {
     F19 both "SIGTERM with a deadline shorter than the handler; a second SIGTERM",
     F22 sqlite "SQLite: kill, second processes, BUSY, FULL",
     F24 both "one id from 8 connections at once, also with another body",
+    // New ones come at the end: the place is part of the seed of a fault's dice.
+    F8 postgres "LISTEN connections silently dead",
 }
 
 impl fmt::Display for Fault {
@@ -159,6 +161,7 @@ impl Fault {
             Fault::F1 => [WORKER_POINTS, PUBLISHER_POINTS, PULLER_POINTS, OTHER_POINTS, &["random"]].concat(),
             Fault::F3 => vec!["before", "after"],
             Fault::F5 => vec!["publish", "publish_now", "status", "list", "next"],
+            Fault::F8 => vec!["frozen", "worked"],
             Fault::F12 => vec!["40001", "40P01"],
             Fault::F18 => vec!["panic", "block", "ignore", "abort"],
             Fault::F19 => vec!["deadline", "second"],
@@ -172,6 +175,12 @@ impl Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_keeps_its_place() {
+        let places = [Fault::F1, Fault::F6, Fault::F15, Fault::F24].map(|fault| fault as u64);
+        assert_eq!(places, [0, 5, 10, 14], "another place would move the schedule of every seed");
+    }
 
     #[test]
     fn lists_are_read() {

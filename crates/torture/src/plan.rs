@@ -21,6 +21,8 @@ pub(crate) enum Action {
     Crash(Duration),
     /// A process of its own is killed at a named point.
     Point(&'static str),
+    /// Who listens behind the proxy hears nothing for this long.
+    Deafen(Duration),
 }
 
 /// A child process of the run.
@@ -62,6 +64,7 @@ fn action(fault: Fault, dice: &mut fastrand::Rng, crew: Crew) -> Option<(Duratio
             (ms(dice.u64(8000..25_000)), Action::Crash(ms(away)))
         }
         Fault::F19 => (ms(dice.u64(1000..3000)), Action::Terminate(dice.usize(..workers), ms(dice.u64(100..700)))),
+        Fault::F8 => (ms(dice.u64(5000..12_000)), Action::Deafen(ms(dice.u64(2000..5000)))),
         _ => return None,
     };
     Some(some)
@@ -95,7 +98,8 @@ mod tests {
         assert_eq!(plan(7), plan(7));
         assert_ne!(plan(7), plan(8));
         assert!(plan(7).windows(2).all(|pair| pair[0].0 <= pair[1].0));
-        for wanted in ["Kill", "Pause", "Cut", "EndBackends", "Crash", "Terminate", "Point"] {
+        let first = ["Kill", "Pause", "Cut", "EndBackends", "Crash", "Terminate", "Point"];
+        for wanted in first.into_iter().chain(["Deafen"]) {
             let there = plan(7).iter().any(|(_, action)| format!("{action:?}").starts_with(wanted));
             assert!(there, "{wanted} comes within a minute");
         }
@@ -104,5 +108,18 @@ mod tests {
         let mut rest = plan(7);
         rest.retain(|(_, action)| !matches!(action, Action::EndBackends(_)));
         assert_eq!(schedule(7, &without, Kind::Postgres, Duration::from_secs(60), crew), rest);
+    }
+
+    #[test]
+    fn what_lasts_ends_before_the_next_begins() {
+        let crew = Crew { workers: 5, publishers: 2, pullers: 1 };
+        for fault in [Fault::F8] {
+            let plan = schedule(7, &[fault], Kind::Postgres, Duration::from_secs(3600), crew);
+            let ends = |(at, action): &(Duration, Action)| match action {
+                Action::Deafen(time) => *at + *time,
+                other => panic!("{fault} does {other:?}"),
+            };
+            assert!(plan.len() > 60 && plan.windows(2).all(|pair| ends(&pair[0]) <= pair[1].0), "{fault}");
+        }
     }
 }

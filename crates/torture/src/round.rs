@@ -250,6 +250,11 @@ impl<Db: Site> Stage<Db> {
                 let nth = fastrand::u64(..);
                 under_way.spawn(async move { point_of_its_own::<Db>(&round, &pool, point, nth).await });
             }
+            Action::Deafen(time) => {
+                if let Some(proxy) = world.proxy.clone() {
+                    under_way.spawn(async move { proxy.deafen_for(time).await });
+                }
+            }
         }
     }
 

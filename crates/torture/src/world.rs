@@ -14,10 +14,13 @@ use postbox_testkit::Server;
 use crate::child::ChildPlan;
 use crate::fault::{Fault, Kind};
 use crate::plan::Crew;
-use crate::proxy::{Proxy, When};
+use crate::proxy::{Hit, Proxy, When};
 
 /// Handlers that hold every connection hold them for this long: past the lease.
 const HOG_MS: u64 = 1900;
+
+/// Work that is told so long after nobody could hear any more was done while nobody could.
+const SURELY_DEAF: Duration = Duration::from_millis(800);
 
 /// Everything that outlives a round.
 pub(crate) struct World {
@@ -97,13 +100,16 @@ impl World {
         let port = server.url().rsplit(':').next().and_then(|rest| rest.split('/').next()?.parse().ok());
         world.server_port = port.ok_or("the server has no port")?;
         world.server = Mutex::new(Some(server));
-        if world.wants(Fault::F3) {
+        if world.wants(Fault::F3) || world.wants(Fault::F8) {
             let counts = world.counts.clone();
-            let hit = move |when: When, purpose: Option<&str>| {
-                let when = if when == When::Before { "before" } else { "after" };
-                counts.add(&format!("F3:{when}"), 1);
-                if let Some(purpose) = purpose {
-                    counts.add(&format!("F3:{purpose}:{when}"), 1);
+            let hit = move |hit: Hit| match hit {
+                Hit::Frozen => counts.add("F8:frozen", 1),
+                Hit::Cut(when, purpose) => {
+                    let when = if when == When::Before { "before" } else { "after" };
+                    counts.add(&format!("F3:{when}"), 1);
+                    if let Some(purpose) = purpose {
+                        counts.add(&format!("F3:{purpose}:{when}"), 1);
+                    }
                 }
             };
             world.proxy = Some(Proxy::start(world.server_port, hit).await.map_err(|e| format!("the proxy: {e}"))?);
@@ -118,6 +124,17 @@ impl World {
 
     pub(crate) fn wants(&self, fault: Fault) -> bool {
         self.faults.contains(&fault)
+    }
+
+    /// A child tells a hit. Work behind the proxy is one only while those who listen there hear nothing.
+    pub(crate) fn hit(&self, id: &str, times: u64) {
+        if id != Fault::F8.id() {
+            return self.counts.add(id, times);
+        }
+        let deaf = self.proxy.as_ref().and_then(Proxy::deaf_for);
+        if deaf.is_some_and(|deaf| deaf > SURELY_DEAF) {
+            self.counts.add("F8:worked", times);
+        }
     }
 
     /// Something is not as promised, seen while the run goes on.
@@ -227,7 +244,10 @@ impl World {
             return plan;
         }
         match slot {
-            1 => self.through_proxy(&mut plan),
+            1 => {
+                self.through_proxy(&mut plan);
+                plan.tag = Some(Fault::F8).filter(|_| self.wants(Fault::F8) && hostile);
+            }
             2 => self.through_bouncer(&mut plan),
             3 if self.wants(Fault::F14) && hostile => plan.tag = Some(Fault::F14),
             _ => {}
