@@ -1,14 +1,22 @@
-//! What is done to the database over connections of the run's own: sessions ended, history
-//! made old.
+//! What is done to the database over connections of the run's own: sessions ended, storms of
+//! notifications, old snapshots, history made old.
 
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use sqlx::Pool;
 
 use crate::fault::Kind;
-use crate::site::{Site, number};
+use crate::site::{SCHEMA, Session, Site, number};
 use crate::traffic::FLEETING;
 use crate::world::World;
+
+/// Between two looks at a snapshot that is held.
+const LOOK: Duration = Duration::from_millis(500);
+/// A snapshot that was held for this long is old. In runs shorter than a minute, half of the run is.
+const OLD: Duration = Duration::from_secs(10);
+/// Very old is one that as many deliveries came to their end before.
+const DELIVERED: i64 = 1000;
 
 /// Ends some sessions that the server chooses: whoever is there.
 pub(crate) async fn end_backends<Db: Site>(world: &World, pool: &Pool<Db>, most: u32) {
@@ -24,6 +32,95 @@ pub(crate) async fn end_backends<Db: Site>(world: &World, pool: &Pool<Db>, most:
     {
         world.counts.add("F4", number(&rows) as u64);
     }
+}
+
+/// Notifications that differ, so that none is left out, on postbox's channel and on another one.
+pub(crate) async fn storm<Db: Site>(world: &World, pool: &Pool<Db>, notifications: u32, open: Duration) {
+    let storm = async {
+        let mut session = Session::begin(pool, "BEGIN").await?;
+        // Postbox's channel has the name of its schema.
+        let burst = format!(
+            "select count(pg_notify(case n % 3 when 0 then 'torture_storm' else '{SCHEMA}' end,
+                 n || repeat('!', n % 100))) from generate_series(1, {notifications}) n;
+             select pg_sleep({})",
+            open.as_secs_f64()
+        );
+        session.run(burst).await?;
+        session.end("COMMIT").await
+    };
+    if matches!(tokio::time::timeout(Duration::from_secs(20), storm).await, Ok(Ok(()))) {
+        world.counts.add("F9", 1);
+    }
+}
+
+/// Holds a snapshot, and a new one when it is lost, until the time or the round is over.
+pub(crate) async fn old_snapshots<Db: Site>(
+    world: &World,
+    pool: &Pool<Db>,
+    over: &AtomicBool,
+    time: Duration,
+    writer: bool,
+) {
+    let begun = Instant::now();
+    let goes_on = || begun.elapsed() < time && !over.load(Ordering::SeqCst);
+    while goes_on() {
+        if hold(world, pool, writer, goes_on).await.is_err() {
+            // The server was away.
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+async fn hold<Db: Site>(
+    world: &World,
+    pool: &Pool<Db>,
+    writer: bool,
+    goes_on: impl Fn() -> bool,
+) -> Result<(), sqlx::Error> {
+    let mut reader = Session::begin(pool, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+    let clock = format!("select cast({} as text)", Db::CLOCK);
+    let since = number(&Db::rows(reader.on(), clock).await?);
+    let mut idler = None;
+    if writer {
+        let mut session = Session::begin(pool, "BEGIN").await?;
+        session.run("select pg_current_xact_id()").await?;
+        idler = Some(session);
+    }
+    let begun = Instant::now();
+    let (mut old, mut very_old) = (false, false);
+    while goes_on() {
+        tokio::time::sleep(LOOK).await;
+        // It is there still: otherwise this fails.
+        reader.run("select 1").await?;
+        if !very_old && begun.elapsed() >= OLD.min(world.span / 2) {
+            let delivered = delivered(pool, since).await?;
+            if !old && delivered > 0 {
+                old = true;
+                world.counts.add("F17", 1);
+            }
+            if delivered >= DELIVERED {
+                very_old = true;
+                world.counts.add("F17:delivered:1000", 1);
+            }
+        }
+    }
+    if let Some(idler) = idler {
+        idler.end("ROLLBACK").await?;
+    }
+    reader.end("ROLLBACK").await
+}
+
+/// How many deliveries have succeeded since then.
+async fn delivered<Db: Site>(pool: &Pool<Db>, since_ms: i64) -> Result<i64, sqlx::Error> {
+    let since = format!("to_timestamp({since_ms} / 1000.0)");
+    let sql = format!(
+        "select cast(
+             (select count(*) from {SCHEMA}.outcome where finished_at > {since} and state_after = 'succeeded')
+             + (select coalesce(sum(cardinality(deliveries)), 0) from {SCHEMA}.outcome_part where finished_at > {since})
+         as text)"
+    );
+    let mut connection = Db::acquire(pool).await?;
+    Ok(number(&Db::rows(&mut connection, sql).await?))
 }
 
 /// Makes one subscription's history old as soon as it is there, so that retention has something to

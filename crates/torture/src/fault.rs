@@ -64,6 +64,8 @@ faults! {
     F24 both "one id from 8 connections at once, also with another body",
     // New ones come at the end: the place is part of the seed of a fault's dice.
     F8 postgres "LISTEN connections silently dead",
+    F9 postgres "storms of NOTIFY",
+    F17 postgres "an old snapshot held open, and a writer that idles",
 }
 
 impl fmt::Display for Fault {
@@ -151,6 +153,7 @@ impl Fault {
     pub(crate) fn small_parts(self) -> Vec<String> {
         match self {
             Fault::F3 => COMMITS.iter().flat_map(|of| [format!("{of}:before"), format!("{of}:after")]).collect(),
+            Fault::F17 => vec!["delivered:1000".to_owned()],
             _ => Vec::new(),
         }
     }

@@ -189,7 +189,7 @@ async fn run(cli: Cli) -> Result<bool, String> {
     let list = if list.is_empty() { "none".to_owned() } else { list.join(",") };
     eprintln!("seed {seed}, {}, {} s, faults {list}", cli.store, cli.span.as_secs());
     let folder = tempfile::Builder::new().prefix("postbox-torture-").tempdir().map_err(|e| format!("a folder: {e}"))?;
-    let world = Arc::new(World::start(cli.store, faults, folder.path(), cli.keep).await?);
+    let world = Arc::new(World::start(cli.store, faults, folder.path(), cli.keep, cli.span).await?);
     let begun = std::time::Instant::now();
     let mut sum = Outcome::default();
     let (mut left, mut number, mut known) = (cli.span, 0, 0);

@@ -23,6 +23,10 @@ pub(crate) enum Action {
     Point(&'static str),
     /// Who listens behind the proxy hears nothing for this long.
     Deafen(Duration),
+    /// So many notifications in a transaction that stays open for this long.
+    Storm(u32, Duration),
+    /// An old snapshot for this long, and whether a writer idles beside it.
+    OldSnapshot(Duration, bool),
 }
 
 /// A child process of the run.
@@ -65,6 +69,14 @@ fn action(fault: Fault, dice: &mut fastrand::Rng, crew: Crew) -> Option<(Duratio
         }
         Fault::F19 => (ms(dice.u64(1000..3000)), Action::Terminate(dice.usize(..workers), ms(dice.u64(100..700)))),
         Fault::F8 => (ms(dice.u64(5000..12_000)), Action::Deafen(ms(dice.u64(2000..5000)))),
+        Fault::F9 => {
+            let open = if dice.u32(..3) == 0 { dice.u64(500..3000) } else { 0 };
+            (ms(dice.u64(1500..6000)), Action::Storm(dice.u32(1000..5000), ms(open)))
+        }
+        Fault::F17 => {
+            let time = ms(dice.u64(10_000..40_000));
+            (time + ms(dice.u64(1000..4000)), Action::OldSnapshot(time, dice.bool()))
+        }
         _ => return None,
     };
     Some(some)
@@ -99,7 +111,7 @@ mod tests {
         assert_ne!(plan(7), plan(8));
         assert!(plan(7).windows(2).all(|pair| pair[0].0 <= pair[1].0));
         let first = ["Kill", "Pause", "Cut", "EndBackends", "Crash", "Terminate", "Point"];
-        for wanted in first.into_iter().chain(["Deafen"]) {
+        for wanted in first.into_iter().chain(["Deafen", "Storm", "OldSnapshot"]) {
             let there = plan(7).iter().any(|(_, action)| format!("{action:?}").starts_with(wanted));
             assert!(there, "{wanted} comes within a minute");
         }
@@ -113,10 +125,10 @@ mod tests {
     #[test]
     fn what_lasts_ends_before_the_next_begins() {
         let crew = Crew { workers: 5, publishers: 2, pullers: 1 };
-        for fault in [Fault::F8] {
+        for fault in [Fault::F8, Fault::F17] {
             let plan = schedule(7, &[fault], Kind::Postgres, Duration::from_secs(3600), crew);
             let ends = |(at, action): &(Duration, Action)| match action {
-                Action::Deafen(time) => *at + *time,
+                Action::Deafen(time) | Action::OldSnapshot(time, _) => *at + *time,
                 other => panic!("{fault} does {other:?}"),
             };
             assert!(plan.len() > 60 && plan.windows(2).all(|pair| ends(&pair[0]) <= pair[1].0), "{fault}");

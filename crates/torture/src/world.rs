@@ -29,6 +29,8 @@ pub(crate) struct World {
     pub(crate) folder: PathBuf,
     /// Everything is kept for a look.
     pub(crate) keep: bool,
+    /// How long the faults of all rounds last.
+    pub(crate) span: Duration,
     pub(crate) proxy: Option<Proxy>,
     server: Mutex<Option<Server>>,
     server_port: u16,
@@ -72,12 +74,19 @@ impl Counts {
 
 impl World {
     /// Starts what the faults need.
-    pub(crate) async fn start(kind: Kind, faults: Vec<Fault>, folder: &Path, keep: bool) -> Result<World, String> {
+    pub(crate) async fn start(
+        kind: Kind,
+        faults: Vec<Fault>,
+        folder: &Path,
+        keep: bool,
+        span: Duration,
+    ) -> Result<World, String> {
         let counts = std::sync::Arc::new(Counts::default());
         let mut world = World {
             kind,
             folder: folder.to_owned(),
             keep,
+            span,
             proxy: None,
             server: Mutex::new(None),
             server_port: 0,
