@@ -1,5 +1,5 @@
-//! What is done to the database over connections of the run's own: sessions ended, storms of
-//! notifications, old snapshots, history made old.
+//! What is done to the database over connections of the run's own: sessions ended, tables locked, storms
+//! of notifications, old snapshots, history made old.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -32,6 +32,18 @@ pub(crate) async fn end_backends<Db: Site>(world: &World, pool: &Pool<Db>, most:
     {
         world.counts.add("F4", number(&rows) as u64);
     }
+}
+
+/// Lets nobody write to one of postbox's tables for a while.
+pub(crate) async fn lock_table<Db: Site>(pool: &Pool<Db>, table: &str, time: Duration) {
+    let lock = async {
+        // Those that come later queue up behind it, also while it waits.
+        let mut session = Session::begin(pool, "BEGIN; SET LOCAL lock_timeout = '200ms'").await?;
+        let seconds = time.as_secs_f64();
+        session.run(format!("lock table {SCHEMA}.{table} in share mode; select pg_sleep({seconds})")).await?;
+        session.end("ROLLBACK").await
+    };
+    tokio::time::timeout(Duration::from_secs(3), lock).await.ok();
 }
 
 /// Notifications that differ, so that none is left out, on postbox's channel and on another one.

@@ -65,6 +65,7 @@ faults! {
     // New ones come at the end: the place is part of the seed of a fault's dice.
     F8 postgres "LISTEN connections silently dead",
     F9 postgres "storms of NOTIFY",
+    F11 postgres "statement, lock and idle timeouts of 50 to 100 ms",
     F17 postgres "an old snapshot held open, and a writer that idles",
 }
 
@@ -148,6 +149,9 @@ pub(crate) const OTHER_POINTS: &[&str] = &["migrating"];
 /// What the COMMIT is for that F3 cuts.
 pub(crate) const COMMITS: &[&str] = &["publish", "claim", "start", "outcome", "resolution"];
 
+/// What PostgreSQL says when a statement, a lock or an idle transaction took too long.
+pub(crate) const TIMEOUTS: &[&str] = &["57014", "55P03", "25P03"];
+
 impl Fault {
     /// Smaller parts, `F3:outcome:before`: only in a long run each has its turn.
     pub(crate) fn small_parts(self) -> Vec<String> {
@@ -165,6 +169,7 @@ impl Fault {
             Fault::F3 => vec!["before", "after"],
             Fault::F5 => vec!["publish", "publish_now", "status", "list", "next"],
             Fault::F8 => vec!["frozen", "worked"],
+            Fault::F11 => TIMEOUTS.to_vec(),
             Fault::F12 => vec!["40001", "40P01"],
             Fault::F18 => vec!["panic", "block", "ignore", "abort"],
             Fault::F19 => vec!["deadline", "second"],

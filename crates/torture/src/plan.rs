@@ -25,6 +25,8 @@ pub(crate) enum Action {
     Deafen(Duration),
     /// So many notifications in a transaction that stays open for this long.
     Storm(u32, Duration),
+    /// Nobody writes to this table for this long.
+    Lock(&'static str, Duration),
     /// An old snapshot for this long, and whether a writer idles beside it.
     OldSnapshot(Duration, bool),
 }
@@ -37,13 +39,16 @@ pub(crate) enum Child {
     Puller(usize),
 }
 
-/// How many children of each kind there are.
+/// How many children of each kind the schedule knows.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Crew {
     pub(crate) workers: usize,
     pub(crate) publishers: usize,
     pub(crate) pullers: usize,
 }
+
+/// Tables that are locked now and then, so that others wait for them.
+const LOCKED: &[&str] = &["ready", "lease", "message", "attempt", "worker"];
 
 /// What a fault does next and how long it rests before.
 fn action(fault: Fault, dice: &mut fastrand::Rng, crew: Crew) -> Option<(Duration, Action)> {
@@ -73,6 +78,7 @@ fn action(fault: Fault, dice: &mut fastrand::Rng, crew: Crew) -> Option<(Duratio
             let open = if dice.u32(..3) == 0 { dice.u64(500..3000) } else { 0 };
             (ms(dice.u64(1500..6000)), Action::Storm(dice.u32(1000..5000), ms(open)))
         }
+        Fault::F11 => (ms(dice.u64(600..2500)), Action::Lock(LOCKED[dice.usize(..LOCKED.len())], ms(150))),
         Fault::F17 => {
             let time = ms(dice.u64(10_000..40_000));
             (time + ms(dice.u64(1000..4000)), Action::OldSnapshot(time, dice.bool()))
@@ -111,7 +117,7 @@ mod tests {
         assert_ne!(plan(7), plan(8));
         assert!(plan(7).windows(2).all(|pair| pair[0].0 <= pair[1].0));
         let first = ["Kill", "Pause", "Cut", "EndBackends", "Crash", "Terminate", "Point"];
-        for wanted in first.into_iter().chain(["Deafen", "Storm", "OldSnapshot"]) {
+        for wanted in first.into_iter().chain(["Deafen", "Storm", "Lock", "OldSnapshot"]) {
             let there = plan(7).iter().any(|(_, action)| format!("{action:?}").starts_with(wanted));
             assert!(there, "{wanted} comes within a minute");
         }

@@ -75,10 +75,14 @@ impl Round {
 
     /// A child with a trouble of its own, which healing ends.
     pub(crate) fn odd(&self, child: Child) -> bool {
-        let Child::Worker(slot) = child else { return false };
         let world = &self.world;
-        (world.wants(Fault::F15) && slot + 1 == world.workers())
-            || (world.wants(Fault::F14) && world.kind == Kind::Postgres && slot == 3)
+        let troubled = match child {
+            Child::Worker(slot) => {
+                world.hogs(slot) || (world.wants(Fault::F14) && world.kind == Kind::Postgres && slot == 3)
+            }
+            _ => false,
+        };
+        troubled || world.is_hasty(child)
     }
 
     /// Whether the worker of this process is on record; `None`: the database does not say.
@@ -262,6 +266,9 @@ impl<Db: Site> Stage<Db> {
                 if let Some(proxy) = world.proxy.clone() {
                     under_way.spawn(async move { proxy.deafen_for(time).await });
                 }
+            }
+            Action::Lock(table, time) => {
+                under_way.spawn(async move { disturb::lock_table(&rough, table, time).await });
             }
             Action::Storm(notifications, open) => {
                 under_way.spawn(async move { disturb::storm(&world, &rough, notifications, open).await });

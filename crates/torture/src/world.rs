@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use postbox_testkit::Server;
 
-use crate::child::ChildPlan;
+use crate::child::{ChildPlan, hasty};
 use crate::fault::{Fault, Kind};
-use crate::plan::Crew;
+use crate::plan::{self, Crew};
 use crate::proxy::{Hit, Proxy, When};
 
 /// Handlers that hold every connection hold them for this long: past the lease.
@@ -242,8 +242,7 @@ impl World {
     /// How the worker in this slot connects, and what is odd about it.
     pub(crate) fn worker_plan(&self, slot: usize, mut plan: ChildPlan) -> ChildPlan {
         let hostile = self.hostile();
-        let last = self.workers() - 1;
-        if self.wants(Fault::F15) && slot == last {
+        if self.hogs(slot) {
             // Both stores: all the connections there are, in hands that do not let go for a lease.
             plan.hog_ms = Some(if hostile { HOG_MS } else { 1 });
             plan.pool_size = if hostile { 3 } else { 11 };
@@ -259,6 +258,7 @@ impl World {
             }
             2 => self.through_bouncer(&mut plan),
             3 if self.wants(Fault::F14) && hostile => plan.tag = Some(Fault::F14),
+            _ if self.is_hasty(plan::Child::Worker(slot)) => self.in_haste(plan.life.is_multiple_of(2), &mut plan),
             _ => {}
         }
         plan
@@ -267,6 +267,9 @@ impl World {
     pub(crate) fn publisher_plan(&self, slot: usize, mut plan: ChildPlan) -> ChildPlan {
         match (self.kind, slot) {
             (Kind::Postgres, 0) => self.through_proxy(&mut plan),
+            (Kind::Postgres, _) if self.is_hasty(plan::Child::Publisher(slot)) => {
+                self.in_haste(!plan.life.is_multiple_of(2), &mut plan);
+            }
             (Kind::Postgres, _) => self.through_bouncer(&mut plan),
             _ => {}
         }
@@ -301,20 +304,45 @@ impl World {
         }
     }
 
-    /// Workers at once: one for each way to connect that the faults want.
-    pub(crate) fn workers(&self) -> usize {
-        match self.kind {
-            Kind::Postgres => 3 + usize::from(self.wants(Fault::F14)) + usize::from(self.wants(Fault::F15)),
-            Kind::Sqlite => 2 + usize::from(self.wants(Fault::F15)),
+    /// Its connections give up soon, while faults are on.
+    fn in_haste(&self, lock_first: bool, plan: &mut ChildPlan) {
+        if self.hostile() {
+            plan.url = self.address(self.server_port, "hasty") + &hasty::options(lock_first);
+            plan.tag = Some(Fault::F11);
         }
     }
 
+    /// Those whom the schedule knows. The hasty ones come after them, so that they move nobody's dice.
     pub(crate) fn crew(&self) -> Crew {
-        Crew { workers: self.workers(), publishers: self.publishers(), pullers: 1 }
+        let workers = match self.kind {
+            Kind::Postgres => 3 + usize::from(self.wants(Fault::F14)) + usize::from(self.wants(Fault::F15)),
+            Kind::Sqlite => 2 + usize::from(self.wants(Fault::F15)),
+        };
+        Crew { workers, publishers: 2, pullers: 1 }
+    }
+
+    /// Workers at once: one for each way to connect that the faults want.
+    pub(crate) fn workers(&self) -> usize {
+        self.crew().workers + usize::from(self.wants(Fault::F11))
     }
 
     pub(crate) fn publishers(&self) -> usize {
-        2
+        self.crew().publishers + usize::from(self.wants(Fault::F11))
+    }
+
+    /// Its handlers hold all the connections there are.
+    pub(crate) fn hogs(&self, slot: usize) -> bool {
+        self.wants(Fault::F15) && slot + 1 == self.crew().workers
+    }
+
+    /// A worker or a publisher whose connections give up soon.
+    pub(crate) fn is_hasty(&self, child: plan::Child) -> bool {
+        let crew = self.crew();
+        match child {
+            plan::Child::Worker(slot) => slot == crew.workers,
+            plan::Child::Publisher(slot) => slot == crew.publishers,
+            plan::Child::Puller(_) => false,
+        }
     }
 
     /// Variables for a child whose clock is wrong.
