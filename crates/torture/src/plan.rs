@@ -73,7 +73,7 @@ fn action(fault: Fault, dice: &mut fastrand::Rng, crew: Crew) -> Option<(Duratio
             (ms(dice.u64(8000..25_000)), Action::Crash(ms(away)))
         }
         Fault::F19 => (ms(dice.u64(1000..3000)), Action::Terminate(dice.usize(..workers), ms(dice.u64(100..700)))),
-        Fault::F8 => (ms(dice.u64(5000..12_000)), Action::Deafen(ms(dice.u64(2000..5000)))),
+        Fault::F8 => (ms(dice.u64(8000..13_000)), Action::Deafen(ms(dice.u64(3000..8000)))),
         Fault::F9 => {
             let open = if dice.u32(..3) == 0 { dice.u64(500..3000) } else { 0 };
             (ms(dice.u64(1500..6000)), Action::Storm(dice.u32(1000..5000), ms(open)))

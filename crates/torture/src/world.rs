@@ -20,7 +20,7 @@ use crate::proxy::{Hit, Proxy, When};
 const HOG_MS: u64 = 1900;
 
 /// Work that is told so long after nobody could hear any more was done while nobody could.
-const SURELY_DEAF: Duration = Duration::from_millis(800);
+const SURELY_DEAF: Duration = Duration::from_millis(300);
 
 /// Everything that outlives a round.
 pub(crate) struct World {

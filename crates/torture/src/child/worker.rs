@@ -47,7 +47,7 @@ pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::er
         tokio::spawn(async move {
             let mut told = 0;
             loop {
-                tokio::time::sleep(Duration::from_millis(300)).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
                 let now = done.load(Ordering::SeqCst);
                 if now > told {
                     hit(tag, now - told);
