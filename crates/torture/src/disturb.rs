@@ -13,8 +13,8 @@ use crate::world::World;
 
 /// Between two looks at a snapshot that is held.
 const LOOK: Duration = Duration::from_millis(500);
-/// A snapshot that was held for this long is old. In runs shorter than a minute, half of the run is.
-const OLD: Duration = Duration::from_secs(10);
+/// A snapshot that was held for this long is old; in a very short run, half of the run is.
+const OLD: Duration = Duration::from_secs(5);
 /// Very old is one that as many deliveries came to their end before.
 const DELIVERED: i64 = 1000;
 
@@ -65,7 +65,8 @@ pub(crate) async fn storm<Db: Site>(world: &World, pool: &Pool<Db>, notification
     }
 }
 
-/// Holds a snapshot, and a new one when it is lost, until the time or the round is over.
+/// Holds a snapshot, and a new one when it is lost, until the time is over and one has grown old, or
+/// until the round is over.
 pub(crate) async fn old_snapshots<Db: Site>(
     world: &World,
     pool: &Pool<Db>,
@@ -74,9 +75,11 @@ pub(crate) async fn old_snapshots<Db: Site>(
     writer: bool,
 ) {
     let begun = Instant::now();
-    let goes_on = || begun.elapsed() < time && !over.load(Ordering::SeqCst);
+    let one_is_old = AtomicBool::new(false);
+    let enough = || begun.elapsed() >= time && one_is_old.load(Ordering::SeqCst);
+    let goes_on = || !enough() && !over.load(Ordering::SeqCst);
     while goes_on() {
-        if hold(world, pool, writer, goes_on).await.is_err() {
+        if hold(world, pool, writer, goes_on, &one_is_old).await.is_err() {
             // The server was away.
             tokio::time::sleep(LOOK).await;
         }
@@ -88,6 +91,7 @@ async fn hold<Db: Site>(
     pool: &Pool<Db>,
     writer: bool,
     goes_on: impl Fn() -> bool,
+    one_is_old: &AtomicBool,
 ) -> Result<(), sqlx::Error> {
     let mut reader = Session::begin(pool, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
     let clock = format!("select cast({} as text)", Db::CLOCK);
@@ -108,6 +112,7 @@ async fn hold<Db: Site>(
             let delivered = delivered(pool, since).await?;
             if !old && delivered > 0 {
                 old = true;
+                one_is_old.store(true, Ordering::SeqCst);
                 world.counts.add("F17", 1);
             }
             if delivered >= DELIVERED {
