@@ -62,6 +62,11 @@ faults! {
     F19 both "SIGTERM with a deadline shorter than the handler; a second SIGTERM",
     F22 sqlite "SQLite: kill, second processes, BUSY, FULL",
     F24 both "one id from 8 connections at once, also with another body",
+    // New ones come at the end: the place is part of the seed of a fault's dice.
+    F8 postgres "LISTEN connections silently dead",
+    F9 postgres "storms of NOTIFY",
+    F11 postgres "statement, lock and idle timeouts of 50 to 100 ms",
+    F17 postgres "an old snapshot held open, and a writer that idles",
 }
 
 impl fmt::Display for Fault {
@@ -144,11 +149,17 @@ pub(crate) const OTHER_POINTS: &[&str] = &["migrating"];
 /// What the COMMIT is for that F3 cuts.
 pub(crate) const COMMITS: &[&str] = &["publish", "claim", "start", "outcome", "resolution"];
 
+/// What PostgreSQL says when a statement, a lock or an idle transaction took too long.
+pub(crate) const TIMEOUTS: &[&str] = &["57014", "55P03", "25P03"];
+
 impl Fault {
     /// Smaller parts, `F3:outcome:before`: only in a long run each has its turn.
     pub(crate) fn small_parts(self) -> Vec<String> {
         match self {
             Fault::F3 => COMMITS.iter().flat_map(|of| [format!("{of}:before"), format!("{of}:after")]).collect(),
+            // The worker behind the proxy dies often, and may not come to work while nothing is heard.
+            Fault::F8 => vec!["worked".to_owned()],
+            Fault::F17 => vec!["delivered:1000".to_owned()],
             _ => Vec::new(),
         }
     }
@@ -159,6 +170,8 @@ impl Fault {
             Fault::F1 => [WORKER_POINTS, PUBLISHER_POINTS, PULLER_POINTS, OTHER_POINTS, &["random"]].concat(),
             Fault::F3 => vec!["before", "after"],
             Fault::F5 => vec!["publish", "publish_now", "status", "list", "next"],
+            Fault::F8 => vec!["frozen"],
+            Fault::F11 => TIMEOUTS.to_vec(),
             Fault::F12 => vec!["40001", "40P01"],
             Fault::F18 => vec!["panic", "block", "ignore", "abort"],
             Fault::F19 => vec!["deadline", "second"],
@@ -172,6 +185,12 @@ impl Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_keeps_its_place() {
+        let places = [Fault::F1, Fault::F6, Fault::F15, Fault::F24].map(|fault| fault as u64);
+        assert_eq!(places, [0, 5, 10, 14], "another place would move the schedule of every seed");
+    }
 
     #[test]
     fn lists_are_read() {

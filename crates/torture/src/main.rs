@@ -5,6 +5,7 @@
 
 mod check;
 mod child;
+mod disturb;
 mod dump;
 mod fault;
 mod ground;
@@ -118,10 +119,7 @@ fn main() -> ExitCode {
         Err(error) => return failed(&format!("no runtime: {error}")),
     };
     let result = match cli.child {
-        Some(child) => {
-            tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
-            runtime.block_on(run_child(child)).map(|()| true)
-        }
+        Some(child) => runtime.block_on(run_child(child)).map(|()| true),
         None => runtime.block_on(async {
             tokio::select! {
                 result = run(cli) => result,
@@ -165,6 +163,7 @@ async fn run_child(command: ChildCommand) -> Result<(), String> {
     | ChildCommand::Migrate { plan }) = &command;
     let plan: ChildPlan =
         serde_json::from_str(plan).map_err(|e| format!("this role is started by the program itself: {e}"))?;
+    tracing_subscriber::fmt().with_writer(child::hasty::Log::of(&plan)).with_ansi(false).init();
     let ended = match (&command, plan.kind) {
         (ChildCommand::Publisher { .. }, Kind::Postgres) => child::publisher::run::<Postgres>(plan).await,
         (ChildCommand::Publisher { .. }, Kind::Sqlite) => child::publisher::run::<Sqlite>(plan).await,
@@ -188,7 +187,7 @@ async fn run(cli: Cli) -> Result<bool, String> {
     let list = if list.is_empty() { "none".to_owned() } else { list.join(",") };
     eprintln!("seed {seed}, {}, {} s, faults {list}", cli.store, cli.span.as_secs());
     let folder = tempfile::Builder::new().prefix("postbox-torture-").tempdir().map_err(|e| format!("a folder: {e}"))?;
-    let world = Arc::new(World::start(cli.store, faults, folder.path(), cli.keep).await?);
+    let world = Arc::new(World::start(cli.store, faults, folder.path(), cli.keep, cli.span).await?);
     let begun = std::time::Instant::now();
     let mut sum = Outcome::default();
     let (mut left, mut number, mut known) = (cli.span, 0, 0);

@@ -21,6 +21,14 @@ pub(crate) enum Action {
     Crash(Duration),
     /// A process of its own is killed at a named point.
     Point(&'static str),
+    /// Who listens behind the proxy hears nothing for this long.
+    Deafen(Duration),
+    /// So many notifications in a transaction that stays open for this long.
+    Storm(u32, Duration),
+    /// Nobody writes to this table for this long.
+    Lock(&'static str, Duration),
+    /// An old snapshot for this long, and whether a writer idles beside it.
+    OldSnapshot(Duration, bool),
 }
 
 /// A child process of the run.
@@ -31,13 +39,16 @@ pub(crate) enum Child {
     Puller(usize),
 }
 
-/// How many children of each kind there are.
+/// How many children of each kind the schedule knows.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Crew {
     pub(crate) workers: usize,
     pub(crate) publishers: usize,
     pub(crate) pullers: usize,
 }
+
+/// Tables that are locked now and then, so that others wait for them.
+const LOCKED: &[&str] = &["ready", "lease", "message", "attempt", "worker"];
 
 /// What a fault does next and how long it rests before.
 fn action(fault: Fault, dice: &mut fastrand::Rng, crew: Crew) -> Option<(Duration, Action)> {
@@ -62,6 +73,16 @@ fn action(fault: Fault, dice: &mut fastrand::Rng, crew: Crew) -> Option<(Duratio
             (ms(dice.u64(8000..25_000)), Action::Crash(ms(away)))
         }
         Fault::F19 => (ms(dice.u64(1000..3000)), Action::Terminate(dice.usize(..workers), ms(dice.u64(100..700)))),
+        Fault::F8 => (ms(dice.u64(8000..13_000)), Action::Deafen(ms(dice.u64(3000..8000)))),
+        Fault::F9 => {
+            let open = if dice.u32(..3) == 0 { dice.u64(500..3000) } else { 0 };
+            (ms(dice.u64(1500..6000)), Action::Storm(dice.u32(1000..5000), ms(open)))
+        }
+        Fault::F11 => (ms(dice.u64(600..2500)), Action::Lock(LOCKED[dice.usize(..LOCKED.len())], ms(150))),
+        Fault::F17 => {
+            let time = ms(dice.u64(10_000..40_000));
+            (time + ms(dice.u64(1000..4000)), Action::OldSnapshot(time, dice.bool()))
+        }
         _ => return None,
     };
     Some(some)
@@ -95,7 +116,8 @@ mod tests {
         assert_eq!(plan(7), plan(7));
         assert_ne!(plan(7), plan(8));
         assert!(plan(7).windows(2).all(|pair| pair[0].0 <= pair[1].0));
-        for wanted in ["Kill", "Pause", "Cut", "EndBackends", "Crash", "Terminate", "Point"] {
+        let first = ["Kill", "Pause", "Cut", "EndBackends", "Crash", "Terminate", "Point"];
+        for wanted in first.into_iter().chain(["Deafen", "Storm", "Lock", "OldSnapshot"]) {
             let there = plan(7).iter().any(|(_, action)| format!("{action:?}").starts_with(wanted));
             assert!(there, "{wanted} comes within a minute");
         }
@@ -104,5 +126,18 @@ mod tests {
         let mut rest = plan(7);
         rest.retain(|(_, action)| !matches!(action, Action::EndBackends(_)));
         assert_eq!(schedule(7, &without, Kind::Postgres, Duration::from_secs(60), crew), rest);
+    }
+
+    #[test]
+    fn what_lasts_ends_before_the_next_begins() {
+        let crew = Crew { workers: 5, publishers: 2, pullers: 1 };
+        for fault in [Fault::F8, Fault::F17] {
+            let plan = schedule(7, &[fault], Kind::Postgres, Duration::from_secs(3600), crew);
+            let ends = |(at, action): &(Duration, Action)| match action {
+                Action::Deafen(time) | Action::OldSnapshot(time, _) => *at + *time,
+                other => panic!("{fault} does {other:?}"),
+            };
+            assert!(plan.len() > 60 && plan.windows(2).all(|pair| ends(&pair[0]) <= pair[1].0), "{fault}");
+        }
     }
 }

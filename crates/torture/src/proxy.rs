@@ -1,15 +1,20 @@
-//! A proxy before PostgreSQL that understands enough of its protocol to cut a connection around a COMMIT.
+//! A proxy before PostgreSQL that understands enough of its protocol to cut a connection around a
+//! COMMIT, and to let those that listen hear nothing.
+
+mod ears;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
+use self::ears::{Ear, Ears, is_listen};
 use crate::world::locked;
 
 /// When a connection is cut.
@@ -54,22 +59,30 @@ fn purpose(statements: &[String]) -> Option<&'static str> {
     all.into_iter().find(|(text, _)| statements.iter().any(|s| s.contains(text))).map(|(_, purpose)| purpose)
 }
 
+/// What the proxy has done to a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hit {
+    /// It was cut, and this is what the transaction was for.
+    Cut(When, Option<&'static str>),
+    /// It listens, and hears nothing any more.
+    Frozen,
+}
+
 /// The proxy; clones are the same one.
 #[derive(Clone)]
 pub(crate) struct Proxy {
     port: u16,
     armed: Arc<Mutex<VecDeque<Cut>>>,
-    hit: Arc<dyn Fn(When, Option<&'static str>) + Send + Sync>,
+    ears: Arc<Ears>,
+    hit: Arc<dyn Fn(Hit) + Send + Sync>,
 }
 
 impl Proxy {
-    /// Listens, and passes on to this port. It tells each cut, and what the transaction was for.
-    pub(crate) async fn start(
-        upstream: u16,
-        hit: impl Fn(When, Option<&'static str>) + Send + Sync + 'static,
-    ) -> io::Result<Proxy> {
+    /// Listens, and passes on to this port. It tells what it does to whom.
+    pub(crate) async fn start(upstream: u16, hit: impl Fn(Hit) + Send + Sync + 'static) -> io::Result<Proxy> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
-        let proxy = Proxy { port: listener.local_addr()?.port(), armed: Arc::default(), hit: Arc::new(hit) };
+        let port = listener.local_addr()?.port();
+        let proxy = Proxy { port, armed: Arc::default(), ears: Arc::default(), hit: Arc::new(hit) };
         let serving = proxy.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
@@ -97,8 +110,28 @@ impl Proxy {
         armed.push_back(cut);
     }
 
+    /// Nothing waits to be done, and whoever listens hears.
     pub(crate) fn disarm(&self) {
         locked(&self.armed).clear();
+        self.ears.hear();
+    }
+
+    /// Connections that listen hear nothing for this long. Then they are cut, and the next ones hear.
+    pub(crate) async fn deafen_for(&self, time: Duration) {
+        self.deafen();
+        tokio::time::sleep(time).await;
+        self.ears.hear();
+    }
+
+    fn deafen(&self) {
+        for _ in 0..self.ears.deafen() {
+            (self.hit)(Hit::Frozen);
+        }
+    }
+
+    /// For how long nobody has heard anything here.
+    pub(crate) fn deaf_for(&self) -> Option<Duration> {
+        self.ears.deaf_for()
     }
 
     /// The cut for a transaction with these statements, if one waits for it.
@@ -115,8 +148,12 @@ impl Proxy {
         let (client_read, client_write) = client.into_split();
         let (server_read, server_write) = server.into_split();
         let (swallow, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(Notify::new()));
-        let back = tokio::spawn(back(server_read, client_write, swallow.clone(), answered.clone()));
-        let result = self.forth(client_read, server_write, &swallow, &answered).await;
+        let ear = Ear::default();
+        let back = tokio::spawn(back(server_read, client_write, swallow.clone(), answered.clone(), ear.clone()));
+        let result = tokio::select! {
+            result = self.forth(client_read, server_write, &swallow, &answered, &ear) => result,
+            () = ear.cut() => Ok(()),
+        };
         // Both directions go: that is the cut, and the end as well.
         back.abort();
         result
@@ -128,6 +165,7 @@ impl Proxy {
         mut server: OwnedWriteHalf,
         swallow: &AtomicBool,
         answered: &Notify,
+        ear: &Ear,
     ) -> io::Result<()> {
         let mut transaction = Transaction::default();
         let (mut buffer, mut started) = (Vec::new(), false);
@@ -145,11 +183,13 @@ impl Proxy {
                     if cut.when == When::After {
                         swallow.store(true, Ordering::SeqCst);
                         server.write_all(&buffer[forwarded..]).await?;
-                        let patience = std::time::Duration::from_secs(2);
+                        let patience = Duration::from_secs(2);
                         tokio::time::timeout(patience, answered.notified()).await.ok();
                     }
-                    (self.hit)(cut.when, purpose(&transaction.statements));
+                    (self.hit)(Hit::Cut(cut.when, purpose(&transaction.statements)));
                     return Ok(());
+                } else if is_listen(message) && self.ears.listens(ear) {
+                    (self.hit)(Hit::Frozen);
                 }
                 forwarded += length;
             }
@@ -162,16 +202,22 @@ impl Proxy {
     }
 }
 
-/// From the server to the client, until an answer is to be swallowed.
+/// From the server to the client, until an answer is to be swallowed, or the client to hear nothing.
 async fn back(
     mut server: OwnedReadHalf,
     mut client: OwnedWriteHalf,
     swallow: Arc<AtomicBool>,
     answered: Arc<Notify>,
+    ear: Ear,
 ) -> io::Result<()> {
     let mut buffer = vec![0; 16 << 10];
     loop {
-        let read = server.read(&mut buffer).await?;
+        let read = tokio::select! {
+            biased;
+            // As in a network that loses all of it: not even the end of the server gets through.
+            () = ear.frozen() => std::future::pending().await,
+            read = server.read(&mut buffer) => read?,
+        };
         if swallow.load(Ordering::SeqCst) {
             answered.notify_one();
             // Nothing more reaches the client.
@@ -278,6 +324,65 @@ mod tests {
         for text in ABOUTS.iter().filter(|text| !text.is_empty()) {
             assert!(of(&[text]).is_some_and(|purpose| COMMITS.contains(&purpose)), "{text}");
         }
+    }
+
+    #[test]
+    fn sees_who_listens() {
+        assert!(is_listen(&message(b'Q', &["LISTEN \"postbox\""])));
+        assert!(is_listen(&message(b'P', &["s1", "listen postbox"])));
+        assert!(!is_listen(&message(b'Q', &["UNLISTEN *"])));
+        assert!(!is_listen(&message(b'B', &["listen", "s1"])));
+    }
+
+    /// A client behind the proxy, and the server's end of its connection.
+    async fn connected(proxy: &Proxy, server: &TcpListener) -> (TcpStream, TcpStream) {
+        let mut client = TcpStream::connect(("127.0.0.1", proxy.port())).await.expect("the proxy");
+        let (mut upstream, _) = server.accept().await.expect("the server");
+        let hello = [0, 0, 0, 8, 0, 3, 0, 0];
+        client.write_all(&hello).await.expect("a start");
+        upstream.read_exact(&mut [0; 8]).await.expect("a start");
+        (client, upstream)
+    }
+
+    async fn listen((client, upstream): &mut (TcpStream, TcpStream)) {
+        let listen = message(b'Q', &["LISTEN postbox"]);
+        client.write_all(&listen).await.expect("a LISTEN");
+        upstream.read_exact(&mut vec![0; listen.len()]).await.expect("a LISTEN");
+    }
+
+    /// What the client hears of a word of the server; `None`: nothing.
+    async fn hears((client, upstream): &mut (TcpStream, TcpStream)) -> Option<usize> {
+        upstream.write_all(b"!").await.expect("a word");
+        let patience = Duration::from_millis(200);
+        tokio::time::timeout(patience, client.read(&mut [0; 1])).await.ok().map(|read| read.unwrap_or(0))
+    }
+
+    #[tokio::test]
+    async fn those_who_listen_hear_nothing_for_a_while() {
+        let server = TcpListener::bind("127.0.0.1:0").await.expect("a server");
+        let hits = Arc::new(Mutex::new(Vec::new()));
+        let told = hits.clone();
+        let port = server.local_addr().expect("an address").port();
+        let proxy = Proxy::start(port, move |hit| locked(&told).push(hit)).await.expect("a proxy");
+        let (mut early, mut late) = (connected(&proxy, &server).await, connected(&proxy, &server).await);
+        let mut other = connected(&proxy, &server).await;
+        listen(&mut early).await;
+        assert_eq!(hears(&mut early).await, Some(1));
+        proxy.deafen();
+        proxy.deafen();
+        listen(&mut late).await;
+        assert_eq!((hears(&mut early).await, hears(&mut late).await), (None, None));
+        assert_eq!(hears(&mut other).await, Some(1), "another connection is left alone");
+        assert_eq!(*locked(&hits), [Hit::Frozen, Hit::Frozen]);
+        assert!(proxy.deaf_for().is_some());
+        proxy.disarm();
+        for (client, _) in [&mut early, &mut late] {
+            assert_eq!(client.read(&mut [0; 1]).await.unwrap_or(0), 0, "it is cut, so that its owner notices");
+        }
+        let mut next = connected(&proxy, &server).await;
+        listen(&mut next).await;
+        assert_eq!((hears(&mut next).await, hears(&mut other).await), (Some(1), Some(1)));
+        assert_eq!((proxy.deaf_for(), locked(&hits).len()), (None, 2));
     }
 
     #[test]

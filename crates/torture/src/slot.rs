@@ -289,7 +289,7 @@ impl Slot {
                 return true;
             }
             ["hit", id, times] => {
-                self.round.world.counts.add(id, times.parse().unwrap_or(1));
+                self.round.world.hit(id, times.parse().unwrap_or(1));
                 match *id {
                     "F18:abort" => life.aborted = true,
                     // A thread is gone for good: after a while, so is the process.

@@ -11,13 +11,16 @@ use std::time::Duration;
 
 use postbox_testkit::Server;
 
-use crate::child::ChildPlan;
+use crate::child::{ChildPlan, hasty};
 use crate::fault::{Fault, Kind};
-use crate::plan::Crew;
-use crate::proxy::{Proxy, When};
+use crate::plan::{self, Crew};
+use crate::proxy::{Hit, Proxy, When};
 
 /// Handlers that hold every connection hold them for this long: past the lease.
 const HOG_MS: u64 = 1900;
+
+/// Work that is told so long after nobody could hear any more was done while nobody could.
+const SURELY_DEAF: Duration = Duration::from_millis(300);
 
 /// Everything that outlives a round.
 pub(crate) struct World {
@@ -26,6 +29,8 @@ pub(crate) struct World {
     pub(crate) folder: PathBuf,
     /// Everything is kept for a look.
     pub(crate) keep: bool,
+    /// How long the faults of all rounds last.
+    pub(crate) span: Duration,
     pub(crate) proxy: Option<Proxy>,
     server: Mutex<Option<Server>>,
     server_port: u16,
@@ -69,12 +74,19 @@ impl Counts {
 
 impl World {
     /// Starts what the faults need.
-    pub(crate) async fn start(kind: Kind, faults: Vec<Fault>, folder: &Path, keep: bool) -> Result<World, String> {
+    pub(crate) async fn start(
+        kind: Kind,
+        faults: Vec<Fault>,
+        folder: &Path,
+        keep: bool,
+        span: Duration,
+    ) -> Result<World, String> {
         let counts = std::sync::Arc::new(Counts::default());
         let mut world = World {
             kind,
             folder: folder.to_owned(),
             keep,
+            span,
             proxy: None,
             server: Mutex::new(None),
             server_port: 0,
@@ -97,13 +109,16 @@ impl World {
         let port = server.url().rsplit(':').next().and_then(|rest| rest.split('/').next()?.parse().ok());
         world.server_port = port.ok_or("the server has no port")?;
         world.server = Mutex::new(Some(server));
-        if world.wants(Fault::F3) {
+        if world.wants(Fault::F3) || world.wants(Fault::F8) {
             let counts = world.counts.clone();
-            let hit = move |when: When, purpose: Option<&str>| {
-                let when = if when == When::Before { "before" } else { "after" };
-                counts.add(&format!("F3:{when}"), 1);
-                if let Some(purpose) = purpose {
-                    counts.add(&format!("F3:{purpose}:{when}"), 1);
+            let hit = move |hit: Hit| match hit {
+                Hit::Frozen => counts.add("F8:frozen", 1),
+                Hit::Cut(when, purpose) => {
+                    let when = if when == When::Before { "before" } else { "after" };
+                    counts.add(&format!("F3:{when}"), 1);
+                    if let Some(purpose) = purpose {
+                        counts.add(&format!("F3:{purpose}:{when}"), 1);
+                    }
                 }
             };
             world.proxy = Some(Proxy::start(world.server_port, hit).await.map_err(|e| format!("the proxy: {e}"))?);
@@ -118,6 +133,17 @@ impl World {
 
     pub(crate) fn wants(&self, fault: Fault) -> bool {
         self.faults.contains(&fault)
+    }
+
+    /// A child tells a hit. Work behind the proxy is one only while those who listen there hear nothing.
+    pub(crate) fn hit(&self, id: &str, times: u64) {
+        if id != Fault::F8.id() {
+            return self.counts.add(id, times);
+        }
+        let deaf = self.proxy.as_ref().and_then(Proxy::deaf_for);
+        if deaf.is_some_and(|deaf| deaf > SURELY_DEAF) {
+            self.counts.add("F8:worked", times);
+        }
     }
 
     /// Something is not as promised, seen while the run goes on.
@@ -216,8 +242,7 @@ impl World {
     /// How the worker in this slot connects, and what is odd about it.
     pub(crate) fn worker_plan(&self, slot: usize, mut plan: ChildPlan) -> ChildPlan {
         let hostile = self.hostile();
-        let last = self.workers() - 1;
-        if self.wants(Fault::F15) && slot == last {
+        if self.hogs(slot) {
             // Both stores: all the connections there are, in hands that do not let go for a lease.
             plan.hog_ms = Some(if hostile { HOG_MS } else { 1 });
             plan.pool_size = if hostile { 3 } else { 11 };
@@ -227,9 +252,13 @@ impl World {
             return plan;
         }
         match slot {
-            1 => self.through_proxy(&mut plan),
+            1 => {
+                self.through_proxy(&mut plan);
+                plan.tag = Some(Fault::F8).filter(|_| self.wants(Fault::F8) && hostile);
+            }
             2 => self.through_bouncer(&mut plan),
             3 if self.wants(Fault::F14) && hostile => plan.tag = Some(Fault::F14),
+            _ if self.is_hasty(plan::Child::Worker(slot)) => self.in_haste(plan.life.is_multiple_of(2), &mut plan),
             _ => {}
         }
         plan
@@ -238,6 +267,9 @@ impl World {
     pub(crate) fn publisher_plan(&self, slot: usize, mut plan: ChildPlan) -> ChildPlan {
         match (self.kind, slot) {
             (Kind::Postgres, 0) => self.through_proxy(&mut plan),
+            (Kind::Postgres, _) if self.is_hasty(plan::Child::Publisher(slot)) => {
+                self.in_haste(!plan.life.is_multiple_of(2), &mut plan);
+            }
             (Kind::Postgres, _) => self.through_bouncer(&mut plan),
             _ => {}
         }
@@ -272,20 +304,45 @@ impl World {
         }
     }
 
-    /// Workers at once: one for each way to connect that the faults want.
-    pub(crate) fn workers(&self) -> usize {
-        match self.kind {
-            Kind::Postgres => 3 + usize::from(self.wants(Fault::F14)) + usize::from(self.wants(Fault::F15)),
-            Kind::Sqlite => 2 + usize::from(self.wants(Fault::F15)),
+    /// Its connections give up soon, while faults are on.
+    fn in_haste(&self, lock_first: bool, plan: &mut ChildPlan) {
+        if self.hostile() {
+            plan.url = self.address(self.server_port, "hasty") + &hasty::options(lock_first);
+            plan.tag = Some(Fault::F11);
         }
     }
 
+    /// Those whom the schedule knows. The hasty ones come after them, so that they move nobody's dice.
     pub(crate) fn crew(&self) -> Crew {
-        Crew { workers: self.workers(), publishers: self.publishers(), pullers: 1 }
+        let workers = match self.kind {
+            Kind::Postgres => 3 + usize::from(self.wants(Fault::F14)) + usize::from(self.wants(Fault::F15)),
+            Kind::Sqlite => 2 + usize::from(self.wants(Fault::F15)),
+        };
+        Crew { workers, publishers: 2, pullers: 1 }
+    }
+
+    /// Workers at once: one for each way to connect that the faults want.
+    pub(crate) fn workers(&self) -> usize {
+        self.crew().workers + usize::from(self.wants(Fault::F11))
     }
 
     pub(crate) fn publishers(&self) -> usize {
-        2
+        self.crew().publishers + usize::from(self.wants(Fault::F11))
+    }
+
+    /// Its handlers hold all the connections there are.
+    pub(crate) fn hogs(&self, slot: usize) -> bool {
+        self.wants(Fault::F15) && slot + 1 == self.crew().workers
+    }
+
+    /// A worker or a publisher whose connections give up soon.
+    pub(crate) fn is_hasty(&self, child: plan::Child) -> bool {
+        let crew = self.crew();
+        match child {
+            plan::Child::Worker(slot) => slot == crew.workers,
+            plan::Child::Publisher(slot) => slot == crew.publishers,
+            plan::Child::Puller(_) => false,
+        }
     }
 
     /// Variables for a child whose clock is wrong.

@@ -2,6 +2,7 @@
 
 pub(crate) mod drops;
 pub(crate) mod handlers;
+pub(crate) mod hasty;
 pub(crate) mod publisher;
 pub(crate) mod puller;
 pub(crate) mod races;
@@ -39,7 +40,7 @@ pub(crate) struct ChildPlan {
     /// host:port of the fake remote.
     pub(crate) remote: String,
     pub(crate) faults: Vec<Fault>,
-    /// What working in this child is a hit of, as it is behind pgbouncer or has a wrong clock.
+    /// What this child is a hit of, mostly by its work: it is behind pgbouncer, or has a wrong clock.
     pub(crate) tag: Option<Fault>,
     /// It takes the handlers that hold connections for long, and how long they do, in milliseconds.
     pub(crate) hog_ms: Option<u64>,

@@ -94,10 +94,15 @@ pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::er
         let dice = fastrand::Rng::with_seed(publisher.plan.seed ^ (0x5eed + race));
         lanes.spawn(races(publisher.clone(), dice));
     }
+    let mut all = LANES + RACES;
+    if publisher.is_hasty() {
+        all += 1;
+        lanes.spawn(publisher.clone().linger(fastrand::Rng::with_seed(publisher.plan.seed ^ 0x11)));
+    }
     while lanes.join_next().await.is_some_and(|ended| ended.is_ok()) {}
     // A lane that panicked has said so on stderr; the others' silence would hide it.
     match publisher.idle.load(Ordering::SeqCst) {
-        idle if idle == LANES + RACES => {}
+        idle if idle == all => {}
         _ => std::process::exit(101),
     }
     publisher.clone().sound().await;
@@ -238,11 +243,15 @@ impl<Db: Site> Publisher<Db> {
         crash::point("before-insert");
         for (ext, topic) in messages {
             let row = format!("insert into {} (ext) values ('{ext}')", Db::table("business"));
-            if session.run(row).await.is_err() {
+            if let Err(error) = session.run(row).await {
+                self.saw(&error);
                 return Told::Fail;
             }
             let Ok(draft) = self.draft(topic, ext, dice) else { return Told::Fail };
-            if self.postbox.publish(session.on(), draft).await.is_err() {
+            if let Err(error) = self.postbox.publish(session.on(), draft).await {
+                if let PublishError::Database(error) = &error {
+                    self.saw(error);
+                }
                 return Told::Fail;
             }
         }
@@ -251,7 +260,11 @@ impl<Db: Site> Publisher<Db> {
             return Told::Fail;
         }
         crash::point("before-commit");
-        ended(&crash::commit("commit-sent", session.end("COMMIT")).await)
+        let end = crash::commit("commit-sent", session.end("COMMIT")).await;
+        if let Err(error) = &end {
+            self.saw(error);
+        }
+        ended(&end)
     }
 
     pub(crate) async fn publish_now(&self, dice: &mut fastrand::Rng, cut: Cut) {
@@ -266,6 +279,9 @@ impl<Db: Site> Publisher<Db> {
             Some(Ok(_)) => Told::Ok,
             Some(Err(error)) => {
                 surprising(&error);
+                if let Error::Database(error) | Error::Publish(PublishError::Database(error)) = &error {
+                    self.saw(error);
+                }
                 Told::Unknown
             }
             None => {
