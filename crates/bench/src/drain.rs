@@ -1,7 +1,7 @@
 //! Draining a backlog: plain handlers, operations, transactional handlers; and the WAL of a whole cycle.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use postbox::{Failure, OperationFailure, Postgres, Receipt, Router, Tx, handler, operation};
@@ -23,7 +23,7 @@ pub(crate) async fn plain(site: &Site, extent: Extent) -> Result<Vec<Figure>, Pr
             let done = Arc::new(AtomicU64::new(0));
             let fresh = filled(site, idle_handler(&done), extent.messages, analyse).await?;
             let start = fresh.postbox.worker(idle_handler(&done)).concurrency(100).start();
-            rates.push(drained(site, &fresh, start, extent.messages).await?);
+            rates.push(drained(site, &fresh, &done, start, extent.messages).await?);
             fresh.drop(site).await?;
         }
     }
@@ -34,16 +34,21 @@ pub(crate) async fn plain(site: &Site, extent: Extent) -> Result<Vec<Figure>, Pr
 }
 
 pub(crate) async fn operations(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
+    let done = Arc::new(AtomicU64::new(0));
     let routes = || {
-        let charge = operation(async || Ok::<Receipt, OperationFailure>(Receipt::none())).named("bench");
-        Router::<Postgres>::new().on(TOPIC, charge)
+        let done = done.clone();
+        let charge = move || {
+            done.fetch_add(1, Ordering::Relaxed);
+            std::future::ready(Ok::<Receipt, OperationFailure>(Receipt::none()))
+        };
+        Router::<Postgres>::new().on(TOPIC, operation(charge).named("bench"))
     };
     let (mut raw, mut ours) = (Vec::new(), Vec::new());
     for _ in 0..extent.rounds {
         raw.push(raw_drain(site, extent.messages).await?);
         let fresh = filled(site, routes(), extent.messages, true).await?;
         let start = fresh.postbox.worker(routes()).concurrency(100).start();
-        ours.push(drained(site, &fresh, start, extent.messages).await?);
+        ours.push(drained(site, &fresh, &done, start, extent.messages).await?);
         fresh.drop(site).await?;
     }
     let name = "drain, operations, attempt committed before, 100 at once";
@@ -58,11 +63,13 @@ pub(crate) async fn transactional(site: &Site, extent: Extent) -> Result<Vec<Fig
     ))
     .await?;
     let insert: Arc<str> = format!("insert into {effect} (note) values ($1)").into();
+    let done = Arc::new(AtomicU64::new(0));
     let routes = || {
-        let insert = insert.clone();
+        let (insert, done) = (insert.clone(), done.clone());
         let effect = move |mut tx: Tx<Postgres>| {
-            let insert = insert.clone();
+            let (insert, done) = (insert.clone(), done.clone());
             async move {
+                done.fetch_add(1, Ordering::Relaxed);
                 sqlx::query(AssertSqlSafe(&*insert)).bind("done").execute(&mut tx).await?;
                 Ok::<(), Failure>(())
             }
@@ -74,7 +81,7 @@ pub(crate) async fn transactional(site: &Site, extent: Extent) -> Result<Vec<Fig
         raw.push(raw_transactions(site, &insert, messages).await?);
         let fresh = filled(site, routes(), messages, true).await?;
         let start = fresh.postbox.worker(routes()).concurrency(AT_ONCE as usize).start();
-        ours.push(drained(site, &fresh, start, messages).await?);
+        ours.push(drained(site, &fresh, &done, start, messages).await?);
         fresh.drop(site).await?;
     }
     Ok(vec![Figure::beside("drain, transactional handlers, 8 at once", &ours, &raw, "msg/s", Bar::Ratio(0.8))])
@@ -128,7 +135,8 @@ pub(crate) async fn wal(site: &Site, extent: Extent) -> Result<Vec<Figure>, Prob
         let before = site.wal().await?;
         fill(&fresh.postbox, messages).await?;
         let published = site.wal().await?;
-        drained(site, &fresh, fresh.postbox.worker(idle_handler(&done)).concurrency(100).start(), messages).await?;
+        let start = fresh.postbox.worker(idle_handler(&done)).concurrency(100).start();
+        drained(site, &fresh, &done, start, messages).await?;
         written = (published - before, site.wal().await? - published);
     }
     fresh.drop(site).await?;

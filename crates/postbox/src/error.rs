@@ -212,8 +212,10 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
 
 fn is_transient_code(code: &str) -> bool {
     let class = code.get(..2).unwrap_or("");
-    // Connection, resources, operator intervention, rollback; lock not available; SQLite busy.
-    matches!(class, "08" | "53" | "57" | "40") || matches!(code, "55P03" | "25006" | "5" | "6" | "517" | "261")
+    // Connection, resources, operator intervention, rollback; lock not available; a session that was ended
+    // because its transaction rested or lasted too long; SQLite busy.
+    matches!(class, "08" | "53" | "57" | "40")
+        || matches!(code, "55P03" | "25006" | "25P03" | "25P04" | "5" | "6" | "517" | "261")
 }
 
 /// A driver error without the values it may quote: PostgreSQL's `detail` can hold whole rows.

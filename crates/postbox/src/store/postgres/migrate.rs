@@ -28,12 +28,13 @@ macro_rules! migration {
     };
 }
 
-pub(super) const MIGRATIONS: [Migration; 5] = [
+pub(super) const MIGRATIONS: [Migration; 6] = [
     migration!("0001", "engine", holds_data: true),
     migration!("0002", "pull", holds_data: false),
     migration!("0003", "roles", holds_data: false),
     migration!("0004", "publish_many", holds_data: false),
     migration!("0005", "publish_one", holds_data: false),
+    migration!("0006", "pull_by_place", holds_data: false),
 ];
 
 fn render(text: &str, schema: &str, channel: &str) -> String {

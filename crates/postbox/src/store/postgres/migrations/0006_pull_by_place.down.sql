@@ -1,0 +1,1 @@
+-- The functions stay as they are: to their callers they do what the earlier ones did.
