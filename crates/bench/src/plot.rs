@@ -50,10 +50,15 @@ fn ratios(path: &Path, figures: &[&Figure]) -> Result<(), Problem> {
         let (top, ratio) = (row as f64, figure.ratio.unwrap_or(0.0));
         let color = if figure.ok == Some(false) { AMBER } else { BLUE_ };
         chart.draw_series([Rectangle::new([(0.0, top + 0.2), (ratio, top + 0.8)], color.filled())])?;
-        if let Some(bar) = figure.bar.as_deref().and_then(|b| b.trim_start_matches("≥ ").parse::<f64>().ok()) {
+        let bar = figure.bar.as_deref().and_then(|b| b.trim_start_matches("≥ ").parse::<f64>().ok());
+        if let Some(bar) = bar {
             chart.draw_series([PathElement::new(vec![(bar, top + 0.05), (bar, top + 0.95)], BLACK.stroke_width(2))])?;
         }
-        chart.draw_series([Text::new(format!("{ratio:.2}"), (ratio + widest * 0.006, top + 0.28), text.clone())])?;
+        chart.draw_series([Text::new(
+            format!("{ratio:.2}"),
+            (ratio.max(bar.filter(|bar| bar - ratio < 0.08).unwrap_or(0.0)) + widest * 0.006, top + 0.28),
+            text.clone(),
+        )])?;
         let (_, y) = chart.backend_coord(&(0.0, top + 0.28));
         root.draw(&Text::new(figure.name.clone(), (12, y), text.clone()))?;
     }
@@ -73,7 +78,13 @@ fn pinned(path: &Path, curves: &[Curve]) -> Result<(), Problem> {
         .x_label_area_size(40)
         .y_label_area_size(70)
         .build_cartesian_2d(1..chunks, 0.0..highest)?;
-    chart.configure_mesh().x_desc("chunk of messages").y_desc("messages a second").light_line_style(WHITE).draw()?;
+    chart
+        .configure_mesh()
+        .x_desc("chunk of messages")
+        .y_desc("messages a second")
+        .y_label_formatter(&|rate| format!("{rate:.0}"))
+        .light_line_style(WHITE)
+        .draw()?;
     for (curve, color) in curves.iter().zip([GREY, BLUE_, GREEN_]) {
         let points = curve.values.iter().enumerate().map(|(n, v)| (n + 1, *v));
         chart

@@ -147,7 +147,7 @@ pub(crate) const PULLER_POINTS: &[&str] = &["pull-leased", "pulled", "pull-commi
 pub(crate) const OTHER_POINTS: &[&str] = &["migrating"];
 
 /// What the COMMIT is for that F3 cuts.
-pub(crate) const COMMITS: &[&str] = &["publish", "claim", "start", "outcome", "resolution"];
+pub(crate) const COMMITS: &[&str] = &["publish", "claim", "flush", "outcome", "resolution"];
 
 /// What PostgreSQL says when a statement, a lock or an idle transaction took too long.
 pub(crate) const TIMEOUTS: &[&str] = &["57014", "55P03", "25P03"];

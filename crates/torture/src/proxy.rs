@@ -35,27 +35,20 @@ pub(crate) struct Cut {
 }
 
 /// Statements whose COMMIT is worth cutting.
-pub(crate) const ABOUTS: &[&str] = &["", PUBLISH, START, OUTCOME, FLUSH, CLAIM, RESOLUTION];
+pub(crate) const ABOUTS: &[&str] = &["", PUBLISH, OUTCOME, FLUSH, CLAIM, RESOLUTION];
 
 const PUBLISH: &str = "insert into postbox.message (";
-const START: &str = "insert into postbox.attempt (";
 const OUTCOME: &str = "insert into postbox.outcome (";
-/// A flush says this also if nothing has ended.
+/// A flush: what has ended, what starts, or both; all of it is one statement.
 const FLUSH: &str = "insert into postbox.outcome_part (";
 const CLAIM: &str = "insert into postbox.lease (";
 const RESOLUTION: &str = "insert into postbox.resolution (";
 
-/// What a transaction is for, by the words of [`crate::fault::COMMITS`]. The first that fits: who pulls claims and starts at
-/// once, and follow-ups are published with an outcome.
+/// What a transaction is for, by the words of [`crate::fault::COMMITS`]. The first that fits: follow-ups are
+/// published with an outcome.
 fn purpose(statements: &[String]) -> Option<&'static str> {
-    let all = [
-        (RESOLUTION, "resolution"),
-        (CLAIM, "claim"),
-        (OUTCOME, "outcome"),
-        (START, "start"),
-        (FLUSH, "outcome"),
-        (PUBLISH, "publish"),
-    ];
+    let all =
+        [(RESOLUTION, "resolution"), (CLAIM, "claim"), (FLUSH, "flush"), (OUTCOME, "outcome"), (PUBLISH, "publish")];
     all.into_iter().find(|(text, _)| statements.iter().any(|s| s.contains(text))).map(|(_, purpose)| purpose)
 }
 
@@ -318,8 +311,7 @@ mod tests {
         assert_eq!(of(&["begin"]), None);
         assert_eq!(of(&[PUBLISH]), Some("publish"));
         assert_eq!(of(&[PUBLISH, OUTCOME]), Some("outcome"));
-        assert_eq!((of(&[FLUSH, START]), of(&[FLUSH])), (Some("start"), Some("outcome")));
-        assert_eq!(of(&[CLAIM, START]), Some("claim"));
+        assert_eq!((of(&[OUTCOME, FLUSH]), of(&[FLUSH])), (Some("flush"), Some("flush")));
         assert_eq!(of(&[RESOLUTION, PUBLISH]), Some("resolution"));
         for text in ABOUTS.iter().filter(|text| !text.is_empty()) {
             assert!(of(&[text]).is_some_and(|purpose| COMMITS.contains(&purpose)), "{text}");
