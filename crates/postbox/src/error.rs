@@ -232,3 +232,22 @@ impl std::fmt::Display for Plain<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::is_transient_code;
+
+    #[test]
+    fn what_passes_by_itself_is_told_from_what_does_not() {
+        // Lost connections, timeouts, deadlocks, sessions that were ended for resting in a transaction.
+        for code in
+            ["08006", "53300", "57P01", "57014", "40001", "40P01", "55P03", "25P03", "25P04", "25006", "5", "517"]
+        {
+            assert!(is_transient_code(code), "{code}");
+        }
+        // What the statement itself is to blame for, or that must be mended first.
+        for code in ["22P05", "23505", "42501", "42P01", "25P02", "", "1"] {
+            assert!(!is_transient_code(code), "{code}");
+        }
+    }
+}
