@@ -89,9 +89,13 @@ impl Mark {
         if planted!("no-sweep") && self.swept.is_some() {
             return false;
         }
-        let pause = self.took.saturating_mul(SWEEP_SHARE).clamp(SWEEP, SWEEP_MOST);
-        self.swept.is_none_or(|swept| now.saturating_duration_since(swept) >= pause)
+        self.swept.is_none_or(|swept| sweep_is_due(swept, self.took, now))
     }
+}
+
+/// Whether it is time to begin at the start again, after a sweep that ended then and took so long.
+pub(super) fn sweep_is_due(swept: Instant, took: Duration, now: Instant) -> bool {
+    now.saturating_duration_since(swept) >= took.saturating_mul(SWEEP_SHARE).clamp(SWEEP, SWEEP_MOST)
 }
 
 #[cfg(test)]

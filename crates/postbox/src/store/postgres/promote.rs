@@ -3,16 +3,14 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use super::marks::sweep_is_due;
 use super::{PgStore, Work};
 use crate::error::Error;
 
 /// How many deliveries are moved at once; as in `promote.sql`.
 const MOST: u64 = 1000;
-/// Between two looks from the start. Those in between see what came due in the last [`RECENT`], and do not
-/// walk over what was moved before and is still in the index.
-const SWEEP: Duration = Duration::from_secs(1);
-const SWEEP_SHARE: u32 = 20;
-const SWEEP_MOST: Duration = Duration::from_secs(30);
+/// Looks from the start come as seldom as a claim's sweeps. Those in between see what came due in this time,
+/// and do not walk over what was moved before and is still in the index.
 const RECENT: Duration = Duration::from_secs(5);
 
 /// When this process looked from the start, and how long that took.
@@ -22,9 +20,7 @@ pub(super) struct Promoted(Mutex<Option<(Instant, Duration)>>);
 impl Promoted {
     fn is_due(&self, now: Instant) -> bool {
         let Ok(swept) = self.0.lock() else { return true };
-        swept.is_none_or(|(at, took)| {
-            now.saturating_duration_since(at) >= took.saturating_mul(SWEEP_SHARE).clamp(SWEEP, SWEEP_MOST)
-        })
+        swept.is_none_or(|(at, took)| sweep_is_due(at, took, now))
     }
 
     /// How far back this look has to go, in milliseconds; `None`: to the start.
