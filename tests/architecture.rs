@@ -208,7 +208,7 @@ fn the_command_knows_the_library_by_its_doors_only() {
 
 /// Words before a parenthesis that the grammar knows itself, so that no schema can hold another.
 const SYNTAX: &str = "array any bit coalesce exists extract greatest least nullif \
-    and as check conflict filter from in join key lateral materialized not on or select table using values where with";
+    and as check conflict filter from in join key lateral list materialized not on or range select table using values where with";
 
 /// Types that are keywords: all others are looked up, in the session's temporary schema first.
 const KEYWORD_TYPES: [&str; 7] =

@@ -112,6 +112,24 @@ pub trait Testable: Database {
     }
 }
 
+/// On PostgreSQL: as when the window is over that messages were stored in up to now, and each one is due to be
+/// looked through by retention.
+pub async fn end_window<Db: Testable>(fresh: &Fresh<Db>) {
+    let schema = fresh.schema();
+    let cut = format!("select {schema}.cut_window(clock_timestamp())::int::bigint");
+    while Db::count(fresh, &cut).await == 0 {
+        tokio::task::yield_now().await;
+    }
+    let over = format!(
+        "select count(*) from {schema}.message_window w
+         where w.to_id > {schema}.uuid_at(clock_timestamp()) and w.to_id < {schema}.uuid_at(clock_timestamp() + interval '1 second')"
+    );
+    while Db::count(fresh, &over).await > 0 {
+        tokio::task::yield_now().await;
+    }
+    Db::execute(fresh, &format!("update {schema}.message_window set look_at = '-infinity'")).await;
+}
+
 /// A schema name that nobody else has.
 fn unique(prefix: &str) -> String {
     format!("{prefix}_{}", &uuid::Uuid::now_v7().simple().to_string()[20..])

@@ -649,7 +649,10 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn backfill(&self) -> impl Verb<bool>;
     /// Stores what these topics fan out to, for publishers to look up.
     fn learn_routes(&self, topics: &[String]) -> impl Verb<()>;
-    /// Removes what has run out: dedup windows. How many rows went.
+    /// Lets go of what claims have emptied, where that needs doing; bounded, and often nothing.
+    fn rotate(&self) -> impl Verb<()>;
+    /// Removes what has run out: dedup windows; and opens what messages of later days go to. How many
+    /// dedup windows went.
     fn tidy(&self) -> impl Verb<u64>;
     /// Removes one batch of what has ended and was kept long enough; never anything unfinished.
     fn retain(&self, retention: &Retention) -> impl Verb<Retained>;

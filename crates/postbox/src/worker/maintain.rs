@@ -101,7 +101,7 @@ pub(super) fn start<Db: Database>(
 
 pub(super) async fn keep<S: Store>(store: S, topics: Arc<Topics>, lease: Duration) {
     let round = (lease / 6).clamp(ROUND, LONGEST_ROUND);
-    let (mut tidied, mut learnt, mut known) = (Instant::now(), Instant::now(), 0);
+    let (mut tidied, mut learnt, mut known) = (None::<Instant>, Instant::now(), 0);
     loop {
         while let Some(Some(taken)) = told("take over", PATIENCE, store.take_over(fastrand::f64())).await {
             tracing::warn!(
@@ -119,8 +119,9 @@ pub(super) async fn keep<S: Store>(store: S, topics: Arc<Topics>, lease: Duratio
         if due && !seen.is_empty() && told("learn routes", PATIENCE, store.learn_routes(&seen)).await.is_some() {
             (learnt, known) = (Instant::now(), seen.len());
         }
-        if tidied.elapsed() >= TIDY {
-            tidied = Instant::now();
+        told("rotate", PATIENCE, store.rotate()).await;
+        if tidied.is_none_or(|at| at.elapsed() >= TIDY) {
+            tidied = Some(Instant::now());
             while told("tidy", PATIENCE, store.tidy()).await.is_some_and(|removed| removed >= 1000) {}
         }
         tokio::time::sleep(round.mul_f64(0.8 + 0.4 * fastrand::f64())).await;

@@ -273,7 +273,7 @@ async fn message(store: &PgStore, work: &mut Work, id: Uuid) -> Result<Option<(E
         "select m.id as message, m.topic, m.key, m.payload::pg_catalog.text as payload, m.body, m.content_type, m.headers::pg_catalog.text as headers,
             (extract(epoch from m.occurred_at) * 1000000::numeric)::bigint as occurred_us,
             m.source, m.external_id, m.correlation_id, m.causation_id, m.max_attempts,
-            pg_catalog.array_cat(coalesce(m.deliveries, '{{}}'), array(
+            pg_catalog.array_cat(coalesce(m.deliveries, pg_catalog.array_remove(array[m.delivery], null)), array(
                 select l.delivery from {0}.late_delivery l where l.message = m.id order by l.delivery)) as deliveries
          from {0}.message m where m.id = $1",
         store.schema

@@ -19,7 +19,7 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     {
         return Ok(Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: wait });
     }
-    let mut work = store.work().await?;
+    let mut work = store.claiming().await?;
     promote::promote(store, &mut work).await?;
     let begun = Instant::now();
     let froms: Vec<From> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
@@ -63,6 +63,7 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     }
 
     store.calm.store(rows.is_empty(), Ordering::Relaxed);
+    store.claimed.fetch_or(!rows.is_empty(), Ordering::Relaxed);
     let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::with_capacity(rows.len()), next_due: None };
     if let Some(row) = next_due {
         claimed.next_due = Some(Duration::from_millis(row.try_get::<i64, _>("wait_ms")?.max(0) as u64));

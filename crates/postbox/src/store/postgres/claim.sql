@@ -8,11 +8,11 @@ with alive as materialized (
     for key share
 ),
 picked as materialized (
-    select p.place
+    select p.slot, p.place
     from alive
     cross join unnest($3::int[], $4::int[], $5::smallint[], $6::bigint[]) as w(subscription, room, priority, pos)
     cross join lateral (
-        select r.ctid as place from {schema}.ready r
+        select r.tableoid as slot, r.ctid as place from {schema}.ready r
         where r.subscription = w.subscription
             and (r.priority, r.pos) > (w.priority, w.pos)
         order by r.priority, r.pos
@@ -23,7 +23,9 @@ picked as materialized (
 gone as (
     -- By their places: rows of ready are never updated, these are locked, and no plan can read the whole
     -- table for them.
-    delete from {schema}.ready r where r.ctid = any (array(select p.place from picked p))
+    delete from {schema}.ready r
+    where r.ctid = any (array(select p.place from picked p))
+        and (r.tableoid, r.ctid) in (select p.slot, p.place from picked p)
     returning r.*
 ),
 leased as (

@@ -33,7 +33,7 @@ pub(super) async fn to(store: &PgStore, version: u32, loss: Loss) -> Result<Vec<
                 return Err(refused);
             }
         }
-        let mut sql = down(migration, &store.schema);
+        let mut sql = down(migration, done, &store.schema);
         sql.push_str(&match done {
             1 => tail(&store.schema),
             _ => format!("delete from {}.migration where version = {done};", store.schema),

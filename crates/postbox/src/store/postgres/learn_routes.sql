@@ -1,7 +1,4 @@
--- Stores what topics fan out to at the current epoch. $1 topics.
-with stale as (
-    delete from {schema}.route t using {schema}.routing r where t.epoch < r.epoch
-)
+-- Stores what topics fan out to at the current epoch, whose row is locked. $1 topics.
 insert into {schema}.route (topic, epoch, subscriptions)
 select t.topic, r.epoch, array(
     select s.id from {schema}.subscription s

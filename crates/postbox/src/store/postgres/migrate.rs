@@ -2,7 +2,7 @@
 
 use sqlx::Row;
 
-use super::{PgStore, Work, timestamp};
+use super::{PgStore, Work, timestamp, without};
 use crate::admin::MigrationStatus;
 use crate::crash;
 use crate::error::Error;
@@ -28,27 +28,44 @@ macro_rules! migration {
     };
 }
 
-pub(super) const MIGRATIONS: [Migration; 6] = [
+/// The first migration of the present shape: those before it make the tables and functions of the earlier one.
+const PRESENT: usize = 7;
+
+pub(super) const MIGRATIONS: [Migration; 7] = [
     migration!("0001", "engine", holds_data: true),
     migration!("0002", "pull", holds_data: false),
     migration!("0003", "roles", holds_data: false),
     migration!("0004", "publish_many", holds_data: false),
     migration!("0005", "publish_one", holds_data: false),
     migration!("0006", "pull_by_place", holds_data: false),
+    migration!("0007", "windows_and_ring", holds_data: false),
 ];
 
-fn render(text: &str, schema: &str, channel: &str) -> String {
-    text.replace("{publish}", include_str!("publish.sql").trim_end())
-        .replace("{publish_one}", &publish_one())
+/// The text of a migration, up or down, with the functions of the shape that it leaves behind.
+fn render(text: &str, leaves: usize, schema: &str, channel: &str) -> String {
+    let (publish, publish_one, retain) = match leaves < PRESENT {
+        true => (
+            include_str!("migrations/earlier/publish.sql"),
+            of_function(include_str!("migrations/earlier/publish_one.sql")),
+            include_str!("migrations/earlier/retain.sql"),
+        ),
+        false => (
+            include_str!("publish.sql"),
+            short_ways(include_str!("publish_one.sql")),
+            include_str!("retain_functions.sql"),
+        ),
+    };
+    text.replace("{publish}", publish.trim_end())
+        .replace("{publish_one}", &publish_one)
         .replace("{duplicates}", include_str!("duplicates.sql"))
         .replace("{roles}", include_str!("roles.sql"))
-        .replace("{retain}", include_str!("retain_functions.sql").trim_end())
+        .replace("{retain}", retain.trim_end())
         .replace("{schema}", schema)
         .replace("{channel}", channel)
 }
 
 /// The short way to publish, as a statement of `publish_checked`: its parameters are that one's arguments.
-fn publish_one() -> String {
+fn of_function(publish_one: &str) -> String {
     const ARGUMENTS: [&str; 12] = [
         "publish_checked.topic",
         "nullif(publish_checked.key, '')",
@@ -63,7 +80,7 @@ fn publish_one() -> String {
         "publish_checked.body",
         "publish_checked.content_type",
     ];
-    let text = include_str!("publish_one.sql").lines().filter(|line| !line.starts_with("--"));
+    let text = publish_one.lines().filter(|line| !line.trim_start().starts_with("--"));
     let text = text.collect::<Vec<_>>().join("\n");
     // The last first: `$1` is the beginning of `$12`.
     let text = ARGUMENTS
@@ -72,6 +89,12 @@ fn publish_one() -> String {
         .rev()
         .fold(text, |text, (n, argument)| text.replace(&format!("${}", n + 1), argument));
     format!("{text} into new_id, told;")
+}
+
+/// A topic with one subscription first: most have one.
+fn short_ways(publish_one: &str) -> String {
+    let [one, several] = ["several", "one"].map(|other| of_function(&without(publish_one, other)));
+    format!("{one}\n        if new_id is null then\n{several}\n        end if;")
 }
 
 fn head(schema: &str) -> String {
@@ -97,7 +120,7 @@ pub fn migrations_sql(schema: &str) -> Result<String, Error> {
     let mut text = head(schema);
     for (version, migration) in (1..).zip(&MIGRATIONS) {
         text.push_str(&format!("\n-- {version:04} {}\n", migration.name));
-        text.push_str(&render(migration.up, schema, schema));
+        text.push_str(&render(migration.up, version, schema, schema));
         text.push_str(&record(schema, version, migration.name));
     }
     Ok(text)
@@ -113,7 +136,7 @@ pub fn migrations_down_sql(schema: &str) -> Result<String, Error> {
     let mut text = String::new();
     for (version, migration) in (1..).zip(&MIGRATIONS).collect::<Vec<(usize, _)>>().into_iter().rev() {
         text.push_str(&format!("-- {version:04} {}, down\n", migration.name));
-        text.push_str(&down(migration, schema));
+        text.push_str(&down(migration, version, schema));
         text.push_str(&format!("delete from {schema}.migration where version = {version};\n\n"));
     }
     text.push_str(&tail(schema));
@@ -130,8 +153,9 @@ fn checked(schema: &str) -> Result<(), Error> {
     )))
 }
 
-pub(super) fn down(migration: &Migration, schema: &str) -> String {
-    migration.down.replace("{schema}", schema)
+/// What takes the migration of this version back.
+pub(super) fn down(migration: &Migration, version: usize, schema: &str) -> String {
+    render(migration.down, version - 1, schema, schema)
 }
 
 /// What is left at version 0: the list of migrations, and the schema if nobody else uses it.
@@ -219,7 +243,7 @@ pub(super) async fn up(store: &PgStore) -> Result<Vec<String>, Error> {
             true => head(&store.schema).split_once('\n').map_or_else(String::new, |(_, rest)| rest.to_owned()),
             false => head(&store.schema),
         };
-        sql.push_str(&render(migration.up, &store.schema, &store.channel));
+        sql.push_str(&render(migration.up, version, &store.schema, &store.channel));
         sql.push_str(&record(&store.schema, version, migration.name));
         sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(work.on()).await?;
         crash::point("migrating");

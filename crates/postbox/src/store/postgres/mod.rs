@@ -32,6 +32,7 @@ use uuid::Uuid;
 
 use self::marks::Marks;
 use self::promote::Promoted;
+use self::publish::Fans;
 use crate::admin::{
     AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
     Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
@@ -52,25 +53,30 @@ pub use migrate::{migrations_down_sql, migrations_sql};
 
 /// Every statement, with the schema's name filled in.
 macro_rules! statements {
-    ($($name:ident),* $(,)?) => {
+    ($($name:ident $(= $from:ident without $section:literal)?),* $(,)?) => {
         #[derive(Debug)]
         struct Sql { $($name: &'static str,)* }
 
         impl Sql {
             fn render(schema: &str) -> Sql {
-                Sql { $($name: {
-                    let sql = include_str!(concat!(stringify!($name), ".sql"));
-                    #[cfg(feature = "planted-bugs")]
-                    let sql = planted::vary(stringify!($name), sql);
-                    sql.replace("{schema}", schema).leak()
-                },)* }
+                Sql { $($name: statements!(@text schema, $name $(= $from without $section)?),)* }
             }
         }
+    };
+    (@text $schema:ident, $name:ident) => {{
+        let sql = include_str!(concat!(stringify!($name), ".sql"));
+        #[cfg(feature = "planted-bugs")]
+        let sql = planted::vary(stringify!($name), sql);
+        sql.replace("{schema}", $schema).leak()
+    }};
+    (@text $schema:ident, $name:ident = $from:ident without $section:literal) => {
+        without(statements!(@text $schema, $from), $section).leak()
     };
 }
 statements! {
     audit, beat, claim, complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
-    look, moves, next_due, part_exists, promote, publish, publish_checked, publish_one, pull, replay, resolution, retain_preview, roles,
+    look, moves, only_moves = moves without "ended", next_due, part_exists, promote, publish, publish_checked,
+    publish_one = publish_one without "several", publish_several = publish_one without "one", pull, replay, resolution, retain_preview, roles,
     settle_open, settle_part, suspects, unrouted,
     list, show_attempts, show_records, subscriptions, stranded, unanswered, waiting,
 }
@@ -87,6 +93,20 @@ impl Sql {
     }
 }
 
+/// A statement without the lines between `-- {section` and `-- section}`.
+fn without(sql: &str, section: &str) -> String {
+    let (begin, end) = (format!("-- {{{section}\n"), format!("-- {section}}}\n"));
+    let mut kept = String::with_capacity(sql.len());
+    let mut rest = sql;
+    while let Some((before, (_, after))) =
+        rest.split_once(&begin).and_then(|(before, cut)| Some((before, cut.split_once(&end)?)))
+    {
+        kept.push_str(before);
+        rest = after;
+    }
+    kept + rest
+}
+
 /// The store on PostgreSQL.
 #[derive(Debug, Clone)]
 pub struct PgStore {
@@ -101,9 +121,12 @@ pub struct PgStore {
     through_function: bool,
     bell: Arc<Bell>,
     marks: Arc<Marks>,
+    fans: Arc<Fans>,
     promoted: Arc<Promoted>,
     /// The last claim found nothing, and nobody has rung since.
     calm: Arc<AtomicBool>,
+    /// Something was claimed since the ring of ready tables was looked through, or some of it was left there.
+    claimed: Arc<AtomicBool>,
 }
 
 /// Rings when a publisher has told that there is something.
@@ -177,6 +200,9 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
 /// whatever the role's default isolation is.
 const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off";
 
+/// Claims delete by place: a plan made while a table was empty must not read it whole once it is full.
+const BEGIN_CLAIM: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off; SET LOCAL enable_seqscan = off";
+
 /// Irreversible effects hang on these commits: asynchronous ones are raised to `on`. Compiling these
 /// short statements would take longer than running them, whatever the planner's estimate says.
 const BEGIN_DURABLE: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off; SELECT pg_catalog.set_config('synchronous_commit', 'on', true) \
@@ -194,6 +220,10 @@ impl PgStore {
 
     async fn work(&self) -> Result<Work, sqlx::Error> {
         Work::begin(&self.pool, BEGIN).await
+    }
+
+    async fn claiming(&self) -> Result<Work, sqlx::Error> {
+        Work::begin(&self.pool, BEGIN_CLAIM).await
     }
 
     async fn durable(&self) -> Result<Work, sqlx::Error> {
@@ -308,8 +338,10 @@ impl Store for PgStore {
             through_function: settings.publish_through_function()?,
             bell: Arc::default(),
             marks: Arc::default(),
+            fans: Arc::default(),
             promoted: Arc::default(),
             calm: Arc::default(),
+            claimed: Arc::default(),
         };
         store.through_function |= !roles::may_insert(&store).await?;
         Ok(store)
@@ -508,6 +540,9 @@ impl Store for PgStore {
 
     async fn learn_routes(&self, topics: &[String]) -> Result<(), Error> {
         let mut work = self.work().await?;
+        // Locked first, looked at second: what is stored is of the epoch that holds until this commits, and
+        // the one who begins the next removes it.
+        self.dynamic(format!("select 1 from {}.routing for share", self.schema)).execute(work.on()).await?;
         self.query(self.sql.learn_routes).bind(topics.to_vec()).execute(work.on()).await?;
         Ok(work.commit().await?)
     }
@@ -523,7 +558,23 @@ impl Store for PgStore {
         );
         let removed = self.dynamic(sql).execute(work.on()).await?.rows_affected();
         work.commit().await?;
+        // A transaction of its own: for a moment it holds a lock that publishers wait for.
+        let mut work = self.work().await?;
+        self.dynamic(format!("select {}.open_windows()", self.schema)).execute(work.on()).await?;
+        work.commit().await?;
         Ok(removed)
+    }
+
+    async fn rotate(&self) -> Result<(), Error> {
+        if !self.claimed.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mut work = self.work().await?;
+        let sql = format!("select {}.rotate() as left_over", self.schema);
+        let left_over: i32 = self.dynamic(sql).fetch_one(work.on()).await?.try_get("left_over")?;
+        work.commit().await?;
+        self.claimed.fetch_or(left_over > 0, Ordering::Relaxed);
+        Ok(())
     }
 
     async fn retain(&self, retention: &Retention) -> Result<Retained, Error> {

@@ -19,9 +19,12 @@ ended as (
 ),
 -- ended}
 readied as (
-    insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
-    select r.subscription, r.priority, pg_catalog.nextval('{schema}.delivery_id'), r.delivery, r.message, r.attempts, r.lost, r.rev
-    from (select * from moved m where m.state = 'pending' and m.wait_ms = 0 order by m.ord) r
+    insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
+    select r.subscription, r.priority, (r.pos >> 20) & 3::bigint, r.pos, r.delivery, r.message, r.attempts, r.lost, r.rev
+    from (
+        select o.*, pg_catalog.nextval('{schema}.delivery_id') as pos
+        from (select * from moved m where m.state = 'pending' and m.wait_ms = 0 order by m.ord) o
+    ) r
 ),
 later as (
     insert into {schema}.scheduled (delivery, due_at, subscription, priority, message, attempt, lost, rev)

@@ -14,6 +14,9 @@ gone as (
     -- As in claim.sql.
     delete from {schema}.scheduled s where s.ctid = any (array(select d.place from due d)) returning s.*
 )
-insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
-select g.subscription, g.priority, pg_catalog.nextval('{schema}.delivery_id'), g.delivery, g.message, g.attempt, g.lost, g.rev
-from (select * from gone order by due_at, delivery) g
+insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
+select g.subscription, g.priority, (g.pos >> 20) & 3::bigint, g.pos, g.delivery, g.message, g.attempt, g.lost, g.rev
+from (
+    select o.*, pg_catalog.nextval('{schema}.delivery_id') as pos
+    from (select * from gone order by due_at, delivery) o
+) g

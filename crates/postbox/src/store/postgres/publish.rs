@@ -1,5 +1,8 @@
 //! Publishing on the caller's connection, and the second look at dedup keys that were taken.
 
+use std::collections::HashMap;
+use std::sync::Mutex;
+
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
@@ -133,6 +136,27 @@ pub(super) async fn publish(
         .collect()
 }
 
+/// Topics that a message went the short way to last time, and whether it went to several subscriptions: which
+/// of the two statements to try first, no more.
+#[derive(Debug, Default)]
+pub(super) struct Fans(Mutex<HashMap<String, bool>>);
+
+impl Fans {
+    /// As many as a program publishes to, as a rule.
+    const MOST: usize = 10_000;
+
+    fn get(&self, topic: &str) -> Option<bool> {
+        self.0.lock().ok()?.get(topic).copied()
+    }
+
+    fn remember(&self, topic: &str, several: bool) {
+        let Ok(mut fans) = self.0.lock() else { return };
+        if fans.len() < Self::MOST || fans.contains_key(topic) {
+            fans.insert(topic.to_owned(), several);
+        }
+    }
+}
+
 /// One message that is due now, where what its topic fans out to is stored: a statement a third as long.
 async fn short_way(
     connection: &mut PgConnection,
@@ -143,23 +167,32 @@ async fn short_way(
         return Ok(None);
     }
     let columns = Columns::of(std::iter::once(draft))?;
-    let row = store
-        .query(store.sql.publish_one)
-        .bind(columns.topics[0])
-        .bind(columns.keys[0])
-        .bind(columns.payloads[0])
-        .bind(columns.headers[0].as_deref())
-        .bind(columns.occurred_us[0])
-        .bind(columns.sources[0])
-        .bind(columns.external_ids[0])
-        .bind(columns.correlation_ids[0])
-        .bind(columns.causation_ids[0])
-        .bind(columns.max_attempts[0])
-        .bind(columns.bodies[0])
-        .bind(columns.content_types[0])
-        .fetch_optional(connection)
-        .await?;
-    Ok(row.map(|row| row.try_get("id")).transpose()?.map(Stored::New))
+    let known = store.fans.get(&draft.topic);
+    for several in [known.unwrap_or(false), !known.unwrap_or(false)] {
+        let row = store
+            .query(if several { store.sql.publish_several } else { store.sql.publish_one })
+            .bind(columns.topics[0])
+            .bind(columns.keys[0])
+            .bind(columns.payloads[0])
+            .bind(columns.headers[0].as_deref())
+            .bind(columns.occurred_us[0])
+            .bind(columns.sources[0])
+            .bind(columns.external_ids[0])
+            .bind(columns.correlation_ids[0])
+            .bind(columns.causation_ids[0])
+            .bind(columns.max_attempts[0])
+            .bind(columns.bodies[0])
+            .bind(columns.content_types[0])
+            .fetch_optional(&mut *connection)
+            .await?;
+        if let Some(row) = row {
+            if known != Some(several) {
+                store.fans.remember(&draft.topic, several);
+            }
+            return Ok(Some(Stored::New(row.try_get("id")?)));
+        }
+    }
+    Ok(None)
 }
 
 /// What the function takes: it has no settings.

@@ -47,6 +47,7 @@ fan as materialized (
     from (
         select i.*,
             coalesce(
+                -- An older epoch's routes go with it; a stricter snapshot may hold them still.
                 (select t.subscriptions from {schema}.route t
                     where t.topic = i.topic and t.epoch = (select r.epoch from routing r)),
                 array(select s.id from {schema}.subscription s
@@ -58,15 +59,17 @@ fan as materialized (
 ),
 stored as (
     insert into {schema}.message (id, epoch, topic, key, payload, headers, occurred_at, due_at, source,
-        external_id, correlation_id, causation_id, max_attempts, deliveries, body, content_type)
+        external_id, correlation_id, causation_id, max_attempts, delivery, deliveries, body, content_type)
     select f.id, (select r.epoch from routing r), f.topic, f.key, f.payload::pg_catalog.json, f.headers::pg_catalog.json,
         pg_catalog.to_timestamp(f.occurred_us::double precision / 1000000::double precision), f.due_at, f.source,
-        f.external_id, f.correlation_id, f.causation_id, f.max_attempts, f.deliveries, f.body, f.content_type
+        f.external_id, f.correlation_id, f.causation_id, f.max_attempts,
+        case when pg_catalog.cardinality(f.deliveries) = 1 then f.deliveries[1] end,
+        case when pg_catalog.cardinality(f.deliveries) > 1 then f.deliveries end, f.body, f.content_type
     from fan f
 ),
 readied as (
-    insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
-    select d.subscription, 0, d.delivery, d.delivery, f.id, 0, 0, 0
+    insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
+    select d.subscription, 0, (d.delivery >> 20) & 3::bigint, d.delivery, d.delivery, f.id, 0, 0, 0
     from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
     where f.due_at is null
 ),

@@ -48,7 +48,7 @@ pub(super) async fn admit(caller: &mut PgConnection) -> Result<(), Error> {
 }
 
 pub(super) async fn pull(store: &PgStore, request: PullRequest) -> Result<Option<PulledOne>, Error> {
-    let mut work = store.work().await?;
+    let mut work = store.claiming().await?;
     promote::promote(store, &mut work).await?;
     let row = store
         .query(store.sql.pull)

@@ -7,12 +7,12 @@ with alive as materialized (
     for key share
 ),
 picked as materialized (
-    select p.place
+    select p.slot, p.place
     from alive
     -- An operation's attempt needs a handler that the engine calls.
     join {schema}.subscription s on s.id = $3 and s.kind <> 'operation'
     cross join lateral (
-        select r.ctid as place from {schema}.ready r
+        select r.tableoid as slot, r.ctid as place from {schema}.ready r
         where r.subscription = s.id
         order by r.priority, r.pos
         limit 1
@@ -21,7 +21,9 @@ picked as materialized (
 ),
 gone as (
     -- As in claim.sql.
-    delete from {schema}.ready r where r.ctid = any (array(select p.place from picked p))
+    delete from {schema}.ready r
+    where r.ctid = any (array(select p.place from picked p))
+        and (r.tableoid, r.ctid) in (select p.slot, p.place from picked p)
     returning r.*
 ),
 leased as (

@@ -14,8 +14,8 @@ kept as (
     select m.message, m.fresh, m.subscription, m.delivery from made m
 ),
 readied as (
-    insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
-    select m.subscription, 0, m.fresh, m.fresh, m.message, 0, 0, 0 from made m
+    insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
+    select m.subscription, 0, (m.fresh >> 20) & 3::bigint, m.fresh, m.fresh, m.message, 0, 0, 0 from made m
 ),
 told as materialized (
     -- An operator has no other way into the audit; each call sees the number of the one before.

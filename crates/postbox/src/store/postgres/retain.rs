@@ -26,7 +26,7 @@ pub(super) async fn retain(store: &PgStore, retention: &Retention) -> Result<Ret
         messages: row.try_get("messages")?,
         more: row.try_get("more")?,
     };
-    match retained.deliveries {
+    match retained.deliveries + retained.messages {
         0 => work.commit().await?,
         _ => crash::commit("retention", work.commit()).await?,
     }

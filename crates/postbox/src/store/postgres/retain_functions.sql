@@ -1,66 +1,24 @@
 -- Retention, as functions: part of the migration, so that a role can run it without the right to
 -- delete from the record. Nothing here takes anything unfinished: only what ended is looked at.
 
--- The lowest id that a message recorded at this time can have.
-create function {schema}.uuid_at(t timestamptz) returns uuid
-language sql immutable parallel safe as $$
-    select (pg_catalog.lpad(pg_catalog.to_hex(greatest((extract(epoch from t) * 1000::numeric)::bigint, 0::bigint)), 12, '0')
-        || '00000000000000000000')::pg_catalog.uuid
-$$;
-
--- Removes the history of ended deliveries, and each message that nothing refers to any more: of
--- those deliveries, and of `freed`. How many messages went. The caller holds the row of `retention`.
-create function {schema}.forget(gone_deliveries bigint[], gone_messages uuid[], freed uuid[]) returns bigint
+-- Removes the history of ended deliveries. The caller holds the row of `retention`.
+create function {schema}.forget(gone_deliveries bigint[], gone_messages uuid[]) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $forget$
-declare
-    touched pg_catalog.uuid[];
-    lost int[];
-    removed pg_catalog.uuid[];
 begin
     delete from {schema}.attempt a where a.delivery = any (gone_deliveries);
     delete from {schema}.outcome o where o.delivery = any (gone_deliveries);
     delete from {schema}.resolution r where r.delivery = any (gone_deliveries);
     delete from {schema}.observation o where o.delivery = any (gone_deliveries);
-    -- A late delivery is counted by its row here, the others by the message's own list.
-    with late as (
-        delete from {schema}.late_delivery l
-        using unnest(gone_deliveries, gone_messages) as g(delivery, message)
-        where l.message = g.message and l.delivery = g.delivery
-        returning l.delivery
-    )
-    select pg_catalog.array_agg(t.message), pg_catalog.array_agg(t.lost) into touched, lost
-    from (
-        select g.message, pg_catalog.count(g.delivery) filter (where l.delivery is null)::int as lost
-        from (
-            select d.delivery, d.message from unnest(gone_deliveries, gone_messages) as d(delivery, message)
-            union all
-            select null::bigint, f.message from pg_catalog.unnest(freed) as f(message)
-        ) g left join late l on l.delivery = g.delivery
-        group by g.message
-    ) t;
-    with gone as (
-        delete from {schema}.message m
-        using unnest(touched, lost) as t(message, lost)
-        where m.id = t.message
-            and t.lost + coalesce((select h.deliveries from {schema}.thinned h where h.message = m.id), 0)
-                = coalesce(pg_catalog.cardinality(m.deliveries), 0)
-            and not exists (select from {schema}.late_delivery l where l.message = m.id)
-            and not exists (select from {schema}.unrouted u where u.message = m.id)
-        returning m.id
-    )
-    select pg_catalog.array_agg(g.id) into removed from gone g;
-    delete from {schema}.thinned h where h.message = any (removed);
-    insert into {schema}.thinned as h (message, deliveries)
-    select t.message, t.lost from unnest(touched, lost) as t(message, lost)
-    where t.lost > 0 and exists (select from {schema}.message m where m.id = t.message)
-    on conflict (message) do update set deliveries = h.deliveries + excluded.deliveries;
-    return coalesce(pg_catalog.cardinality(removed), 0);
+    delete from {schema}.late_delivery l
+    using unnest(gone_deliveries, gone_messages) as g(delivery, message)
+    where l.message = g.message and l.delivery = g.delivery;
 end
 $forget$;
 
 -- One batch of about `most` deliveries, the oldest first. `unrouted_ms`: how long a message that
 -- nobody is subscribed to is kept. `tell`: what was removed goes on record now, not once an hour.
+-- Messages go when nothing else is left to remove, with the window they are in, and one window at a time.
 -- Busy: another one is at it, or new deliveries of old messages are being made.
 create function {schema}.retain(unrouted_ms bigint, most int, tell boolean)
 returns table (busy boolean, deliveries bigint, messages bigint, more boolean)
@@ -72,7 +30,7 @@ declare
     page int := 0;
     taken bigint[] := '{}';
     of_messages pg_catalog.uuid[] := '{}';
-    freed pg_catalog.uuid[] := '{}';
+    freed bigint;
     batches bigint[] := '{}';
     parts int[] := '{}';
     found_deliveries bigint[];
@@ -81,7 +39,7 @@ declare
     latest timestamp with time zone;
     shortest bigint;
     part record;
-    gone_messages bigint;
+    gone_messages bigint := 0;
     was {schema}.retention;
 begin
     if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
@@ -205,12 +163,14 @@ begin
         gone as (
             delete from {schema}.unrouted u using expired e where u.message = e.message returning u.message
         )
-        select pg_catalog.array_agg(g.message) into found_messages from gone g;
-        freed := freed || found_messages;
-        more := more or pg_catalog.cardinality(freed) >= most;
+        select pg_catalog.count(*) into freed from gone g;
+        more := more or freed >= most;
     end if;
 
-    gone_messages := {schema}.forget(taken, of_messages, freed);
+    perform {schema}.forget(taken, of_messages);
+    if not more then
+        select s.gone, s.more into gone_messages, more from {schema}.sift_window(unrouted_ms, own.keep_at_least_ms) s;
+    end if;
     own.deliveries := own.deliveries + pg_catalog.cardinality(taken);
     own.messages := own.messages + gone_messages;
     own.up_to := greatest(own.up_to, latest);

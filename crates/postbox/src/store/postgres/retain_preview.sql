@@ -32,18 +32,24 @@ from (
 ) x join {schema}.subscription s on s.id = x.subscription
 union all
 select null, null, 'messages', (
-    select pg_catalog.count(*)
-    from (select e.message, pg_catalog.count(*) as gone from expired e group by e.message) t
-    join {schema}.message m on m.id = t.message
-    left join {schema}.thinned h on h.message = m.id
-    where t.gone + coalesce(h.deliveries, 0)
-            = coalesce(pg_catalog.cardinality(m.deliveries), 0)
-                + (select pg_catalog.count(*) from {schema}.late_delivery l where l.message = m.id)
-        and not exists (select from {schema}.unrouted u where u.message = m.id)
-) + (
-    select pg_catalog.count(*) from {schema}.unrouted u
-    where u.message < {schema}.uuid_at(pg_catalog.statement_timestamp() - interval '1 millisecond'
-            * greatest($1::bigint, (select t.keep_at_least_ms from {schema}.retention t))::double precision)
-        and not exists (select from {schema}.subscription s where not s.backfilled and s.removed_at is null)
+    -- As sift_window does it: a window that is over goes but for what is still referred to, unless that is too much.
+    select coalesce(pg_catalog.sum(case when w.kept <= least(1000000::bigint, w.there * 3::bigint / 4::bigint) then w.there - w.kept else 0 end), 0)::bigint
+    from (
+        select (select pg_catalog.count(*) from {schema}.message m where m.id >= o.from_id and m.id < o.to_id) as there,
+            (
+                select pg_catalog.count(distinct r.message) from {schema}.reference r
+                where r.message >= o.from_id and r.message < o.to_id
+                    and case when r.delivery is not null then r.delivery not in (select e.delivery from expired e)
+                        else r.message >= {schema}.uuid_at(pg_catalog.statement_timestamp() - interval '1 millisecond'
+                                * greatest($1::bigint, (select t.keep_at_least_ms from {schema}.retention t))::double precision)
+                            or exists (select from {schema}.subscription s where not s.backfilled and s.removed_at is null)
+                        end
+            ) as kept
+        from {schema}.message_window o
+        where o.to_id <= {schema}.uuid_at(pg_catalog.statement_timestamp() - interval '1 millisecond' * greatest(
+            (select t.keep_at_least_ms from {schema}.retention t),
+            (select least($1::bigint, pg_catalog.min(s.keep_succeeded_ms), pg_catalog.min(s.keep_dead_ms)) from {schema}.subscription s)
+            )::double precision)
+    ) w
 ), null
 order by 1, 2, 3

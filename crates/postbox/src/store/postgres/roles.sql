@@ -42,6 +42,12 @@ begin
             ('retain', true, array['worker', 'operator']),
             -- Removes whatever it is given: through `retain` only.
             ('forget', false, array[]::pg_catalog.text[]),
+            ('sift_window', false, array[]::pg_catalog.text[]),
+            ('rotate', true, array['worker']),
+            ('forget_routes', true, array[]::pg_catalog.text[]),
+            ('open_windows', true, array['worker']),
+            ('cut_window', false, array[]::pg_catalog.text[]),
+            ('window_width', false, array[]::pg_catalog.text[]),
             ('uuid_at', false, array['worker', 'operator', 'viewer']),
             ('next', false, array['worker']),
             -- It turns a success that its own transaction has just written into a failure.
@@ -73,7 +79,7 @@ begin
 
     if 'worker' = any (made) then
         given := array[
-            'select on {schema}.migration, {schema}.leased, {schema}.thinned',
+            'select on {schema}.migration, {schema}.leased',
             'usage on sequence {schema}.delivery_id, {schema}.batch_id',
             'select, update on {schema}.routing',
             'select, insert, update on {schema}.subscription',
@@ -118,6 +124,7 @@ begin
                 and c.relname = any (array['migration', 'routing', 'subscription', 'route', 'message', 'late_delivery',
                     'unrouted', 'dedup', 'ready', 'scheduled', 'worker', 'lease', 'attempt', 'outcome', 'outcome_part',
                     'doubt', 'dead_letter', 'resolution', 'observation', 'audit_counter', 'audit', 'retention', 'thinned',
+                    'message_window', 'ring', 'reference',
                     'attempts', 'leased', 'delivery']::pg_catalog.name[])
         loop
             execute pg_catalog.format('grant select on %s to %I', door.name, pg_catalog.concat('{schema}_', holder));

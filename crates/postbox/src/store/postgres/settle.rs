@@ -102,16 +102,11 @@ pub(super) async fn apply(
     let rows: Vec<Value> = moves.iter().enumerate().map(|(ord, m)| row(ord, m, lease)).collect();
     let placed = match moves.iter().any(|m| m.outcome.is_some()) {
         true => store.query(store.sql.moves),
-        false => store.dynamic(without_outcomes(store.sql.moves)),
+        // The moves alone: rights are asked for the whole statement, and operators have none on outcomes.
+        false => store.query(store.sql.only_moves),
     };
     placed.bind(Value::Array(rows)).execute(connection).await?;
     Ok(())
-}
-
-/// The moves alone: rights are asked for the whole statement, and operators have none on outcomes.
-fn without_outcomes(moves: &str) -> String {
-    let cut = moves.split_once("-- {ended").and_then(|(before, rest)| Some((before, rest.split_once("-- ended}")?.1)));
-    cut.map_or_else(|| moves.to_owned(), |(before, after)| format!("{before}{after}"))
 }
 
 fn row(ord: usize, m: &Move, lease: Option<LeaseRef>) -> Value {

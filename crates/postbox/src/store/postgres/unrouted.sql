@@ -38,8 +38,8 @@ kept as (
     select f.message, f.delivery, f.subscription from fan f
 ),
 readied as (
-    insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
-    select f.subscription, 0, f.delivery, f.delivery, f.message, 0, 0, 0 from fan f
+    insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
+    select f.subscription, 0, (f.delivery >> 20) & 3::bigint, f.delivery, f.delivery, f.message, 0, 0, 0 from fan f
     where f.due_at is null or f.due_at <= pg_catalog.clock_timestamp()
 ),
 later as (
