@@ -204,9 +204,9 @@ async fn programs_of_another_version_work_or_refuse() {
     let wish = Retry { rev: None, actor: "ana".into(), reason: "mended".into() };
     let error = fresh.postbox.admin().retry(dead.id, &wish).await.expect_err("there is no slot of a ring");
     assert!(error.to_string().contains("42703"), "{error}");
+    fresh.postbox.migrate_up().await.expect("up");
     let seen = fresh.postbox.admin().show(dead.id).await.expect("show");
     assert_eq!((seen.row.state, seen.row.rev), (dead.state, dead.rev), "not half");
-    fresh.postbox.migrate_up().await.expect("up");
     done(2).await;
     assert_eq!(fresh.postbox.admin().retry(dead.id, &wish).await.expect("retry").seq, 1);
     worker.stop(None).await.expect("stop");

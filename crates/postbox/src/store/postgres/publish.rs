@@ -136,23 +136,46 @@ pub(super) async fn publish(
         .collect()
 }
 
-/// Topics that a message went the short way to last time, and whether it went to several subscriptions: which
-/// of the two statements to try first, no more.
+/// Which way the last message of each topic went: the one to try first, no more.
 #[derive(Debug, Default)]
-pub(super) struct Fans(Mutex<HashMap<String, bool>>);
+pub(super) struct Fans(Mutex<HashMap<String, Way>>);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// The short one, of topics with one subscription.
+    ToOne,
+    /// The short one, of topics with more.
+    ToSeveral,
+    /// The long one; and so will this many more be, before a short one is tried again.
+    Long(u8),
+}
 
 impl Fans {
-    /// As many as a program publishes to, as a rule.
+    /// As many topics as a program publishes to, as a rule.
     const MOST: usize = 10_000;
+    /// What a topic fans out to is stored soon after it is seen first, or never.
+    const PATIENCE: u8 = 16;
 
-    fn get(&self, topic: &str) -> Option<bool> {
-        self.0.lock().ok()?.get(topic).copied()
+    /// The short ways to try, in order.
+    fn ways(&self, topic: &str) -> &'static [Way] {
+        let Ok(mut fans) = self.0.lock() else { return &[] };
+        match fans.get_mut(topic) {
+            Some(Way::Long(left)) if *left > 0 => {
+                *left -= 1;
+                &[]
+            }
+            Some(Way::ToSeveral) => &[Way::ToSeveral, Way::ToOne],
+            _ => &[Way::ToOne, Way::ToSeveral],
+        }
     }
 
-    fn remember(&self, topic: &str, several: bool) {
+    fn went(&self, topic: &str, way: Way) {
         let Ok(mut fans) = self.0.lock() else { return };
-        if fans.len() < Self::MOST || fans.contains_key(topic) {
-            fans.insert(topic.to_owned(), several);
+        let room = fans.len() < Self::MOST;
+        if let Some(last) = fans.get_mut(topic) {
+            *last = way;
+        } else if room {
+            fans.insert(topic.to_owned(), way);
         }
     }
 }
@@ -167,10 +190,10 @@ async fn short_way(
         return Ok(None);
     }
     let columns = Columns::of(std::iter::once(draft))?;
-    let known = store.fans.get(&draft.topic);
-    for several in [known.unwrap_or(false), !known.unwrap_or(false)] {
+    let ways = store.fans.ways(&draft.topic);
+    for (tried, way) in ways.iter().enumerate() {
         let row = store
-            .query(if several { store.sql.publish_several } else { store.sql.publish_one })
+            .query(if *way == Way::ToOne { store.sql.publish_one } else { store.sql.publish_several })
             .bind(columns.topics[0])
             .bind(columns.keys[0])
             .bind(columns.payloads[0])
@@ -186,11 +209,14 @@ async fn short_way(
             .fetch_optional(&mut *connection)
             .await?;
         if let Some(row) = row {
-            if known != Some(several) {
-                store.fans.remember(&draft.topic, several);
+            if tried > 0 {
+                store.fans.went(&draft.topic, *way);
             }
             return Ok(Some(Stored::New(row.try_get("id")?)));
         }
+    }
+    if !ways.is_empty() {
+        store.fans.went(&draft.topic, Way::Long(Fans::PATIENCE));
     }
     Ok(None)
 }
