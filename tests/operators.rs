@@ -550,6 +550,26 @@ async fn called_off_is_in_doubt_if_an_attempt_may_have_happened<Db: Testable>() 
     assert_eq!(admin.show(delivery).await.expect("show").row.state, State::Cancelled);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_the_server_gives_up_may_be_had_later() {
+    let server = Server::start();
+    let mut connection = PgConnection::connect(&server.url()).await.expect("a connection");
+    sql(&mut connection, "create database closed allow_connections false").await;
+    let open = async |url: String| {
+        let settings = Settings::defaults().url(url).set("application", "test");
+        Postbox::<Postgres>::open(settings).await.err().expect("no session")
+    };
+    // 55000, which is a statement's own fault otherwise.
+    let url = server.url();
+    let url = url.strip_suffix("postgres").expect("the database's name comes last");
+    let given_up = open(format!("{url}closed")).await;
+    assert!(given_up.is_transient(), "{given_up}");
+    for elsewhere in [format!("{url}nowhere"), format!("{}postgres", url.replace("postgres@", "nobody@"))] {
+        let refused = open(elsewhere).await;
+        assert!(!refused.is_transient(), "{refused}");
+    }
+}
+
 async fn sql(connection: &mut PgConnection, text: &str) {
     sqlx::raw_sql(AssertSqlSafe(text.to_owned())).execute(connection).await.expect("the statement");
 }

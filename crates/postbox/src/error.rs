@@ -205,9 +205,24 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
         | sqlx::Error::WorkerCrashed
         | sqlx::Error::Protocol(_)
         | sqlx::Error::Tls(_) => true,
-        sqlx::Error::Database(e) => e.code().is_some_and(|code| is_transient_code(&code)),
+        sqlx::Error::Database(e) => e
+            .code()
+            .is_some_and(|code| is_transient_code(&code) || (ended_the_session(&**e) && !is_about_the_login(&code))),
         _ => false,
     }
+}
+
+/// PostgreSQL gave up the session, or itself: whatever the statement was, it is not to blame. A session that
+/// begins on a full disk ends with an "internal error" (XX000), for example.
+fn ended_the_session(error: &dyn sqlx::error::DatabaseError) -> bool {
+    use sqlx::postgres::{PgDatabaseError, PgSeverity};
+    let severity = error.try_downcast_ref::<PgDatabaseError>().map(|e| e.severity());
+    matches!(severity, Some(PgSeverity::Fatal | PgSeverity::Panic))
+}
+
+/// Who may log in, and where: that is for somebody to mend.
+fn is_about_the_login(code: &str) -> bool {
+    code.starts_with("28") || code.starts_with("3D") || code == "42501"
 }
 
 fn is_transient_code(code: &str) -> bool {

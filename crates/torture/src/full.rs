@@ -83,13 +83,17 @@ pub(crate) async fn full<Db: Site>(world: &Arc<World>, pool: &Pool<Db>, wal: boo
     if noticed.went_down {
         world.counts.add("F16:server:restarted", 1);
     }
-    if noticed.any() && published(pool).await {
-        if noticed.told {
-            world.counts.add("F16:refused", 1);
-        }
-        if noticed.panicked {
-            world.counts.add("F16:panic", 1);
-        }
+    if !noticed.any() {
+        return eprintln!("a disk was full, and nobody was told of it");
+    }
+    if !published(pool).await {
+        return eprintln!("a disk was full, and nothing was published within {PUBLISHED_WITHIN:?} of there being room");
+    }
+    if noticed.told {
+        world.counts.add("F16:refused", 1);
+    }
+    if noticed.panicked {
+        world.counts.add("F16:panic", 1);
     }
 }
 

@@ -91,7 +91,7 @@ fn action(fault: Fault, nth: usize, dice: &mut fastrand::Rng, crew: Crew) -> Opt
         }
         Fault::F16 => {
             let time = ms(dice.u64(1500..4000));
-            (LONGEST + ms(dice.u64(4000..12_000)), Action::Full { wal: nth % 2 == 1, time })
+            (LONGEST + ms(dice.u64(10_000..20_000)), Action::Full { wal: nth % 2 == 1, time })
         }
         _ => return None,
     };
