@@ -25,6 +25,7 @@ pub(crate) const WORKER_TOLD: &str = "F16:worker:told";
 pub(crate) const WORKER_WORKS: &str = "F16:worker:resumed";
 /// By then nothing that was claimed before there was room is started any more: its lease is over.
 const SURELY_CLAIMED_SINCE: Duration = Duration::from_secs(3);
+const SHORTENED_WITHIN: Duration = Duration::from_secs(3);
 /// Something is published again within this, if no other fault prevents it.
 const PUBLISHED_WITHIN: Duration = Duration::from_secs(20);
 
@@ -71,6 +72,10 @@ impl Disks {
 
 /// One spell of it.
 pub(crate) async fn full<Db: Site>(world: &Arc<World>, pool: &Pool<Db>, wal: bool, time: Duration) {
+    if Db::KIND == Kind::Sqlite {
+        // A log that was long before takes what is written for a while, without any room.
+        tokio::time::timeout(SHORTENED_WITHIN, shorten_log(pool)).await.ok();
+    }
     let spell = {
         let world = world.clone();
         tokio::task::spawn_blocking(move || spell(&world, wal, time)).await
@@ -95,6 +100,12 @@ pub(crate) async fn full<Db: Site>(world: &Arc<World>, pool: &Pool<Db>, wal: boo
     if noticed.panicked {
         world.counts.add("F16:panic", 1);
     }
+}
+
+/// Leaves SQLite's write-ahead log empty, if nobody reads it just now.
+async fn shorten_log<Db: Site>(pool: &Pool<Db>) -> Result<(), sqlx::Error> {
+    let mut connection = Db::acquire(pool).await?;
+    Db::rows(&mut connection, "pragma wal_checkpoint(truncate)".into()).await.map(|_| ())
 }
 
 #[derive(Debug, Default, Clone, Copy)]
