@@ -8,11 +8,12 @@ use postbox::admin::{Cancel, DeliveryDetail, Filter, Replay, Replays, Resolution
 use postbox::lifecycle::{Answer, End, Kind, Policy, State};
 use postbox::store::{Claimed, Declared, Guarded, Move, Observation, Settle, Store};
 use postbox::{
-    Attempt, Envelope, Error, Failure, Operation, OperationFailure, Receipt, ResultExt, Router, Worker, handler,
-    operation,
+    Attempt, Envelope, Error, Failure, Operation, OperationFailure, Postbox, Postgres, Receipt, ResultExt, Router,
+    Settings, Worker, handler, operation,
 };
 use postbox_testkit::hand::{self, Hand, publish};
-use postbox_testkit::{Fresh, Testable, on_both_stores};
+use postbox_testkit::{Fresh, Server, Testable, on_both_stores};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 on_both_stores!(
     what_waits_or_is_dead_can_be_called_off,
@@ -547,4 +548,81 @@ async fn called_off_is_in_doubt_if_an_attempt_may_have_happened<Db: Testable>() 
     admin.resolve(delivery, &word(Answer::DidNotHappen)).await.expect("resolve");
     admin.cancel(delivery, &cancel(None)).await.expect("now it is known");
     assert_eq!(admin.show(delivery).await.expect("show").row.state, State::Cancelled);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_the_server_gives_up_may_be_had_later() {
+    let server = Server::start();
+    let mut connection = PgConnection::connect(&server.url()).await.expect("a connection");
+    sql(&mut connection, "create database closed allow_connections false").await;
+    let open = async |url: String| {
+        let settings = Settings::defaults().url(url).set("application", "test");
+        Postbox::<Postgres>::open(settings).await.err().expect("no session")
+    };
+    // 55000, which is a statement's own fault otherwise.
+    let url = server.url();
+    let url = url.strip_suffix("postgres").expect("the database's name comes last");
+    let given_up = open(format!("{url}closed")).await;
+    assert!(given_up.is_transient(), "{given_up}");
+    for elsewhere in [format!("{url}nowhere"), format!("{}postgres", url.replace("postgres@", "nobody@"))] {
+        let refused = open(elsewhere).await;
+        assert!(!refused.is_transient(), "{refused}");
+    }
+}
+
+async fn sql(connection: &mut PgConnection, text: &str) {
+    sqlx::raw_sql(AssertSqlSafe(text.to_owned())).execute(connection).await.expect("the statement");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_keeps_dead_rows_is_told() {
+    // A server of its own: what other tests hold open would be told of, too.
+    let server = Server::start();
+    let settings = Settings::defaults().url(server.url()).set("application", "test");
+    let postbox: Postbox<Postgres> = Postbox::migrate(settings.clone()).await.expect("migrated");
+    let store = postbox.store();
+    let held_back = async |longer_than| store.held_back(longer_than).await.expect("looks");
+    assert_eq!(held_back(Duration::ZERO).await, None);
+
+    let url = format!("{}?application_name=report", server.url());
+    let mut reader = PgConnection::connect(&url).await.expect("a connection");
+    sql(&mut reader, "begin isolation level repeatable read; select 1").await;
+    let mut other = PgConnection::connect(&server.url()).await.expect("a connection");
+    let dead = "insert into postbox.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
+            select 0, 0, n, n, gen_random_uuid(), 0, 0, 0 from generate_series(1, 100) n;
+         delete from postbox.ready; select pg_stat_force_next_flush()";
+    sql(&mut other, dead).await;
+    let told = held_back(Duration::ZERO).await.expect("a reader holds its snapshot");
+    assert_eq!((told.kind.as_str(), told.name.as_deref()), ("transaction", Some("report")));
+    assert_eq!((told.login.as_deref(), told.state.as_deref()), (Some("postgres"), Some("idle in transaction")));
+    assert!(told.age_s.is_some_and(|age| age < 60.0) && told.transactions > 0, "{told:?}");
+    assert_eq!(told.dead_rows, 100);
+    // It is young.
+    assert_eq!(held_back(Duration::from_secs(3600)).await, None);
+    assert_eq!(postbox.admin().status().await.expect("status").held_back, None);
+
+    // A viewer may not see how long a session of others has held it: by then it is very old.
+    sql(&mut other, "create role looker login; grant postbox_viewer to looker").await;
+    let seen = settings.url(server.url().replace("postgres@", "looker@"));
+    let viewer: Postbox<Postgres> = Postbox::open(seen).await.expect("open as a viewer");
+    assert_eq!(viewer.store().held_back(Duration::ZERO).await.expect("looks"), None);
+    let many = "create temporary table spent (n int);
+         do $$ begin for n in 1..50000 loop
+             begin insert into spent values (n); exception when others then raise; end;
+         end loop; end $$";
+    sql(&mut other, many).await;
+    let told = viewer.admin().status().await.expect("status").held_back.expect("very old");
+    assert_eq!((told.name.as_deref(), told.state, told.age_s), (Some("report"), None, None));
+    let pid: i32 = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut reader).await.expect("a number");
+    assert_eq!(told.pid, Some(pid));
+
+    sql(&mut reader, "rollback").await;
+    sql(&mut other, "begin; insert into spent values (0); drop table spent").await;
+    assert_eq!(held_back(Duration::ZERO).await.expect("a writer").state.as_deref(), Some("idle in transaction"));
+    sql(&mut other, "rollback; begin; delete from postbox.ready; select pg_current_xact_id()").await;
+    sql(&mut other, "prepare transaction 'forgotten'").await;
+    let told = held_back(Duration::ZERO).await.expect("a prepared transaction");
+    assert_eq!((told.kind.as_str(), told.name.as_deref(), told.pid), ("prepared transaction", Some("forgotten"), None));
+    sql(&mut other, "rollback prepared 'forgotten'").await;
+    assert_eq!(held_back(Duration::ZERO).await, None);
 }

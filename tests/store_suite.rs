@@ -43,6 +43,7 @@ on_both_stores!(
     a_sleeper_is_woken,
     a_rollback_leaves_nothing,
     stranded_deliveries_are_told,
+    what_is_due_later_waits_for_nobody_yet,
 );
 
 /// Every delivery, and that each is in one place only.

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use postbox::Error;
 use postbox::admin::Filter;
 use postbox::lifecycle::Kind;
 use postbox::store::{Beat, Declared, Start, Store};
+use postbox::{Envelope, Error};
 use postbox_testkit::Testable;
 use postbox_testkit::hand::{Hand, declared, publish, registration};
 
@@ -166,4 +166,30 @@ pub(super) async fn stranded_deliveries_are_told<Db: Testable>() {
     assert_eq!((stranded[0].subscription.as_str(), stranded[0].waiting), ("old_name", 2));
     let status = fresh.postbox.admin().status().await.expect("status");
     assert_eq!(status.stranded, stranded);
+}
+
+pub(super) async fn what_is_due_later_waits_for_nobody_yet<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let names = ["both", "later", "soon"];
+    let hand = Hand::register(&fresh, names.map(|name| declared(name, name, Kind::Plain)).into()).await;
+    publish(&fresh, "both", 1).await;
+    let later = |topic: &str, time| Envelope::json(topic, &1).expect("a draft").after(time);
+    let hour = Duration::from_secs(3600);
+    let drafts = [later("both", hour), later("both", hour), later("later", hour)];
+    fresh.postbox.publish_now(drafts).await.expect("publish");
+    fresh.postbox.publish_now([later("soon", Duration::from_millis(50))]).await.expect("publish");
+    hand.store().retire(hand.worker).await.expect("retire");
+    // What was due later is due now, and nobody is there to see to it.
+    let stranded = async {
+        loop {
+            let stranded = fresh.postbox.store().stranded().await.expect("stranded");
+            if stranded.iter().any(|s| s.subscription == "soon") {
+                break stranded;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let stranded = tokio::time::timeout(Duration::from_secs(60), stranded).await.expect("within a minute");
+    let told: Vec<_> = stranded.iter().map(|s| (s.subscription.as_str(), s.waiting, s.later)).collect();
+    assert_eq!(told, [("both", 1, 2), ("soon", 1, 0)]);
 }

@@ -53,6 +53,14 @@ pub(crate) fn ago(then: Timestamp) -> String {
     span(Timestamp::now().duration_since(then).as_secs_f64())
 }
 
+/// How long it is until then: `in 14m`; `now` when it is over.
+pub(crate) fn until(then: Timestamp) -> String {
+    match then.duration_since(Timestamp::now()).as_secs_f64() {
+        left if left > 0.0 => format!("in {}", span(left)),
+        _ => "now".to_owned(),
+    }
+}
+
 /// A length of time in one unit.
 pub(crate) fn span(seconds: f64) -> String {
     match seconds.max(0.0) {

@@ -188,3 +188,27 @@ fn what_waits_for_a_removed_subscription_is_called_off() {
     let ran = place.run(&["retry", "state:cancelled", "--reason", "x", "--yes", "--json"]).ends(5);
     assert_eq!((ran.json_lines().len(), &summary(&ran)["refused"]), (6, &5.into()));
 }
+
+#[test]
+fn what_is_due_later_is_told_apart() {
+    let place = shop();
+    assert!(!place.run(&["list"]).ends(0).out.contains("DUE"), "nothing waits for a time");
+    sql(&place, "update postbox_delivery set due_at = (select now from postbox_clock) + 10800000 where id in (1, 3)");
+    let listed = place.run(&["list"]).ends(0);
+    let mut lines = listed.out.lines();
+    assert!(lines.next().is_some_and(|headings| headings.contains("DUE")), "{}", listed.out);
+    for line in lines {
+        let id = line.split_whitespace().next().unwrap_or_default();
+        assert_eq!(line.contains("in 3h"), ["1", "3"].contains(&id), "{line}");
+    }
+    for row in place.run(&["list", "--json"]).ends(0).json_lines() {
+        let later = [Some(1), Some(3)].contains(&row["id"].as_i64());
+        assert_eq!(row["next_due_at"].is_string(), later, "{row}");
+    }
+    let status = place.run(&["status"]).ends(0);
+    let told = "3 deliveries wait, and 2 due later, for shop/crm";
+    assert!(status.out.contains(told) && status.out.contains("5 deliveries wait for other/mail"), "{}", status.out);
+    sql(&place, "update postbox_delivery set due_at = (select now from postbox_clock) + 10800000");
+    let status = place.run(&["status"]).ends(0);
+    assert!(!status.out.contains("stranded") && status.out.contains("nothing needs you"), "{}", status.out);
+}

@@ -18,7 +18,7 @@ use postbox::{Database, Postbox, Postgres, Settings, Sqlite};
 
 pub use child::WorkerProcess;
 pub use login::Login;
-pub use postgres::{Server, shared_url, unprivileged_account};
+pub use postgres::{Disks, Server, shared_url, unprivileged_account};
 pub use remote::Remote;
 
 /// A store of its own for one test. Dropped, it leaves nothing behind.

@@ -10,6 +10,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+/// Crashes of processes are what is tested: nothing waits for a disk.
+const TOUGH: &[(&str, &str)] =
+    &[("fsync", "off"), ("full_page_writes", "off"), ("max_connections", "500"), ("max_prepared_transactions", "20")];
+
+const LONGEST_START: Duration = Duration::from_secs(60);
+
 /// A server of one's own: for tests that restart it, or kill it.
 pub struct Server {
     bin: PathBuf,
@@ -18,6 +24,16 @@ pub struct Server {
     settings: Vec<(String, String)>,
     keeper: Option<Child>,
     folder: tempfile::TempDir,
+    data: PathBuf,
+}
+
+/// On which disks a server keeps what it has: empty folders of the account that it runs as.
+#[derive(Debug, Clone, Copy)]
+pub struct Disks<'a> {
+    /// Its tables and everything else.
+    pub data: &'a Path,
+    /// Its write-ahead log.
+    pub wal: &'a Path,
 }
 
 /// The server all tests of this process share.
@@ -43,8 +59,17 @@ impl Server {
     /// # Panics
     /// PostgreSQL's binaries are not installed, or the server does not come up.
     pub fn start() -> Server {
-        let settings = [("fsync", "off"), ("full_page_writes", "off"), ("max_connections", "500")];
-        Server::with(settings.iter().chain(&[("max_prepared_transactions", "20")]))
+        Server::with(TOUGH, None)
+    }
+
+    /// The same on disks that get full: a write-ahead log that takes little, a megabyte at a time, and no
+    /// more of it ahead.
+    ///
+    /// # Panics
+    /// As [`start`](Self::start).
+    pub fn start_on(disks: Disks<'_>) -> Server {
+        let small = [("max_wal_size", "64MB"), ("min_wal_size", "2MB"), ("wal_recycle", "off")];
+        Server::with(TOUGH.iter().chain(&small), Some(disks))
     }
 
     /// One that keeps what it has committed, whatever happens to the machine, with these settings.
@@ -52,10 +77,10 @@ impl Server {
     /// # Panics
     /// As [`start`](Self::start).
     pub fn durable(settings: &[(&str, &str)]) -> Server {
-        Server::with(settings)
+        Server::with(settings, None)
     }
 
-    fn with<'a>(settings: impl IntoIterator<Item = &'a (&'a str, &'a str)>) -> Server {
+    fn with<'a>(settings: impl IntoIterator<Item = &'a (&'a str, &'a str)>, disks: Option<Disks<'_>>) -> Server {
         let settings = settings.into_iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let bin = binaries();
         let account = unprivileged_account();
@@ -67,21 +92,29 @@ impl Server {
         if let Some((uid, gid)) = account {
             chown(folder.path(), Some(uid), Some(gid)).expect("the folder can be given away");
         }
-        let mut server = Server { bin, port: 0, account, settings, keeper: None, folder };
-        let data = server.data();
-        let made = server
-            .command("initdb")
-            .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync", "-D"])
-            .arg(&data)
-            .output()
-            .expect("initdb runs");
+        let data = disks.map_or_else(|| folder.path().join("data"), |disks| disks.data.to_owned());
+        let mut server = Server { bin, port: 0, account, settings, keeper: None, folder, data };
+        let mut initdb = server.command("initdb");
+        initdb.args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync", "-D"]);
+        initdb.arg(&server.data);
+        if let Some(disks) = disks {
+            initdb.arg("--wal-segsize=1").arg("--waldir").arg(disks.wal);
+        }
+        let made = initdb.output().expect("initdb runs");
         assert!(made.status.success(), "initdb failed: {}", String::from_utf8_lossy(&made.stderr));
+        if disks.is_some() {
+            // What making it has left of the log would do for a while.
+            let reset = server.command("pg_resetwal").arg("-D").arg(&server.data).output().expect("pg_resetwal runs");
+            assert!(reset.status.success(), "pg_resetwal failed: {}", String::from_utf8_lossy(&reset.stderr));
+        }
         server.up();
         server
     }
 
-    fn data(&self) -> PathBuf {
-        self.folder.path().join("data")
+    /// What it has said since it was last started: on the disk of the temporary folders, whatever becomes of
+    /// its own.
+    pub fn log(&self) -> PathBuf {
+        self.folder.path().join("log")
     }
 
     /// Where it listens.
@@ -108,7 +141,7 @@ impl Server {
         }
         // The shell ends the server when its standard input closes: when this process is gone.
         let script = "\"$0\" \"$@\" & server=$!; cat >/dev/null; kill -INT $server; wait $server";
-        let log = std::fs::File::create(self.folder.path().join("log")).expect("a log file");
+        let log = std::fs::File::create(self.log()).expect("a log file");
         let mut command = Command::new("/bin/sh");
         if let Some((uid, gid)) = self.account {
             command.uid(uid).gid(gid);
@@ -117,7 +150,7 @@ impl Server {
             .args(["-c", script])
             .arg(self.bin.join("postgres"))
             .arg("-D")
-            .arg(self.data())
+            .arg(&self.data)
             .args(["-h", "127.0.0.1", "-k", "", "-p", &self.port.to_string()])
             .args(self.settings.iter().flat_map(|(name, value)| ["-c".to_owned(), format!("{name}={value}")]))
             .current_dir(self.folder.path())
@@ -127,19 +160,44 @@ impl Server {
             .spawn()
             .expect("a shell");
         self.keeper = Some(keeper);
-        let deadline = Instant::now() + Duration::from_secs(60);
-        loop {
-            let port = self.port.to_string();
-            let ready = self.command("pg_isready").args(["-h", "127.0.0.1", "-p", &port]).status();
-            if ready.is_ok_and(|s| s.success()) {
-                return;
-            }
-            if Instant::now() > deadline {
-                let log = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
-                panic!("PostgreSQL did not come up on port {port}:\n{log}");
-            }
-            std::thread::sleep(Duration::from_millis(20));
+        let deadline = Instant::now() + LONGEST_START;
+        while !self.answers() {
+            self.not_after(deadline);
         }
+    }
+
+    /// Waits until it answers, and starts it if it ended by itself, as an operator would. Whether it had to.
+    ///
+    /// # Panics
+    /// It does not come up within a minute; pg_ctl cannot be run.
+    pub fn revive(&mut self) -> bool {
+        let deadline = Instant::now() + LONGEST_START;
+        while !self.answers() {
+            // 3: no server is running.
+            let status = self.command("pg_ctl").args(["status", "-D"]).arg(&self.data).status().expect("pg_ctl runs");
+            if status.code() == Some(3) {
+                self.end();
+                self.up();
+                return true;
+            }
+            self.not_after(deadline);
+        }
+        false
+    }
+
+    fn answers(&self) -> bool {
+        let port = self.port.to_string();
+        let ready = self.command("pg_isready").args(["-h", "127.0.0.1", "-p", &port]).status();
+        ready.is_ok_and(|s| s.success())
+    }
+
+    /// A moment later, if that is in time.
+    fn not_after(&self, deadline: Instant) {
+        if Instant::now() > deadline {
+            let log = std::fs::read_to_string(self.log()).unwrap_or_default();
+            panic!("PostgreSQL did not come up on port {}:\n{log}", self.port);
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
 
     /// Stops it at once, as a crash would; `up` starts it again.
@@ -147,8 +205,8 @@ impl Server {
     /// # Panics
     /// pg_ctl cannot be run.
     pub fn crash(&mut self) {
-        let data = self.data();
-        self.command("pg_ctl").args(["stop", "-m", "immediate", "-D"]).arg(data).output().expect("pg_ctl runs");
+        let mut stop = self.command("pg_ctl");
+        stop.args(["stop", "-m", "immediate", "-D"]).arg(&self.data).output().expect("pg_ctl runs");
         self.end();
     }
 

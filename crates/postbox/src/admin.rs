@@ -286,8 +286,36 @@ pub struct Status {
     pub unrouted: i64,
     /// Some of their topics.
     pub unrouted_topics: Vec<String>,
-    /// Deliveries that no live worker stands behind.
+    /// Deliveries that are due, and that no live worker stands behind.
     pub stranded: Vec<Stranded>,
+    /// What has kept PostgreSQL from removing dead rows for a minute or longer.
+    pub held_back: Option<HeldBack>,
+}
+
+/// How old what holds vacuum back has to be for [`Admin::status`] to tell of it.
+pub(crate) const HELD_BACK: Duration = Duration::from_secs(60);
+
+/// What keeps PostgreSQL from removing dead rows, so that tables and indexes grow: of all the one that goes
+/// back furthest.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct HeldBack {
+    /// `transaction`, `prepared transaction`, `replication slot` or `standby`.
+    pub kind: String,
+    /// The session's process on the server, if there is one.
+    pub pid: Option<i32>,
+    /// The session's application name, or the name of the transaction or slot.
+    pub name: Option<String>,
+    /// Whose it is.
+    pub login: Option<String>,
+    /// What the session does; `None` also when this login may not see it.
+    pub state: Option<String>,
+    /// For how long, in seconds; `None`: this login may not see it, or it is not known.
+    pub age_s: Option<f64>,
+    /// How many transactions have begun since.
+    pub transactions: i64,
+    /// Dead rows in `ready`, as the statistics have it.
+    pub dead_rows: i64,
 }
 
 /// Which migrations there are.

@@ -185,7 +185,7 @@ fn is_busy(error: &sqlx::Error) -> bool {
 
 impl Error {
     /// Whether the same call may succeed later: the connection broke, a lock or a serialization
-    /// failure got in between.
+    /// failure got in between, the disk is full or does not do its work.
     pub fn is_transient(&self) -> bool {
         match self {
             Error::Busy(_) | Error::Publish(PublishError::Busy(_)) => true,
@@ -205,17 +205,36 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
         | sqlx::Error::WorkerCrashed
         | sqlx::Error::Protocol(_)
         | sqlx::Error::Tls(_) => true,
-        sqlx::Error::Database(e) => e.code().is_some_and(|code| is_transient_code(&code)),
+        sqlx::Error::Database(e) => e
+            .code()
+            .is_some_and(|code| is_transient_code(&code) || (ended_the_session(&**e) && !is_about_the_login(&code))),
         _ => false,
     }
 }
 
+/// PostgreSQL gave up the session, or itself: whatever the statement was, it is not to blame. A session that
+/// begins on a full disk ends with an "internal error" (XX000), for example.
+fn ended_the_session(error: &dyn sqlx::error::DatabaseError) -> bool {
+    use sqlx::postgres::{PgDatabaseError, PgSeverity};
+    let severity = error.try_downcast_ref::<PgDatabaseError>().map(|e| e.severity());
+    matches!(severity, Some(PgSeverity::Fatal | PgSeverity::Panic))
+}
+
+/// Who may log in, and where: that is for somebody to mend.
+fn is_about_the_login(code: &str) -> bool {
+    code.starts_with("28") || code.starts_with("3D") || code == "42501"
+}
+
 fn is_transient_code(code: &str) -> bool {
+    // A SQLSTATE has five characters; SQLite has numbers, whose low byte is the kind.
+    if code.len() < 5 {
+        // Busy, locked, I/O, full: none is the statement's fault.
+        return code.parse::<u32>().is_ok_and(|code| matches!(code & 0xff, 5 | 6 | 10 | 13));
+    }
+    // Connection, resources (a full disk is one), operator intervention, I/O, rollback; lock not available;
+    // a session that was ended because its transaction rested or lasted too long.
     let class = code.get(..2).unwrap_or("");
-    // Connection, resources, operator intervention, rollback; lock not available; a session that was ended
-    // because its transaction rested or lasted too long; SQLite busy.
-    matches!(class, "08" | "53" | "57" | "40")
-        || matches!(code, "55P03" | "25006" | "25P03" | "25P04" | "5" | "6" | "517" | "261")
+    matches!(class, "08" | "53" | "57" | "58" | "40") || matches!(code, "55P03" | "25006" | "25P03" | "25P04")
 }
 
 /// A driver error without the values it may quote: PostgreSQL's `detail` can hold whole rows.
@@ -245,8 +264,12 @@ mod tests {
         {
             assert!(is_transient_code(code), "{code}");
         }
-        // What the statement itself is to blame for, or that must be mended first.
-        for code in ["22P05", "23505", "42501", "42P01", "25P02", "", "1"] {
+        // A full disk, and one that fails; SQLite's words: full, and a write, a sync or the index that failed.
+        for code in ["53100", "58030", "13", "10", "778", "1034", "4874"] {
+            assert!(is_transient_code(code), "{code}");
+        }
+        // What the statement itself is to blame for, or that must be mended first; a bug; a broken file.
+        for code in ["22P05", "23505", "42501", "42P01", "25P02", "XX000", "", "1", "11", "19", "2067"] {
             assert!(!is_transient_code(code), "{code}");
         }
     }

@@ -67,6 +67,7 @@ faults! {
     F9 postgres "storms of NOTIFY",
     F11 postgres "statement, lock and idle timeouts of 50 to 100 ms",
     F17 postgres "an old snapshot held open, and a writer that idles",
+    F16 both "a disk that gets full, and has room again",
 }
 
 impl fmt::Display for Fault {
@@ -160,12 +161,13 @@ impl Fault {
             // The worker behind the proxy dies often, and may not come to work while nothing is heard.
             Fault::F8 => vec!["worked".to_owned()],
             Fault::F17 => vec!["delivered:1000".to_owned()],
+            Fault::F16 => vec!["worker:resumed".to_owned()],
             _ => Vec::new(),
         }
     }
 
     /// What it is made of: each is counted by itself, as `F1:claimed`.
-    pub(crate) fn parts(self) -> Vec<&'static str> {
+    pub(crate) fn parts(self, kind: Kind) -> Vec<&'static str> {
         match self {
             Fault::F1 => [WORKER_POINTS, PUBLISHER_POINTS, PULLER_POINTS, OTHER_POINTS, &["random"]].concat(),
             Fault::F3 => vec!["before", "after"],
@@ -173,6 +175,9 @@ impl Fault {
             Fault::F8 => vec!["frozen"],
             Fault::F11 => TIMEOUTS.to_vec(),
             Fault::F12 => vec!["40001", "40P01"],
+            // SQLite's processes do not go down of it.
+            Fault::F16 if kind == Kind::Sqlite => vec!["refused"],
+            Fault::F16 => vec!["refused", "panic"],
             Fault::F18 => vec!["panic", "block", "ignore", "abort"],
             Fault::F19 => vec!["deadline", "second"],
             Fault::F22 => vec!["kill", "busy", "stale", "full"],
@@ -188,8 +193,8 @@ mod tests {
 
     #[test]
     fn each_keeps_its_place() {
-        let places = [Fault::F1, Fault::F6, Fault::F15, Fault::F24].map(|fault| fault as u64);
-        assert_eq!(places, [0, 5, 10, 14], "another place would move the schedule of every seed");
+        let places = [Fault::F1, Fault::F6, Fault::F15, Fault::F24, Fault::F16].map(|fault| fault as u64);
+        assert_eq!(places, [0, 5, 10, 14, 19], "another place would move the schedule of every seed");
     }
 
     #[test]

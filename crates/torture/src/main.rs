@@ -5,9 +5,11 @@
 
 mod check;
 mod child;
+mod disk;
 mod disturb;
 mod dump;
 mod fault;
+mod full;
 mod ground;
 mod history;
 mod log;
@@ -32,7 +34,7 @@ use postbox::{Postgres, Sqlite};
 use serde::Serialize;
 
 use crate::child::ChildPlan;
-use crate::fault::{Kind, Wanted};
+use crate::fault::{Fault, Kind, Wanted};
 use crate::round::{Outcome, lacking, missing, play};
 use crate::world::World;
 
@@ -65,6 +67,9 @@ struct Cli {
     /// Keeps the folder with the logs, what the checker went by, and the databases.
     #[arg(long)]
     keep: bool,
+    /// Whether a disk of its own can be had; started by itself only.
+    #[arg(long, hide = true)]
+    try_disk: bool,
     #[command(subcommand)]
     child: Option<ChildCommand>,
 }
@@ -110,10 +115,20 @@ struct Report {
     faults: BTreeMap<String, u64>,
     in_doubt: u64,
     broken: Vec<String>,
+    /// Faults that cannot be had here, and why.
+    not_available: Absent,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // This is for a process without threads.
+    if cli.try_disk {
+        return disk::attempt();
+    }
+    let absent = match not_available(&cli) {
+        Ok(absent) => absent,
+        Err(error) => return failed(&error),
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return failed(&format!("no runtime: {error}")),
@@ -122,7 +137,7 @@ fn main() -> ExitCode {
         Some(child) => runtime.block_on(run_child(child)).map(|()| true),
         None => runtime.block_on(async {
             tokio::select! {
-                result = run(cli) => result,
+                result = run(cli, absent) => result,
                 () = interrupted() => Err("interrupted; nothing was checked".into()),
             }
         }),
@@ -134,6 +149,23 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => failed(&error),
     }
+}
+
+/// Faults that a run which wants all goes without, and why. One that names them cannot run.
+type Absent = BTreeMap<&'static str, String>;
+
+fn not_available(cli: &Cli) -> Result<Absent, String> {
+    let mut absent = Absent::new();
+    if cli.child.is_none()
+        && cli.faults.on(cli.store)?.contains(&Fault::F16)
+        && let Err(why) = disk::prepare()
+    {
+        if cli.faults != Wanted::All {
+            return Err(format!("F16 needs a disk of its own: {why}; run it as root, or leave F16 out"));
+        }
+        absent.insert(Fault::F16.id(), why);
+    }
+    Ok(absent)
 }
 
 /// SIGINT or SIGTERM.
@@ -163,7 +195,7 @@ async fn run_child(command: ChildCommand) -> Result<(), String> {
     | ChildCommand::Migrate { plan }) = &command;
     let plan: ChildPlan =
         serde_json::from_str(plan).map_err(|e| format!("this role is started by the program itself: {e}"))?;
-    tracing_subscriber::fmt().with_writer(child::hasty::Log::of(&plan)).with_ansi(false).init();
+    tracing_subscriber::fmt().with_writer(child::stderr::Log::of(&plan)).with_ansi(false).init();
     let ended = match (&command, plan.kind) {
         (ChildCommand::Publisher { .. }, Kind::Postgres) => child::publisher::run::<Postgres>(plan).await,
         (ChildCommand::Publisher { .. }, Kind::Sqlite) => child::publisher::run::<Sqlite>(plan).await,
@@ -180,12 +212,16 @@ async fn run_child(command: ChildCommand) -> Result<(), String> {
 }
 
 /// Whether every promise was kept.
-async fn run(cli: Cli) -> Result<bool, String> {
+async fn run(cli: Cli, absent: Absent) -> Result<bool, String> {
     let seed = cli.seed.unwrap_or_else(|| fastrand::u64(..1 << 32));
-    let faults = cli.faults.on(cli.store)?;
+    let mut faults = cli.faults.on(cli.store)?;
+    faults.retain(|fault| !absent.contains_key(fault.id()));
     let list: Vec<&str> = faults.iter().map(|f| f.id()).collect();
     let list = if list.is_empty() { "none".to_owned() } else { list.join(",") };
     eprintln!("seed {seed}, {}, {} s, faults {list}", cli.store, cli.span.as_secs());
+    for (fault, why) in &absent {
+        eprintln!("{fault} is not available here: {why}");
+    }
     let folder = tempfile::Builder::new().prefix("postbox-torture-").tempdir().map_err(|e| format!("a folder: {e}"))?;
     let world = Arc::new(World::start(cli.store, faults, folder.path(), cli.keep, cli.span).await?);
     let begun = std::time::Instant::now();
@@ -228,7 +264,7 @@ async fn run(cli: Cli) -> Result<bool, String> {
         sum.in_doubt += outcome.in_doubt;
         sum.broken.extend(outcome.broken);
         if clean && !cli.keep {
-            tidy(folder.path(), number);
+            tidy(&world, number);
         }
         number += 1;
     }
@@ -248,6 +284,7 @@ async fn run(cli: Cli) -> Result<bool, String> {
         faults: counted(&world),
         in_doubt: sum.in_doubt,
         broken,
+        not_available: absent,
     };
     tell(&report, cli.json)?;
     Ok(report.broken.is_empty())
@@ -258,7 +295,7 @@ fn counted(world: &World) -> BTreeMap<String, u64> {
     let mut all = world.counts.all();
     for fault in &world.faults {
         all.entry(fault.id().to_owned()).or_default();
-        for part in fault.parts().into_iter().map(str::to_owned).chain(fault.small_parts()) {
+        for part in fault.parts(world.kind).into_iter().map(str::to_owned).chain(fault.small_parts()) {
             all.entry(format!("{fault}:{part}")).or_default();
         }
     }
@@ -266,13 +303,10 @@ fn counted(world: &World) -> BTreeMap<String, u64> {
 }
 
 /// A round that kept every promise leaves nothing.
-fn tidy(folder: &std::path::Path, round: u32) {
-    std::fs::remove_dir_all(folder.join(format!("round-{round}"))).ok();
-    let prefix = format!("round-{round}.db");
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with(&prefix) {
-            std::fs::remove_file(entry.path()).ok();
-        }
+fn tidy(world: &World, round: u32) {
+    std::fs::remove_dir_all(world.folder.join(format!("round-{round}"))).ok();
+    for file in world.files_of(round) {
+        std::fs::remove_file(file).ok();
     }
 }
 
@@ -286,14 +320,18 @@ fn tell(report: &Report, json: bool) -> Result<(), String> {
             report.messages, report.operations, report.in_doubt, report.seconds
         ));
         for (fault, hits) in &report.faults {
-            let what = fault.parse::<fault::Fault>().map_or("", fault::Fault::what);
+            let what = fault.parse::<Fault>().map_or("", Fault::what);
             text.push_str(&format!("{hits:>8}  {fault:<24} {what}\n"));
+        }
+        for (fault, why) in &report.not_available {
+            text.push_str(&format!("{fault} was not tested, it is not available here: {why}\n"));
         }
         for broken in &report.broken {
             text.push_str(&format!("broken: {broken}\n"));
         }
         text.push_str(match report.broken.len() {
-            0 => "every promise was kept",
+            0 if report.not_available.is_empty() => "every promise was kept",
+            0 => "every promise was kept, as far as it was tested",
             _ => "promises were broken",
         });
     }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::fault::{Fault, Kind, OTHER_POINTS};
+use crate::full::LONGEST;
 use crate::proxy::{ABOUTS, Cut, When};
 
 /// Something that is done to the world.
@@ -29,6 +30,11 @@ pub(crate) enum Action {
     Lock(&'static str, Duration),
     /// An old snapshot for this long, and whether a writer idles beside it.
     OldSnapshot(Duration, bool),
+    /// A disk is full for this long: the one of the write-ahead log, where that has one, or the other one.
+    Full {
+        wal: bool,
+        time: Duration,
+    },
 }
 
 /// A child process of the run.
@@ -50,8 +56,8 @@ pub(crate) struct Crew {
 /// Tables that are locked now and then, so that others wait for them.
 const LOCKED: &[&str] = &["ready", "lease", "message", "attempt", "worker"];
 
-/// What a fault does next and how long it rests before.
-fn action(fault: Fault, dice: &mut fastrand::Rng, crew: Crew) -> Option<(Duration, Action)> {
+/// What a fault does next, for the how manieth time, and how long it rests after.
+fn action(fault: Fault, nth: usize, dice: &mut fastrand::Rng, crew: Crew) -> Option<(Duration, Action)> {
     let Crew { workers, publishers, pullers } = crew;
     let ms = Duration::from_millis;
     let some = match fault {
@@ -83,6 +89,10 @@ fn action(fault: Fault, dice: &mut fastrand::Rng, crew: Crew) -> Option<(Duratio
             let time = ms(dice.u64(10_000..40_000));
             (time + ms(dice.u64(1000..4000)), Action::OldSnapshot(time, dice.bool()))
         }
+        Fault::F16 => {
+            let time = ms(dice.u64(1500..4000));
+            (LONGEST + ms(dice.u64(10_000..20_000)), Action::Full { wal: nth % 2 == 1, time })
+        }
         _ => return None,
     };
     Some(some)
@@ -95,8 +105,8 @@ pub(crate) fn schedule(seed: u64, faults: &[Fault], kind: Kind, span: Duration, 
         // A stream of dice for each fault: leaving one out does not move the others.
         let mut dice = fastrand::Rng::with_seed(seed ^ (*fault as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut at = Duration::from_millis(dice.u64(300..2000));
-        while at < span {
-            let Some((rest, action)) = action(*fault, &mut dice, crew) else { break };
+        for nth in 0.. {
+            let Some((rest, action)) = action(*fault, nth, &mut dice, crew).filter(|_| at < span) else { break };
             schedule.push((at, action));
             at += rest;
         }
@@ -117,7 +127,7 @@ mod tests {
         assert_ne!(plan(7), plan(8));
         assert!(plan(7).windows(2).all(|pair| pair[0].0 <= pair[1].0));
         let first = ["Kill", "Pause", "Cut", "EndBackends", "Crash", "Terminate", "Point"];
-        for wanted in first.into_iter().chain(["Deafen", "Storm", "Lock", "OldSnapshot"]) {
+        for wanted in first.into_iter().chain(["Deafen", "Storm", "Lock", "OldSnapshot", "Full"]) {
             let there = plan(7).iter().any(|(_, action)| format!("{action:?}").starts_with(wanted));
             assert!(there, "{wanted} comes within a minute");
         }
@@ -131,10 +141,11 @@ mod tests {
     #[test]
     fn what_lasts_ends_before_the_next_begins() {
         let crew = Crew { workers: 5, publishers: 2, pullers: 1 };
-        for fault in [Fault::F8, Fault::F17] {
+        for fault in [Fault::F8, Fault::F16, Fault::F17] {
             let plan = schedule(7, &[fault], Kind::Postgres, Duration::from_secs(3600), crew);
             let ends = |(at, action): &(Duration, Action)| match action {
                 Action::Deafen(time) | Action::OldSnapshot(time, _) => *at + *time,
+                Action::Full { .. } => *at + LONGEST,
                 other => panic!("{fault} does {other:?}"),
             };
             assert!(plan.len() > 60 && plan.windows(2).all(|pair| ends(&pair[0]) <= pair[1].0), "{fault}");

@@ -19,6 +19,7 @@ use crate::child::{ChildPlan, LEASE};
 use crate::disturb;
 use crate::dump;
 use crate::fault::{Fault, Kind};
+use crate::full::full;
 use crate::ground::prepare;
 use crate::history::{Acted, History, Sample};
 use crate::operator;
@@ -114,7 +115,7 @@ pub(crate) fn missing(world: &World, span: Duration) -> Vec<String> {
     let mut wanted: Vec<String> = world.faults.iter().map(|f| f.id().to_owned()).collect();
     // A short run cannot come to every point.
     if span >= Duration::from_secs(60) {
-        let parts = |f: &Fault| f.parts().into_iter().map(|part| format!("{f}:{part}")).collect::<Vec<_>>();
+        let parts = |f: &Fault| f.parts(world.kind).into_iter().map(|part| format!("{f}:{part}")).collect::<Vec<_>>();
         wanted.extend(world.faults.iter().flat_map(parts));
         // It acts while faults are on.
         if !world.faults.is_empty() {
@@ -126,7 +127,8 @@ pub(crate) fn missing(world: &World, span: Duration) -> Vec<String> {
         wanted.extend(world.faults.iter().flat_map(parts));
     }
     // No snapshot outlives a crash of the server: between two there may be no time for so many.
-    wanted.retain(|id| id != "F17:delivered:1000" || !world.wants(Fault::F6));
+    let crashes = world.wants(Fault::F6) || world.wants(Fault::F16);
+    wanted.retain(|id| id != "F17:delivered:1000" || !crashes);
     wanted.retain(|id| world.counts.of(id) == 0);
     wanted
 }
@@ -273,6 +275,9 @@ impl<Db: Site> Stage<Db> {
             Action::Storm(notifications, open) => {
                 under_way.spawn(async move { disturb::storm(&world, &rough, notifications, open).await });
             }
+            Action::Full { wal, time } => {
+                under_way.spawn(async move { full(&world, &rough, wal, time).await });
+            }
             Action::OldSnapshot(time, writer) => {
                 let over = self.over.clone();
                 under_way.spawn(async move { disturb::old_snapshots(&world, &rough, &over, time, writer).await });
@@ -418,7 +423,7 @@ impl<Db: Site> Stage<Db> {
         let broken = crate::check::check(&history);
         if self.round.world.keep || !broken.is_empty() {
             std::fs::write(folder.join("history.txt"), format!("{history:#?}")).ok();
-            self.round.world.dump_server(&folder.join("database.sql")).await;
+            self.round.world.keep_database(self.round.number, folder).await;
         }
         Ok(Outcome {
             messages: history.messages.len() as u64,

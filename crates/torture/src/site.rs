@@ -156,6 +156,16 @@ impl<Db: Site> Drop for Session<Db> {
     }
 }
 
+/// The database says that its disk is full, and refuses this statement or COMMIT. PostgreSQL says the same
+/// when it goes down with it: then more may have happened.
+pub(crate) fn is_refused_as_full(error: &sqlx::Error) -> bool {
+    use sqlx::postgres::{PgDatabaseError, PgSeverity};
+    let severity =
+        error.as_database_error().and_then(|e| e.try_downcast_ref::<PgDatabaseError>()).map(|e| e.severity());
+    matches!(code(error).as_deref(), Some("53100" | "13"))
+        && severity.is_none_or(|severity| severity == PgSeverity::Error)
+}
+
 /// The state of a database error, if it is one.
 pub(crate) fn code(error: &sqlx::Error) -> Option<String> {
     error.as_database_error().and_then(|e| e.code()).map(|code| code.into_owned())

@@ -13,6 +13,7 @@ use postbox_testkit::Server;
 
 use crate::child::{ChildPlan, hasty};
 use crate::fault::{Fault, Kind};
+use crate::full::{Disks, WORKER_WORKS};
 use crate::plan::{self, Crew};
 use crate::proxy::{Hit, Proxy, When};
 
@@ -32,7 +33,9 @@ pub(crate) struct World {
     /// How long the faults of all rounds last.
     pub(crate) span: Duration,
     pub(crate) proxy: Option<Proxy>,
-    server: Mutex<Option<Server>>,
+    pub(crate) server: Mutex<Option<Server>>,
+    /// They go after the server.
+    pub(crate) disks: Option<Disks>,
     server_port: u16,
     bouncer_port: Option<u16>,
     bouncer: Mutex<Option<Child>>,
@@ -89,6 +92,7 @@ impl World {
             span,
             proxy: None,
             server: Mutex::new(None),
+            disks: None,
             server_port: 0,
             bouncer_port: None,
             bouncer: Mutex::new(None),
@@ -101,11 +105,19 @@ impl World {
         if world.wants(Fault::F14) {
             world.faketime = Some(faketime()?);
         }
+        if world.wants(Fault::F16) {
+            world.disks = Some(Disks::new(kind).map_err(|e| format!("a disk for F16: {e}"))?);
+        }
         if kind == Kind::Sqlite {
             return Ok(world);
         }
         let bouncer = if world.wants(Fault::F10) { Some(pgbouncer()?) } else { None };
-        let server = tokio::task::spawn_blocking(Server::start).await.map_err(|e| format!("PostgreSQL: {e}"))?;
+        let places = world.disks.as_ref().map(|disks| (disks.data().at().to_owned(), disks.wal().at().to_owned()));
+        let start = move || match &places {
+            Some((data, wal)) => Server::start_on(postbox_testkit::Disks { data, wal }),
+            None => Server::start(),
+        };
+        let server = tokio::task::spawn_blocking(start).await.map_err(|e| format!("PostgreSQL: {e}"))?;
         let port = server.url().rsplit(':').next().and_then(|rest| rest.split('/').next()?.parse().ok());
         world.server_port = port.ok_or("the server has no port")?;
         world.server = Mutex::new(Some(server));
@@ -135,8 +147,15 @@ impl World {
         self.faults.contains(&fault)
     }
 
-    /// A child tells a hit. Work behind the proxy is one only while those who listen there hear nothing.
+    /// A child tells a hit. Work behind the proxy is one only while those who listen there hear nothing,
+    /// and that of a worker that was told of a full disk only when there has been room for long enough.
     pub(crate) fn hit(&self, id: &str, times: u64) {
+        if id == WORKER_WORKS {
+            if self.disks.as_ref().is_some_and(Disks::surely_recovered) {
+                self.counts.add(id, times);
+            }
+            return;
+        }
         if id != Fault::F8.id() {
             return self.counts.add(id, times);
         }
@@ -214,12 +233,18 @@ impl World {
         }
     }
 
-    /// Writes the database as SQL; a SQLite run's files are in the folder anyway.
-    pub(crate) async fn dump_server(self: &std::sync::Arc<Self>, to: &Path) {
-        let (world, to) = (self.clone(), to.to_owned());
+    /// Keeps a round's database in a folder: as SQL, with the server's log; or SQLite's files.
+    pub(crate) async fn keep_database(self: &std::sync::Arc<Self>, round: u32, folder: &Path) {
+        let (world, folder) = (self.clone(), folder.to_owned());
         let dumped = tokio::task::spawn_blocking(move || match locked(&world.server).as_ref() {
-            Some(server) => server.dump(&to),
-            None => Ok(()),
+            Some(server) => {
+                std::fs::copy(server.log(), folder.join("postgres.log"))?;
+                server.dump(&folder.join("database.sql"))
+            }
+            None => world.files_of(round).try_for_each(|file| match file.file_name() {
+                Some(name) => std::fs::copy(&file, folder.join(name)).map(|_| ()),
+                None => Ok(()),
+            }),
         });
         match dumped.await {
             Ok(Ok(())) => {}
@@ -227,11 +252,23 @@ impl World {
         }
     }
 
+    /// Where SQLite's files are.
+    fn files(&self) -> &Path {
+        self.disks.as_ref().map_or(&self.folder, |disks| disks.data().at())
+    }
+
+    /// SQLite's files of a round.
+    pub(crate) fn files_of(&self, round: u32) -> impl Iterator<Item = PathBuf> {
+        let prefix = format!("round-{round}.db");
+        let all = std::fs::read_dir(self.files()).into_iter().flatten().flatten();
+        all.filter(move |entry| entry.file_name().to_string_lossy().starts_with(&prefix)).map(|entry| entry.path())
+    }
+
     /// Where the database really is.
     pub(crate) fn direct(&self, round: u32) -> String {
         match self.kind {
             Kind::Postgres => self.address(self.server_port, "witness"),
-            Kind::Sqlite => format!("sqlite:{}", self.folder.join(format!("round-{round}.db")).display()),
+            Kind::Sqlite => format!("sqlite:{}", self.files().join(format!("round-{round}.db")).display()),
         }
     }
 

@@ -44,6 +44,30 @@ fn sqlite() {
     kept("sqlite", "F1,F2,F5,F13,F18,F22,F24");
 }
 
+/// Whether this process may have a disk of its own: the checker says so itself, and why not.
+fn has_disks() -> bool {
+    let tried = Command::new(env!("CARGO_BIN_EXE_torture")).arg("--try-disk").output().expect("torture runs");
+    eprint!("{}", String::from_utf8_lossy(&tried.stderr));
+    tried.status.success()
+}
+
+#[test]
+fn disks_get_full() {
+    for store in ["postgres", "sqlite"] {
+        if has_disks() {
+            // In most of so short a time nothing can be written: little else is sure to have been there.
+            let (code, report, told) = run(store, "F16");
+            assert_eq!((code, &report["broken"]), (Some(0), &serde_json::json!([])), "{told}");
+            assert!(report["faults"]["F16"].as_u64().is_some_and(|n| n > 0), "{report}");
+            continue;
+        }
+        let args = ["--store", store, "--faults", "F16"];
+        let output = Command::new(env!("CARGO_BIN_EXE_torture")).args(args).output().expect("torture runs");
+        assert_eq!(output.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("F16 needs a disk of its own"));
+    }
+}
+
 #[test]
 fn says_what_it_cannot_do() {
     let output = Command::new(env!("CARGO_BIN_EXE_torture"))

@@ -9,7 +9,7 @@ use crate::failure::Failure;
 use crate::flags::List;
 use crate::output::{Output, state_sign};
 use crate::table::{Columns, text, toned};
-use crate::text::{ago, plain, shortened};
+use crate::text::{ago, plain, shortened, until};
 
 pub(super) async fn run<Db: Database>(desk: &Desk<'_>, list: List) -> Ended {
     let tried = "list deliveries";
@@ -46,7 +46,7 @@ fn filter_failure(error: postbox::Error, tried: &str, next: String) -> Failure {
 }
 
 /// One row a delivery; the ids that producers gave only if there are any, the applications only if there
-/// are several.
+/// are several, the due times only if something waits for one.
 pub(super) fn table(rows: &[DeliveryRow], output: &Output) -> std::io::Result<()> {
     let external = rows.iter().any(|r| r.external_id.is_some());
     let several = rows.iter().any(|r| r.application != rows[0].application);
@@ -55,6 +55,11 @@ pub(super) fn table(rows: &[DeliveryRow], output: &Output) -> std::io::Result<()
         headings.push("APPLICATION");
     }
     headings.extend(["SUBSCRIPTION", ">TRY", ">AGE"]);
+    // What waits for a time only.
+    let timed = rows.iter().any(|r| r.next_due_at.is_some());
+    if timed {
+        headings.push(">DUE");
+    }
     if external {
         headings.push("EXTERNAL ID");
     }
@@ -69,6 +74,9 @@ pub(super) fn table(rows: &[DeliveryRow], output: &Output) -> std::io::Result<()
         cells.push(text(shortened(&row.subscription, 40)));
         cells.push(text(format!("{}/{}", row.attempt, row.max_attempts)));
         cells.push(text(ago(row.since.unwrap_or(row.recorded_at))));
+        if timed {
+            cells.push(text(row.next_due_at.map_or_else(|| "-".into(), until)));
+        }
         if external {
             cells.push(text(row.external_id.as_deref().map_or_else(|| "-".into(), |id| shortened(id, 24))));
         }

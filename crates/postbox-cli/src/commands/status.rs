@@ -1,7 +1,7 @@
 //! `postbox status`: everything at a glance, and what needs somebody.
 
 use postbox::Database;
-use postbox::admin::{Status, Stranded, SubscriptionRow};
+use postbox::admin::{HeldBack, Status, Stranded, SubscriptionRow};
 use serde_json::json;
 
 use crate::commands::Ended;
@@ -57,18 +57,25 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>) -> Ended {
                     "which no live worker stands behind: start one,{pulled} rename with `renamed_from`, or `postbox subscriptions remove`"
                 )
             }
-            Some(row) if row.in_doubt == stranded.waiting => {
+            Some(row) if row.in_doubt == stranded.waiting + stranded.later => {
                 "which was removed: say how they ended with `postbox resolve`".to_owned()
             }
             Some(_) => format!("which was removed: {}", call_off(desk, stranded)),
         };
+        let later = match stranded.later {
+            0 => String::new(),
+            later => format!(", and {} due later,", capped(later)),
+        };
         output.line(&format!(
-            "{}  {} for {}/{}, {what}",
+            "{}  {}{later} for {}/{}, {what}",
             output.paint(Tone::Doubt, "! stranded"),
             many(stranded.waiting, "delivery waits", "deliveries wait"),
             plain(&stranded.application),
             plain(&stranded.subscription),
         ))?;
+    }
+    if let Some(held_back) = &status.held_back {
+        output.line(&format!("{}  {}", output.paint(Tone::Doubt, "! old rows"), old_rows(held_back)))?;
     }
     if let Some(next) = next(desk, &status) {
         output.line(&format!("next: {next}"))?;
@@ -95,11 +102,32 @@ fn is_operation(status: &Status, stranded: &Stranded) -> bool {
 /// Its subscription, if that was removed: a later one of the same name may be there, too.
 fn removed<'s>(status: &'s Status, stranded: &Stranded) -> Option<&'s SubscriptionRow> {
     let waits = |s: &SubscriptionRow| s.pending + s.scheduled + s.running + s.in_doubt;
+    let waited = stranded.waiting + stranded.later;
     let same = |s: &&SubscriptionRow| s.name == stranded.subscription && s.application == stranded.application;
     let alone = |s: &&SubscriptionRow| same(s) && s.workers == 0 && waits(s) > 0;
     // What waits was counted a moment apart.
-    let nearest = status.subscriptions.iter().filter(alone).min_by_key(|s| (waits(s) - stranded.waiting).abs());
+    let nearest = status.subscriptions.iter().filter(alone).min_by_key(|s| (waits(s) - waited).abs());
     nearest.filter(|s| s.removed_at.is_some())
+}
+
+/// Who keeps PostgreSQL from removing dead rows, and what ends that.
+fn old_rows(held_back: &HeldBack) -> String {
+    let HeldBack { kind, pid, name, login, state, age_s, transactions, dead_rows, .. } = held_back;
+    let name = name.as_deref().map(|name| format!(" `{}`", plain(name))).unwrap_or_default();
+    let whose: Vec<String> = (pid.iter().map(|pid| format!("process {pid}")))
+        .chain(login.iter().map(|login| format!("login {}", plain(login))))
+        .chain(state.iter().map(|state| plain(state)))
+        .collect();
+    let whose = if whose.is_empty() { String::new() } else { format!(" ({})", whose.join(", ")) };
+    let age = match age_s {
+        Some(age) => span(*age),
+        None => many(*transactions, "transaction", "transactions"),
+    };
+    let end = way_out(kind, *pid, held_back.name.as_deref().unwrap_or_default());
+    let dead = if *dead_rows == 0 { "0".to_owned() } else { count(*dead_rows) };
+    format!(
+        "a {kind}{name}{whose} has kept what is dead from being removed for {age}: {dead} dead rows in `ready`; {end}"
+    )
 }
 
 /// The command that calls off what waits for a subscription.
@@ -107,6 +135,19 @@ fn call_off(desk: &Desk<'_>, stranded: &Stranded) -> String {
     let Stranded { application, subscription, .. } = stranded;
     let filter = format!("state:pending subscription:{subscription} application:{application}");
     format!("{} --reason …", desk.command(&format!("cancel {}", quoted(&plain(&filter)))))
+}
+
+/// What an operator does about who holds vacuum back.
+fn way_out(kind: &str, pid: Option<i32>, name: &str) -> String {
+    let named = format!("'{}'", plain(name).replace('\'', "''"));
+    match (kind, pid) {
+        ("transaction", Some(pid)) => format!("end it: select pg_terminate_backend({pid})"),
+        ("prepared transaction", _) => format!("end it: rollback prepared {named}, or commit prepared {named}"),
+        ("replication slot", None) => {
+            format!("start who reads from it, or: select pg_drop_replication_slot({named})")
+        }
+        _ => "end the old transaction on the standby that it feeds".to_owned(),
+    }
 }
 
 fn headline(desk: &Desk<'_>, status: &Status) -> String {
@@ -179,4 +220,19 @@ fn next(desk: &Desk<'_>, status: &Status) -> Option<String> {
         return Some(desk.command("list state:dead"));
     }
     (status.unrouted > 0).then(|| desk.command("subscriptions"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::way_out;
+
+    #[test]
+    fn whoever_holds_vacuum_back_can_be_ended() {
+        assert_eq!(way_out("transaction", Some(7), "psql"), "end it: select pg_terminate_backend(7)");
+        let prepared = way_out("prepared transaction", None, "ana's\u{1b}");
+        assert!(prepared.contains("rollback prepared 'ana''s") && !prepared.contains('\u{1b}'), "{prepared}");
+        assert!(way_out("replication slot", None, "old").ends_with("pg_drop_replication_slot('old')"));
+        assert!(way_out("replication slot", Some(7), "old").contains("standby"));
+        assert!(way_out("standby", Some(7), "walreceiver").contains("standby"));
+    }
 }

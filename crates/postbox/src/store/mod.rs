@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, MigrationStatus, Replay, ReplayCount, Replayed,
     Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
@@ -173,6 +173,8 @@ pub struct Stranded {
     pub subscription: String,
     /// How many deliveries wait (at most 100001 are counted).
     pub waiting: i64,
+    /// How many more are due later (at most 100001 are counted).
+    pub later: i64,
 }
 
 /// A worker's sign of life.
@@ -689,6 +691,8 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn remove_subscription(&self, application: &str, name: &str, actor: &str, reason: &str) -> impl Verb<AuditEntry>;
     /// Subscriptions with deliveries that no live worker stands behind.
     fn stranded(&self) -> impl Verb<Vec<Stranded>>;
+    /// What keeps dead rows from being removed for as long as this already, if the database has such.
+    fn held_back(&self, longer_than: Duration) -> impl Verb<Option<HeldBack>>;
     /// The audit, newest first.
     fn audit(&self, limit: u32) -> impl Verb<Vec<AuditEntry>>;
 }

@@ -1,15 +1,12 @@
 //! A worker and a publisher whose connections give up soon: statements, locks and idle transactions
 //! have 50 to 100 ms.
 
-use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tracing_subscriber::fmt::MakeWriter;
-
 use super::drops::PATIENCE;
+use super::hit;
 use super::publisher::{Publisher, Told, ended};
-use super::{ChildPlan, hit};
 use crate::fault::{Fault, TIMEOUTS};
 use crate::site::{Session, Site, code};
 
@@ -24,52 +21,13 @@ pub(crate) fn options(lock_first: bool) -> String {
 /// How long a transaction may rest.
 const IDLE_MS: u64 = 75;
 
-/// What is logged goes to stderr; a timeout that it speaks of is a hit, if this process has such.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Log {
-    hasty: bool,
-}
-
-impl Log {
-    pub(crate) fn of(plan: &ChildPlan) -> Log {
-        Log { hasty: plan.tag == Some(Fault::F11) }
-    }
-}
-
-impl Write for Log {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if self.hasty {
-            timeouts(&String::from_utf8_lossy(line)).for_each(|state| hit(format_args!("F11:{state}"), 1));
-        }
-        io::stderr().write_all(line)?;
-        Ok(line.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
-    }
-}
-
-impl<'a> MakeWriter<'a> for Log {
-    type Writer = Log;
-
-    fn make_writer(&'a self) -> Log {
-        *self
-    }
-}
-
-/// The timeouts that a line speaks of, as postbox tells of them.
-fn timeouts(line: &str) -> impl Iterator<Item = &'static str> {
-    TIMEOUTS.iter().copied().filter(move |state| line.contains(&format!("({state})")))
-}
-
 impl<Db: Site> Publisher<Db> {
     pub(crate) fn is_hasty(&self) -> bool {
         self.plan.tag == Some(Fault::F11)
     }
 
     /// A timeout in this error is a hit.
-    pub(crate) fn saw(&self, error: &sqlx::Error) {
+    pub(crate) fn saw_timeout(&self, error: &sqlx::Error) {
         if let Some(state) = code(error).filter(|code| self.is_hasty() && TIMEOUTS.contains(&code.as_str())) {
             hit(format_args!("F11:{state}"), 1);
         }
@@ -111,13 +69,6 @@ impl<Db: Site> Publisher<Db> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn timeouts_are_read() {
-        let line = "WARN the database did not do as asked error=canceling statement due to lock timeout (55P03)\n";
-        assert_eq!(timeouts(line).collect::<Vec<_>>(), ["55P03"]);
-        assert_eq!(timeouts("57014 messages, and a deadlock (40P01)").count(), 0);
-    }
 
     #[test]
     fn either_timeout_comes_first() {

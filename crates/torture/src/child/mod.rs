@@ -7,6 +7,7 @@ pub(crate) mod publisher;
 pub(crate) mod puller;
 pub(crate) mod races;
 pub(crate) mod remote;
+pub(crate) mod stderr;
 pub(crate) mod worker;
 
 use std::io::Write;

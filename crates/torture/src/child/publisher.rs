@@ -12,8 +12,9 @@ use super::drops::{Cut, PATIENCE};
 use super::races::races;
 use super::{ChildPlan, hit, listen, say};
 use crate::fault::{Fault, Kind};
+use crate::full::PUBLISHER_TOLD;
 use crate::log::Log;
-use crate::site::{Session, Site, code, number};
+use crate::site::{Session, Site, code, is_refused_as_full, number};
 use crate::traffic::{POISON_ATTEMPTS, is_poison, topic};
 
 /// Publishers at once in one process.
@@ -219,6 +220,14 @@ impl<Db: Site> Publisher<Db> {
         }
     }
 
+    /// What this error is a hit of.
+    pub(crate) fn saw(&self, error: &sqlx::Error) {
+        self.saw_timeout(error);
+        if self.plan.wants(Fault::F16) && is_refused_as_full(error) {
+            hit(PUBLISHER_TOLD, 1);
+        }
+    }
+
     fn messages(&self, dice: &mut fastrand::Rng, most: usize) -> Vec<(String, &'static str)> {
         (0..dice.usize(1..=most)).map(|_| (self.external_id(), topic(dice, Db::KIND))).collect()
     }
@@ -279,10 +288,13 @@ impl<Db: Site> Publisher<Db> {
             Some(Ok(_)) => Told::Ok,
             Some(Err(error)) => {
                 surprising(&error);
-                if let Error::Database(error) | Error::Publish(PublishError::Database(error)) = &error {
-                    self.saw(error);
+                match &error {
+                    Error::Database(error) | Error::Publish(PublishError::Database(error)) => {
+                        self.saw(error);
+                        if is_refused_as_full(error) { Told::Fail } else { Told::Unknown }
+                    }
+                    _ => Told::Unknown,
                 }
-                Told::Unknown
             }
             None => {
                 if cut.is_soon() {
@@ -337,6 +349,7 @@ impl<Db: Site> Publisher<Db> {
 pub(crate) fn ended(result: &Result<(), sqlx::Error>) -> Told {
     match result {
         Ok(()) => Told::Ok,
+        Err(error) if is_refused_as_full(error) => Told::Fail,
         // SQLSTATEs have five characters; SQLite's numbers begin with the same digits by chance.
         Err(error) => match code(error).as_deref().filter(|c| c.len() == 5).and_then(|c| c.get(..2)) {
             Some("40" | "23" | "25") => Told::Fail,

@@ -8,8 +8,10 @@ use postbox::Postbox;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::handlers::{Hands, routes};
+use super::stderr::was_told_full;
 use super::{ChildPlan, LEASE, hit, listen, say};
 use crate::fault::Fault;
+use crate::full::WORKER_WORKS;
 use crate::log::Log;
 use crate::site::Site;
 
@@ -56,6 +58,9 @@ pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::er
             }
         });
     }
+    if plan.wants(Fault::F16) {
+        tokio::spawn(work_after_full(done.clone()));
+    }
     let signalled = Arc::new(AtomicBool::new(false));
     let mut terminate = signal(SignalKind::terminate())?;
     {
@@ -98,6 +103,19 @@ pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::er
             if signalled.load(Ordering::SeqCst) { LEFT_OVER } else { NOT_STARTED }
         }
     })
+}
+
+/// Tells what is done after this process was told that the disk is full.
+async fn work_after_full(done: Arc<AtomicU64>) {
+    let mut last = 0;
+    loop {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let now = done.load(Ordering::SeqCst);
+        if now > last && was_told_full() {
+            hit(WORKER_WORKS, now - last);
+        }
+        last = now;
+    }
 }
 
 /// Whether this process's clock is far from the database's, in milliseconds.

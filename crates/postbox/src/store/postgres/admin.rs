@@ -1,13 +1,15 @@
 //! What operators see and do.
 
+use std::time::Duration;
+
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
 use super::{PgStore, Work, doubt, envelope, timestamp};
 use crate::admin::{
-    AttemptRow, AuditEntry, DeliveryDetail, DeliveryRow, Filter, RecordRow, Resolution, Status, SubscriptionRow,
-    WorkerRow, no_delivery,
+    AttemptRow, AuditEntry, DeliveryDetail, DeliveryRow, Filter, HELD_BACK, HeldBack, RecordRow, Resolution, Status,
+    SubscriptionRow, WorkerRow, no_delivery,
 };
 use crate::error::Error;
 use crate::lifecycle::{Answer, State};
@@ -330,14 +332,37 @@ pub(super) async fn stranded(store: &PgStore) -> Result<Vec<Stranded>, Error> {
                 application: row.try_get("application")?,
                 subscription: row.try_get("name")?,
                 waiting: row.try_get("waiting")?,
+                later: row.try_get("later")?,
             })
         })
         .collect()
 }
 
+/// Where its age in seconds may not be seen, an old one is so many transactions old.
+const OLD_TRANSACTIONS: i32 = 50_000;
+
+pub(super) async fn held_back(store: &PgStore, longer_than: Duration) -> Result<Option<HeldBack>, Error> {
+    let mut work = store.read().await?;
+    let query = store.query(store.sql.held_back).bind(longer_than.as_secs_f64()).bind(OLD_TRANSACTIONS);
+    let row = query.fetch_optional(work.on()).await?;
+    work.rollback().await?;
+    let Some(row) = row else { return Ok(None) };
+    Ok(Some(HeldBack {
+        kind: row.try_get("kind")?,
+        pid: row.try_get("pid")?,
+        name: row.try_get("name")?,
+        login: row.try_get("login")?,
+        state: row.try_get("state")?,
+        age_s: row.try_get("age_s")?,
+        transactions: row.try_get::<i32, _>("transactions")?.into(),
+        dead_rows: row.try_get::<Option<i64>, _>("dead_rows")?.unwrap_or(0),
+    }))
+}
+
 pub(super) async fn status(store: &PgStore) -> Result<Status, Error> {
     let subscriptions = subscriptions(store).await?;
     let stranded = stranded(store).await?;
+    let held_back = held_back(store, HELD_BACK).await?;
     let mut work = store.read().await?;
     let schema = &store.schema;
     let sql = format!(
@@ -371,6 +396,7 @@ pub(super) async fn status(store: &PgStore) -> Result<Status, Error> {
         unrouted: row.try_get("unrouted")?,
         unrouted_topics: row.try_get("topics")?,
         stranded,
+        held_back,
     })
 }
 

@@ -34,7 +34,7 @@ use self::marks::Marks;
 use self::promote::Promoted;
 use self::publish::Fans;
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, MigrationStatus, Replay, ReplayCount, Replayed,
     Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::content::Content;
@@ -77,7 +77,7 @@ statements! {
     audit, beat, claim, complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
     look, moves, only_moves = moves without "ended", next_due, part_exists, promote, publish, publish_checked,
     publish_one = publish_one without "several", publish_several = publish_one without "one", pull, replay, resolution, retain_preview, roles,
-    settle_open, settle_part, suspects, unrouted,
+    held_back, settle_open, settle_part, suspects, unrouted,
     list, show_attempts, show_records, subscriptions, stranded, unanswered, waiting,
 }
 
@@ -655,6 +655,10 @@ impl Store for PgStore {
 
     async fn stranded(&self) -> Result<Vec<Stranded>, Error> {
         admin::stranded(self).await
+    }
+
+    async fn held_back(&self, longer_than: Duration) -> Result<Option<HeldBack>, Error> {
+        admin::held_back(self, longer_than).await
     }
 
     async fn audit(&self, limit: u32) -> Result<Vec<AuditEntry>, Error> {

@@ -1,11 +1,15 @@
--- Subscriptions with deliveries that no live worker stands behind.
-select w.application, w.name, w.waiting
+-- Subscriptions with deliveries that wait for nobody: no live worker stands behind them. What is due later
+-- does not wait yet.
+select w.application, w.name, w.waiting, w.later
 from (
     select s.application, s.name,
         (select pg_catalog.count(*) from (select from {schema}.ready r where r.subscription = s.id limit 100001) r)
-        + (select pg_catalog.count(*) from (select from {schema}.scheduled r where r.subscription = s.id limit 100001) r)
+        + (select pg_catalog.count(*) from (select from {schema}.scheduled r
+            where r.subscription = s.id and r.due_at <= pg_catalog.statement_timestamp() limit 100001) r)
         + (select pg_catalog.count(*) from {schema}.leased l where l.subscription = s.id)
-        + (select pg_catalog.count(*) from {schema}.doubt d where d.subscription = s.id) as waiting
+        + (select pg_catalog.count(*) from {schema}.doubt d where d.subscription = s.id) as waiting,
+        (select pg_catalog.count(*) from (select from {schema}.scheduled r
+            where r.subscription = s.id and r.due_at > pg_catalog.statement_timestamp() limit 100001) r) as later
     from {schema}.subscription s
     where not exists (select from {schema}.worker w
         where s.id = any (w.subscriptions) and w.expires_at > pg_catalog.statement_timestamp())

@@ -46,7 +46,7 @@ use sqlx::{Row, Sqlite, SqliteConnection, SqlitePool};
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, MigrationStatus, Replay, ReplayCount, Replayed,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, MigrationStatus, Replay, ReplayCount, Replayed,
     Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::content::Content;
@@ -446,6 +446,11 @@ impl Store for SqliteStore {
 
     async fn stranded(&self) -> Result<Vec<Stranded>, Error> {
         show::stranded(self).await
+    }
+
+    async fn held_back(&self, _: Duration) -> Result<Option<HeldBack>, Error> {
+        // Rows are removed at once; an old reader keeps the write-ahead log long, which no table tells.
+        Ok(None)
     }
 
     async fn audit(&self, limit: u32) -> Result<Vec<AuditEntry>, Error> {

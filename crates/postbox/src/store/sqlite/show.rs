@@ -216,12 +216,17 @@ fn shown(rows: Vec<SubscriptionRow>) -> Vec<SubscriptionRow> {
     rows.into_iter().filter(|s| s.removed_at.is_none() || holds(s)).collect()
 }
 
-/// Deliveries that are not at an end, and that no live worker stands behind.
+/// Deliveries that are due and not at an end, and that no live worker stands behind.
 fn left_alone(rows: &[SubscriptionRow]) -> Vec<Stranded> {
-    let waiting = |s: &SubscriptionRow| (s.pending + s.scheduled + s.running + s.in_doubt).min(100_001);
+    let waiting = |s: &SubscriptionRow| (s.pending + s.running + s.in_doubt).min(100_001);
     rows.iter()
         .filter(|s| s.workers == 0 && waiting(s) > 0)
-        .map(|s| Stranded { application: s.application.clone(), subscription: s.name.clone(), waiting: waiting(s) })
+        .map(|s| Stranded {
+            application: s.application.clone(),
+            subscription: s.name.clone(),
+            waiting: waiting(s),
+            later: s.scheduled,
+        })
         .collect()
 }
 
@@ -264,5 +269,6 @@ pub(super) async fn status(store: &SqliteStore) -> Result<Status, Error> {
         subscriptions: shown(rows),
         unrouted,
         unrouted_topics,
+        held_back: None,
     })
 }
