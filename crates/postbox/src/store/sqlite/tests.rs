@@ -18,6 +18,7 @@ use crate::store::{
 
 mod backfilling;
 mod doubting;
+mod migrating;
 mod operating;
 mod publishing;
 mod registering;
