@@ -22,6 +22,7 @@ mod migrating;
 mod operating;
 mod publishing;
 mod registering;
+mod succeeding;
 mod working;
 
 /// A store on a file of its own.
