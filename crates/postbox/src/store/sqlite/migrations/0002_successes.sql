@@ -112,13 +112,14 @@ begin
         select 1 from postbox_dedup d
         where d.topic = new.topic and d.key = new.dedup_key and d.message = new.id);
 
-    -- A duplicate has no message, and so no deliveries. They come after all that are there, in the order
-    -- of their numbers.
+    -- A duplicate has no message, and so no deliveries. They come after all that are there: their numbers
+    -- are higher than those at the same place.
     insert into postbox_delivery (message, subscription, state, pos, due_at, since)
     select x.message, x.subscription, 'pending', (select delivery from postbox_last), x.due_at,
         (select now from postbox_clock)
     from postbox_match x
-    where x.message = new.id and x.removed_at is null and not x.scan;
+    where x.message = new.id and x.removed_at is null and not x.scan
+    order by x.subscription;
 
     insert into postbox_unrouted (seq, topic, epoch)
     select m.seq, m.topic, m.epoch from postbox_message m
