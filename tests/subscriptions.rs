@@ -96,7 +96,7 @@ async fn pg_deliveries(pool: &sqlx::PgPool, schema: &str) -> BTreeMap<(i32, Uuid
 
 impl Deliveries for Sqlite {
     async fn deliveries(fresh: &Fresh<Sqlite>) -> BTreeMap<(i32, Uuid), i64> {
-        let sql = "select subscription, message, count(*) from postbox_delivery group by 1, 2";
+        let sql = "select subscription, message, count(*) from postbox_every group by 1, 2";
         let rows: Vec<(i32, Uuid, i64)> = sqlx::query_as(sql).fetch_all(&fresh.pool).await.expect("the deliveries");
         rows.into_iter().map(|(s, m, n)| ((s, m), n)).collect()
     }

@@ -100,8 +100,9 @@ async fn cycle(path: &Path, messages: usize) -> Result<(f64, f64), Problem> {
     let published = messages as f64 / begun.elapsed().as_secs_f64();
 
     let mut reader = options(path).read_only(true).connect().await?;
-    let succeeded = "select count(*) from postbox_delivery where state = 'succeeded'";
-    let left = "select exists (select 1 from postbox_delivery where state <> 'succeeded')";
+    let succeeded = "select count(*) from postbox_every where state = 'succeeded'";
+    let left = "select exists (select 1 from postbox_delivery where state <> 'succeeded')
+            or exists (select 1 from postbox_lease)";
     let begun = Instant::now();
     let worker = postbox.worker(router()).concurrency(100).start().await?;
     // The record is looked at once the handlers are through: looking is not free.

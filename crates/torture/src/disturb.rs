@@ -155,6 +155,9 @@ pub(crate) async fn age_soon<Db: Site>(pool: Pool<Db>) {
         Kind::Sqlite => format!(
             "update postbox_delivery set since = since - 40 * 86400000
              where state = 'succeeded' and since > (select now from postbox_clock) - 86400000
+                 and subscription in (select id from postbox_subscription where name = '{FLEETING}');
+             update postbox_success set at = at - 40 * 86400000
+             where at > (select now from postbox_clock) - 86400000
                  and subscription in (select id from postbox_subscription where name = '{FLEETING}')"
         ),
     };

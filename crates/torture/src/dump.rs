@@ -59,7 +59,7 @@ pub(crate) async fn dump<Db: Site>(pool: &Pool<Db>, history: &mut History) -> Re
         Kind::Sqlite => {
             "select cast(d.id as text), d.state, s.name, hex(d.message), cast(d.attempt as text), cast(d.rev as text), d.note,
                 cast(d.replay_of as text)
-             from postbox_delivery d join postbox_subscription s on s.id = d.subscription"
+             from postbox_every d join postbox_subscription s on s.id = d.subscription"
         }
     };
     history.deliveries = read(pool, deliveries.into())
@@ -90,7 +90,7 @@ pub(crate) async fn dump<Db: Site>(pool: &Pool<Db>, history: &mut History) -> Re
         Kind::Sqlite => {
             "select cast(o.delivery as text), cast(o.number as text), o.kind, cast(o.started_at as text),
                 cast(o.finished_at as text), o.error, hex(a.worker) || '/' || a.batch, hex(o.worker) || '/' || o.batch
-             from postbox_outcome o
+             from postbox_ended o
              left join postbox_attempt a on a.delivery = o.delivery and a.number = o.number
              union all
              select cast(a.delivery as text), cast(a.number as text), null, cast(a.started_at as text), null, null,
@@ -231,7 +231,7 @@ async fn written<Db: Site>(pool: &Pool<Db>) -> Result<Vec<Written>, sqlx::Error>
         Kind::Sqlite => {
             "select case when batch <> 0 then hex(worker) || '/' || batch end, cast(delivery as text),
                 cast(number as text), cast(rev as text)
-             from postbox_outcome"
+             from postbox_ended"
         }
     };
     let written = |r: &Texts| Written {
@@ -247,7 +247,7 @@ async fn written<Db: Site>(pool: &Pool<Db>) -> Result<Vec<Written>, sqlx::Error>
 pub(crate) async fn sample<Db: Site>(pool: &Pool<Db>) -> Result<Vec<(i64, Sample)>, sqlx::Error> {
     let (view, id) = match Db::KIND {
         Kind::Postgres => ("postbox.delivery", "delivery"),
-        Kind::Sqlite => ("postbox_delivery", "id"),
+        Kind::Sqlite => ("postbox_every", "id"),
     };
     let sql = format!(
         "select cast({id} as text), state, cast(rev as text) from {view}
@@ -262,7 +262,7 @@ pub(crate) async fn sample<Db: Site>(pool: &Pool<Db>) -> Result<Vec<(i64, Sample
 pub(crate) async fn unfinished<Db: Site>(pool: &Pool<Db>) -> Result<(i64, String), sqlx::Error> {
     let (view, id) = match Db::KIND {
         Kind::Postgres => ("postbox.delivery", "delivery"),
-        Kind::Sqlite => ("postbox_delivery", "id"),
+        Kind::Sqlite => ("postbox_every", "id"),
     };
     let sql = format!(
         "select cast(d.{id} as text), d.state, s.name, cast(d.attempt as text), d.note

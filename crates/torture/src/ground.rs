@@ -52,7 +52,7 @@ fn witness(kind: Kind) -> &'static str {
              create trigger torture_claim after insert on postbox.lease
                  for each row execute function torture.keep_claim();"
         }
-        // The lease is written first, then each delivery gets its token.
+        // The lease is written first, with what it holds itself; then each other delivery gets its token.
         Kind::Sqlite => {
             "create table torture_claim (token blob not null, batch integer not null, worker blob not null,
                  delivery integer not null, rev integer not null, attempt integer not null);
@@ -62,6 +62,11 @@ fn witness(kind: Kind) -> &'static str {
                  insert into torture_claim (token, batch, worker, delivery, rev, attempt)
                  select l.token, l.batch, l.worker, new.id, new.rev, new.attempt
                  from postbox_lease l where l.token = new.token;
+             end;
+             create trigger torture_keep_lease after insert on postbox_lease
+             begin
+                 insert into torture_claim (token, batch, worker, delivery, rev, attempt)
+                 select new.token, new.batch, new.worker, i.value ->> 0, 1, 0 from json_each(new.items) i;
              end;"
         }
     }

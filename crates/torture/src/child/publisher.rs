@@ -151,7 +151,10 @@ impl<Db: Site> Publisher<Db> {
                 "select cast((select count(*) from postbox.ready) + (select count(*) from postbox.scheduled)
                  + (select coalesce(sum(cardinality(deliveries)), 0) from postbox.lease) as text)"
             }
-            Kind::Sqlite => "select cast(count(*) as text) from postbox_delivery where state in ('pending', 'running')",
+            Kind::Sqlite => {
+                "select cast((select count(*) from postbox_delivery where state in ('pending', 'running'))
+                 + (select count(*) from postbox_held) as text)"
+            }
         };
         loop {
             let look = async {

@@ -14,4 +14,10 @@ from (
         and (?6 = 0 or x.seq in (select u.seq from postbox_unrouted u))
         and not exists (
             select 1 from postbox_delivery d where d.message = x.message and d.subscription = x.subscription)
+        and (x.subscription, x.message) not in (select h.subscription, h.message from postbox_held h)
+        and (x.subscription, x.message) not in (
+            select d.subscription, d.message from postbox_succeeded d
+            where d.subscription in (select value from json_each(?5))
+                and d.last_message >= (select min(m.id) from postbox_message m where m.seq > ?1 and m.seq <= ?2)
+                and d.first_message <= (select max(m.id) from postbox_message m where m.seq > ?1 and m.seq <= ?2))
 ) f

@@ -16,10 +16,12 @@ use crate::settings::Settings;
 use crate::store::down::{Holdings, Loss, too_far};
 
 /// Version and name are the position and the file's; up and down.
-const MIGRATIONS: [(&str, &str, &str); 1] =
-    [("engine", include_str!("migrations/0001_engine.sql"), include_str!("migrations/0001_engine.down.sql"))];
+pub(super) const MIGRATIONS: [(&str, &str, &str); 2] = [
+    ("engine", include_str!("migrations/0001_engine.sql"), include_str!("migrations/0001_engine.down.sql")),
+    ("successes", include_str!("migrations/0002_successes.sql"), include_str!("migrations/0002_successes.down.sql")),
+];
 
-const HEAD: &str = "create table if not exists postbox_migration (
+pub(super) const HEAD: &str = "create table if not exists postbox_migration (
     version    integer primary key,
     name       text    not null,
     applied_at integer not null
@@ -201,7 +203,7 @@ pub(super) async fn migrate_down(store: &SqliteStore, to: u32, loss: Loss) -> Re
             return Ok(names);
         };
         if loss == Loss::Refused
-            && let Some(refused) = holdings(store, work.on()).await?.refusal(PREFIX, to)
+            && let Some(refused) = holdings(store, work.on(), done, to).await?.refusal(PREFIX, to)
         {
             work.rollback().await?;
             return Err(refused);
@@ -217,11 +219,30 @@ pub(super) async fn migrate_down(store: &SqliteStore, to: u32, loss: Loss) -> Re
     }
 }
 
-async fn holdings(store: &SqliteStore, connection: &mut SqliteConnection) -> Result<Holdings, Error> {
-    let sql = "select (select count(*) from (select 1 from postbox_message limit 100001)),
+/// What is in the way of going down from the version `done`. Only the first one's way down loses what there is.
+async fn holdings(
+    store: &SqliteStore,
+    connection: &mut SqliteConnection,
+    done: usize,
+    to: u32,
+) -> Result<Holdings, Error> {
+    let mut sql = "select (select count(*) from (select 1 from postbox_message limit 100001)),
         (select count(*) from (select 1 from postbox_delivery where state in ('pending', 'running', 'in_doubt') limit 100001)),
-        (select count(*) from (select 1 from postbox_delivery where state = 'in_doubt' limit 100001))";
-    let (messages, unfinished, in_doubt) = sqlx::query_as(sql).fetch_one(&mut *connection).await?;
+        (select count(*) from (select 1 from postbox_delivery where state = 'in_doubt' limit 100001))"
+        .to_owned();
+    if done > 1 {
+        sql.push_str(", (select count(*) from postbox_held)");
+    } else {
+        sql.push_str(", 0");
+    }
+    let (messages, unfinished, in_doubt) = match to {
+        0 => {
+            let (messages, unfinished, in_doubt, held): (i64, i64, i64, i64) =
+                sqlx::query_as(sqlx::AssertSqlSafe(sql)).fetch_one(&mut *connection).await?;
+            (messages, unfinished + held, in_doubt)
+        }
+        _ => (0, 0, 0),
+    };
     let workers: Vec<Uuid> = sqlx::query_scalar("select id from postbox_worker").fetch_all(connection).await?;
     let workers = workers.into_iter().filter(|id| store.shared.alive.lives(*id)).count() as i64;
     Ok(Holdings { workers, messages, unfinished, in_doubt })

@@ -17,4 +17,4 @@
                 where p.value not in ('*', '>')
                     and p.value <> json_extract('["' || replace(m.topic, '.', '","') || '"]', '$[' || p.key || ']'))))
     and (?9 is null or s.application in (select value from json_each(?9)))
-    and (?7 is null or d.message >= ?7) and (?8 is null or d.message < ?8)
+    and (?7 is null or d.message >= ?7 and d.last_message >= ?7) and (?8 is null or d.message < ?8 and d.first_message < ?8)

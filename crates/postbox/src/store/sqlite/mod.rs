@@ -25,6 +25,7 @@ mod body;
 mod claim;
 mod connect;
 mod doubt;
+mod held;
 mod operate;
 mod publish;
 mod pull;
@@ -141,7 +142,7 @@ fn envelope(row: &SqliteRow) -> Result<Envelope, sqlx::Error> {
         payload: Content::stored(row.try_get("payload")?, row.try_get("body")?, row.try_get("content_type")?)
             .map_err(decode)?,
         headers: headers.map(|h| serde_json::from_str(&h)).transpose().map_err(decode)?.unwrap_or_default(),
-        occurred_at: occurred_us.and_then(|us| jiff::Timestamp::from_microsecond(us).ok()).unwrap_or(minted_at(id)),
+        occurred_at: occurred(occurred_us, id),
         received_at: minted_at(id),
         source: row.try_get("source")?,
         external_id: row.try_get("external_id")?,
@@ -149,6 +150,11 @@ fn envelope(row: &SqliteRow) -> Result<Envelope, sqlx::Error> {
         causation_id: row.try_get("causation_id")?,
         max_attempts: row.try_get("max_attempts")?,
     })
+}
+
+/// When it happened: as it was said, else when it was recorded.
+fn occurred(micros: Option<i64>, id: Uuid) -> jiff::Timestamp {
+    micros.and_then(|us| jiff::Timestamp::from_microsecond(us).ok()).unwrap_or(minted_at(id))
 }
 
 impl Store for SqliteStore {

@@ -32,8 +32,8 @@ pub(super) async fn stands(work: &mut Work, delivery: DeliveryId) -> Result<Opti
         "select d.message, d.subscription, d.state, d.priority, d.attempt, d.lost, d.rev, s.kind, s.idempotent,
              s.removed_at is not null as removed,
              s.quiet_ms + s.timeout_ms + coalesce((select max(w.lease_ms) from postbox_worker w), 30000) as late_ms
-         from postbox_delivery d join postbox_subscription s on s.id = d.subscription
-         where d.id = ?1",
+         from postbox_every d cross join postbox_subscription s on s.id = d.subscription
+         where d.id = ?1 and d.lowest <= ?1 and d.highest >= ?1",
     )
     .bind(delivery)
     .fetch_optional(work.on())

@@ -1,7 +1,5 @@
 //! Publishing on the caller's connection, and the second look at dedup keys that were taken.
 
-use std::fmt::Write;
-
 use serde::Serialize;
 use sqlx::{Row, SqliteConnection};
 use uuid::Uuid;
@@ -17,23 +15,70 @@ use crate::store::Stored;
 struct Input<'a> {
     id: String,
     topic: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     headers: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     occurred_us: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     external_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     correlation_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     causation_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     max_attempts: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     delay_ms: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     due_ms: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     dedup_key: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     dedup_ms: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     body_hash: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     content_type: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     payload: Option<&'a str>,
     /// In hexadecimal digits.
+    #[serde(skip_serializing_if = "Option::is_none")]
     body: Option<String>,
+}
+
+/// A column of `postbox_publish`, how it is read, and whether a message has it.
+type Column = (&'static str, &'static str, fn(&Input<'_>) -> bool);
+
+const COLUMNS: [Column; 18] = [
+    ("id", "unhex(value ->> 'id')", |_| true),
+    ("topic", "value ->> 'topic'", |_| true),
+    ("key", "value ->> 'key'", |i| i.key.is_some()),
+    ("headers", "value ->> 'headers'", |i| i.headers.is_some()),
+    ("occurred_us", "value ->> 'occurred_us'", |i| i.occurred_us.is_some()),
+    ("source", "value ->> 'source'", |i| i.source.is_some()),
+    ("external_id", "value ->> 'external_id'", |i| i.external_id.is_some()),
+    ("correlation_id", "value ->> 'correlation_id'", |i| i.correlation_id.is_some()),
+    ("causation_id", "value ->> 'causation_id'", |i| i.causation_id.is_some()),
+    ("max_attempts", "value ->> 'max_attempts'", |i| i.max_attempts.is_some()),
+    ("delay_ms", "value ->> 'delay_ms'", |i| i.delay_ms.is_some()),
+    ("due_ms", "value ->> 'due_ms'", |i| i.due_ms.is_some()),
+    ("dedup_key", "value ->> 'dedup_key'", |i| i.dedup_key.is_some()),
+    ("dedup_ms", "value ->> 'dedup_ms'", |i| i.dedup_ms.is_some()),
+    ("body_hash", "unhex(value ->> 'body_hash')", |i| i.body_hash.is_some()),
+    ("content_type", "value ->> 'content_type'", |i| i.content_type.is_some()),
+    ("payload", "value ->> 'payload'", |i| i.payload.is_some()),
+    ("body", "unhex(value ->> 'body')", |i| i.body.is_some()),
+];
+
+/// The statement that stores them.
+fn statement(inputs: &[Input<'_>]) -> String {
+    let used: Vec<&Column> = COLUMNS.iter().filter(|(.., has)| inputs.iter().any(has)).collect();
+    let list = |part: fn(&Column) -> &'static str| used.iter().map(|c| part(c)).collect::<Vec<_>>().join(", ");
+    include_str!("publish.sql").replace("{columns}", &list(|c| c.0)).replace("{values}", &list(|c| c.1))
 }
 
 impl<'a> Input<'a> {
@@ -79,11 +124,8 @@ impl<'a> Input<'a> {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]).map(|digit| char::from(DIGITS[usize::from(digit)])).collect()
 }
 
 fn encode(error: serde_json::Error) -> sqlx::Error {
@@ -105,7 +147,7 @@ pub(super) async fn publish(connection: &mut SqliteConnection, drafts: &[Draft])
             inputs.push(Input::of(&drafts[*i], *id)?);
         }
         let json = serde_json::to_string(&inputs).map_err(encode)?;
-        sqlx::query(include_str!("publish.sql")).bind(json).execute(&mut *connection).await?;
+        sqlx::query(sqlx::AssertSqlSafe(statement(&inputs))).bind(json).execute(&mut *connection).await?;
 
         let mut unsure = Vec::new();
         for ((i, id), mut input) in open.into_iter().zip(ids).zip(inputs) {

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::admin::{Action, lost_race, record};
 use super::operate::stands;
-use super::show::filtered;
+use super::show::{LOOK, WIDER, filtered};
 use super::work::Work;
 use super::{SqliteStore, json_of};
 use crate::admin::{AuditEntry, COUNTED, Filter, Replay, ReplayCount, Replayed, no_delivery};
@@ -79,10 +79,11 @@ async fn make(
 pub(super) async fn counts(store: &SqliteStore, filter: &Filter, above: DeliveryId) -> Result<Vec<ReplayCount>, Error> {
     let sql = "select s.application, s.name, s.kind, s.removed_at is not null as removed, count(*) as deliveries
         from (
-            select d.subscription from postbox_delivery d
-            join postbox_subscription s on s.id = d.subscription
-            join postbox_message m on m.id = d.message
-            where d.state in ('succeeded', 'dead', 'cancelled') and (?6 is null or d.id = ?6) and d.id > ?10 {filter}
+            select d.subscription from postbox_every d
+            cross join postbox_subscription s on s.id = d.subscription
+            cross join postbox_message m on m.id = d.message
+            where d.state in ('succeeded', 'dead', 'cancelled') and (?6 is null or d.id = ?6) and d.id > ?10
+                and d.highest > ?10 {filter}
             limit ?1
         ) w join postbox_subscription s on s.id = w.subscription
         group by s.id order by s.application, s.name, s.id";
@@ -106,12 +107,23 @@ pub(super) async fn replayable(
     (above, upto): (DeliveryId, DeliveryId),
     limit: u32,
 ) -> Result<Vec<Ended>, Error> {
-    let sql = "select d.id, d.message, d.subscription, d.state from postbox_delivery d
-        join postbox_subscription s on s.id = d.subscription
-        join postbox_message m on m.id = d.message
-        where d.id > ?10 and d.id <= ?11 and d.state in ('succeeded', 'dead', 'cancelled') {filter}
+    let sql = "select d.id, d.message, d.subscription, d.state from postbox_every d
+        cross join postbox_subscription s on s.id = d.subscription
+        cross join postbox_message m on m.id = d.message
+        where d.id > ?10 and d.highest > ?10 and d.id <= ?11 and d.lowest <= ?11
+            and d.state in ('succeeded', 'dead', 'cancelled') {filter}
         order by d.id limit ?1";
-    let rows = filtered(sql.to_owned(), filter, None, limit)?.bind(above).bind(upto).fetch_all(&store.reader).await?;
+    // The lowest first: nothing above is unpacked when there are enough of them.
+    let mut width = i64::from(limit).saturating_mul(LOOK);
+    let rows = loop {
+        let end = above.saturating_add(width).min(upto);
+        let rows =
+            filtered(sql.to_owned(), filter, None, limit)?.bind(above).bind(end).fetch_all(&store.reader).await?;
+        if end == upto || rows.len() >= limit as usize {
+            break rows;
+        }
+        width = width.saturating_mul(WIDER);
+    };
     let ended = rows.iter().map(|row| {
         use sqlx::Row;
         Ok(Ended {
@@ -133,14 +145,16 @@ pub(super) async fn page(store: &SqliteStore, ended: &[Ended], replay: &Replay) 
     // Operations are replayed one by one, with a word on each; a removed subscription has nobody behind it.
     // Only what is as it was seen: what was changed since is not replayed by an old look.
     let wanted: Vec<DeliveryId> = sqlx::query_scalar(
-        "select d.id from json_each(?1) e
-         join postbox_delivery d on d.id = e.value ->> 0 and d.state = e.value ->> 1
+        "select d.id from postbox_every d
          join postbox_subscription s on s.id = d.subscription and s.removed_at is null and s.kind <> 'operation'
-         where d.state in ('succeeded', 'dead', 'cancelled')
-             and exists (select 1 from postbox_message m where m.id = d.message)
-         order by e.key",
+         where (d.id, d.state) in (select value ->> 0, value ->> 1 from json_each(?1))
+             and d.id >= ?2 and d.highest >= ?2 and d.id <= ?3 and d.lowest <= ?3
+             and d.state in ('succeeded', 'dead', 'cancelled')
+             and exists (select 1 from postbox_message m where m.id = d.message)",
     )
     .bind(json_of(&ended.iter().map(|e| (e.delivery, e.state.as_str())).collect::<Vec<_>>())?)
+    .bind(ended.iter().map(|e| e.delivery).min())
+    .bind(ended.iter().map(|e| e.delivery).max())
     .fetch_all(work.on())
     .await?;
     let wanted: std::collections::HashSet<DeliveryId> = wanted.into_iter().collect();

@@ -28,7 +28,7 @@ async fn idle(store: &SqliteStore, retention: &Retention) -> Result<bool, Error>
     let mut read = store.read().await?;
     let bound = unrouted_bound(read.on(), retention.keep_unrouted).await?;
     let sql = format!(
-        "select not exists (select 1 from postbox_expired)
+        "select not exists (select 1 from postbox_expired) and not exists (select 1 from postbox_expired_success)
             and not (?2 and exists (select 1 from postbox_retention where deliveries + messages > 0))
             and not ({UNWANTED} and exists (
                 select 1 from postbox_unrouted u join postbox_message m on m.seq = u.seq
@@ -60,13 +60,21 @@ pub(super) async fn retain(store: &SqliteStore, retention: &Retention) -> Result
     .bind(retention.most)
     .fetch_all(&mut *db)
     .await?;
-    let deliveries = json_of(&expired.iter().map(|(id, ..)| *id).collect::<Vec<_>>())?;
+    let successes = successes(db, i64::from(retention.most) - expired.len() as i64).await?;
+    let straight = || successes.iter().flat_map(|s| &s.items);
+    let deliveries: Vec<i64> = expired.iter().map(|(id, ..)| *id).chain(straight().map(|(id, ..)| *id)).collect();
+    let removed = i64::try_from(deliveries.len()).unwrap_or(i64::MAX);
+    let deliveries = json_of(&deliveries)?;
     for table in ["attempt", "outcome", "resolution", "observation"] {
         let sql = format!("delete from postbox_{table} where delivery in (select value from json_each(?1))");
         sqlx::query(sqlx::AssertSqlSafe(sql)).bind(&deliveries).execute(&mut *db).await?;
     }
     sqlx::query("delete from postbox_delivery where id in (select value from json_each(?1))")
         .bind(&deliveries)
+        .execute(&mut *db)
+        .await?;
+    sqlx::query("delete from postbox_success where id in (select value from json_each(?1))")
+        .bind(json_of(&successes.iter().map(|s| s.id).collect::<Vec<_>>())?)
         .execute(&mut *db)
         .await?;
     sqlx::query("delete from postbox_unrouted where seq in (select value from json_each(?1))")
@@ -77,22 +85,28 @@ pub(super) async fn retain(store: &SqliteStore, retention: &Retention) -> Result
         .iter()
         .map(|(_, message, _)| message)
         .chain(freed.iter().map(|(_, message)| message))
-        .map(|message| message.simple().to_string())
+        .map(|message| message.simple().to_string().to_uppercase())
+        .chain(straight().map(|(_, message, _)| message.clone()))
         .collect();
     let messages = sqlx::query(
         "delete from postbox_message
          where id in (select unhex(value) from json_each(?1))
              and not exists (select 1 from postbox_delivery d where d.message = postbox_message.id)
-             and not exists (select 1 from postbox_unrouted u where u.seq = postbox_message.seq)",
+             and not exists (select 1 from postbox_unrouted u where u.seq = postbox_message.seq)
+             and id not in (select h.message from postbox_held h)
+             and id not in (
+                 select d.message from postbox_succeeded d
+                 where d.first_message <= unhex(?3) and d.last_message >= unhex(?2))",
     )
     .bind(json_of(&touched)?)
+    .bind(touched.iter().min())
+    .bind(touched.iter().max())
     .execute(&mut *db)
     .await?
     .rows_affected();
-    let up_to = expired.iter().map(|(.., since)| *since).max();
-    let removed = i64::try_from(expired.len()).unwrap_or(i64::MAX);
+    let up_to = expired.iter().map(|(.., since)| *since).chain(successes.iter().map(|s| s.at)).max();
     note(db, removed, i64::try_from(messages).unwrap_or(i64::MAX), up_to, retention.tell).await?;
-    match expired.len() {
+    match removed {
         0 => work.commit().await?,
         _ => crash::commit("retention", work.commit()).await?,
     }
@@ -101,8 +115,36 @@ pub(super) async fn retain(store: &SqliteStore, retention: &Retention) -> Result
         busy: false,
         deliveries: removed,
         messages: i64::try_from(messages).unwrap_or(i64::MAX),
-        more: full(expired.len()) || full(freed.len()),
+        more: removed >= i64::from(retention.most) || full(freed.len()),
     })
+}
+
+/// A row of successes that were all kept long enough.
+struct Old {
+    id: i64,
+    at: i64,
+    items: Vec<(i64, String, i64)>,
+}
+
+/// About so many of them: a row goes as a whole.
+async fn successes(db: &mut SqliteConnection, most: i64) -> Result<Vec<Old>, Error> {
+    let mut old = Vec::new();
+    let mut many = 0;
+    let rows: Vec<(i64, i64)> = sqlx::query_as("select id, deliveries from postbox_expired_success limit ?1")
+        .bind(most)
+        .fetch_all(&mut *db)
+        .await?;
+    for (id, deliveries) in rows {
+        if many >= most {
+            break;
+        }
+        many += deliveries;
+        let (at, items): (i64, String) =
+            sqlx::query_as("select at, items from postbox_success where id = ?1").bind(id).fetch_one(&mut *db).await?;
+        let items = serde_json::from_str(&items).map_err(|e| sqlx::Error::Decode(Box::new(e)))?;
+        old.push(Old { id, at, items });
+    }
+    Ok(old)
 }
 
 /// Adds it up, and puts it on record now and then.
@@ -158,26 +200,21 @@ row! {
 pub(super) async fn preview(store: &SqliteStore, keep_unrouted: Duration) -> Result<RetentionPreview, Error> {
     let mut read = store.read().await?;
     let rows: Vec<Expired> = sqlx::query_as(
-        "select s.application, s.name, e.state, count(*) as many, min(e.since) as oldest
-         from postbox_expired e join postbox_subscription s on s.id = e.subscription
+        "select s.application, s.name, e.state, sum(e.deliveries) as many, min(e.since) as oldest
+         from (
+             select subscription, state, since, 1 as deliveries from postbox_expired
+             union all
+             select subscription, 'succeeded', at, deliveries from postbox_expired_success
+         ) e join postbox_subscription s on s.id = e.subscription
          group by s.id, e.state order by s.application, s.name, e.state",
     )
     .fetch_all(read.on())
     .await?;
     let bound = unrouted_bound(read.on(), keep_unrouted).await?;
-    let messages: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(format!(
-        "select (select count(*) from (
-                select e.message, count(*) as gone from postbox_expired e group by e.message) t
-             where t.gone = (select count(*) from postbox_delivery d where d.message = t.message)
-                 and exists (select 1 from postbox_message m where m.id = t.message)
-                 and not exists (select 1 from postbox_unrouted u join postbox_message m on m.seq = u.seq
-                     where m.id = t.message))
-            + (select count(*) from postbox_unrouted u join postbox_message m on m.seq = u.seq
-             where m.id < ?1 and {UNWANTED})"
-    )))
-    .bind(bound)
-    .fetch_one(read.on())
-    .await?;
+    let sought: bool =
+        sqlx::query_scalar(sqlx::AssertSqlSafe(format!("select not {UNWANTED}"))).fetch_one(read.on()).await?;
+    let messages: i64 =
+        sqlx::query_scalar(include_str!("retain_preview.sql")).bind(bound).bind(sought).fetch_one(read.on()).await?;
     read.rollback().await?;
     let deliveries = rows
         .into_iter()

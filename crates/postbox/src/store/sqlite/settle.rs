@@ -5,6 +5,7 @@ use sqlx::SqliteConnection;
 use uuid::Uuid;
 
 use super::doubt::keep;
+use super::held::Held;
 use super::publish::follow;
 use super::work::Work;
 use super::{SqliteStore, json_of, millis, millis_up};
@@ -40,13 +41,16 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
         // Each statement looks for the token, too: without the check it would be whoever has it now.
         lease.token = holder(work.on(), settle).await?.unwrap_or(lease.token);
     }
-    if !holds(work.on(), lease).await? {
+    let Some(mut held) = Held::of(work.on(), lease).await? else {
         work.rollback().await?;
         return Ok(Guarded::Fenced);
-    }
-    succeed(work.on(), lease, &settle.successes).await?;
+    };
+    succeed(work.on(), lease, &mut held, &settle.successes).await?;
     let mut moves: Vec<Move> = settle.moves.clone();
     moves.extend(settle.released.iter().map(decide::released));
+    let rows = moves.iter().map(|m| m.delivery).chain(settle.starts.iter().map(|(delivery, _)| *delivery));
+    held.restore(work.on(), rows).await?;
+    held.keep(work.on()).await?;
     apply(work.on(), &moves, Some(lease)).await?;
     for seen in &settle.seen {
         keep(work.on(), seen).await?;
@@ -72,27 +76,15 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
 /// Whose the deliveries of a flush are, whoever sends it: for a planted bug.
 async fn holder(db: &mut SqliteConnection, settle: &Settle) -> Result<Option<Uuid>, Error> {
     let ended = settle.successes.iter().map(|s| s.delivery).chain(settle.moves.iter().map(|m| m.delivery)).next();
-    let token = sqlx::query_scalar("select token from postbox_delivery where id = ?1").bind(ended);
+    let token = sqlx::query_scalar("select token from postbox_every where id = ?1").bind(ended);
     Ok(token.fetch_optional(db).await?.flatten())
-}
-
-async fn holds(db: &mut SqliteConnection, lease: LeaseRef) -> Result<bool, Error> {
-    let held: bool = sqlx::query_scalar(
-        "select exists (select 1 from postbox_lease where token = ?1 and batch = ?2 and worker = ?3)",
-    )
-    .bind(lease.token)
-    .bind(lease.batch)
-    .bind(lease.worker)
-    .fetch_one(db)
-    .await?;
-    Ok(held || planted!("settle-without-lease"))
 }
 
 /// A lease ends when it holds nothing: what would be left behind would be nobody's.
 pub(super) async fn close(db: &mut SqliteConnection, token: Uuid) -> Result<(), Error> {
     let closed = sqlx::query(
         "delete from postbox_lease
-         where token = ?1 and not exists (select 1 from postbox_delivery d where d.token = ?1)",
+         where token = ?1 and items = '[]' and not exists (select 1 from postbox_delivery d where d.token = ?1)",
     )
     .bind(token)
     .execute(db)
@@ -105,7 +97,7 @@ pub(super) async fn close(db: &mut SqliteConnection, token: Uuid) -> Result<(), 
 }
 
 /// All of them, or none: a delivery that is not in the lease any more is a mistake in the caller.
-fn all(moved: u64, wanted: usize) -> Result<(), Error> {
+pub(super) fn all(moved: u64, wanted: usize) -> Result<(), Error> {
     match moved == wanted as u64 {
         true => Ok(()),
         false => Err(Error::Refused(format!(
@@ -114,7 +106,16 @@ fn all(moved: u64, wanted: usize) -> Result<(), Error> {
     }
 }
 
-async fn succeed(db: &mut SqliteConnection, lease: LeaseRef, successes: &[Success]) -> Result<(), Error> {
+async fn succeed(
+    db: &mut SqliteConnection,
+    lease: LeaseRef,
+    held: &mut Held,
+    successes: &[Success],
+) -> Result<(), Error> {
+    let (records, successes) = held.succeed(successes);
+    for record in records {
+        record.write(db, lease).await?;
+    }
     if successes.is_empty() {
         return Ok(());
     }
@@ -238,13 +239,18 @@ pub(super) async fn settle_open(
         work.commit().await?;
         work = store.write().await?;
     }
-    let held: bool = holds(work.on(), lease).await?
-        && sqlx::query_scalar("select exists (select 1 from postbox_delivery where id = ?1 and token = ?2)")
-            .bind(outcome.delivery)
-            .bind(lease.token)
-            .fetch_one(work.on())
-            .await?;
-    if !held {
+    let Some(mut held) = Held::of(work.on(), lease).await? else {
+        work.rollback().await?;
+        return Ok(Guarded::Fenced);
+    };
+    held.restore(work.on(), std::iter::once(outcome.delivery)).await?;
+    held.keep(work.on()).await?;
+    let there: bool = sqlx::query_scalar("select exists (select 1 from postbox_delivery where id = ?1 and token = ?2)")
+        .bind(outcome.delivery)
+        .bind(lease.token)
+        .fetch_one(work.on())
+        .await?;
+    if !there {
         work.rollback().await?;
         return Ok(Guarded::Fenced);
     }

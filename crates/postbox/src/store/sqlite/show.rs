@@ -18,16 +18,14 @@ fn wish<T: serde::Serialize>(values: Vec<T>) -> Result<Option<String>, Error> {
     if values.is_empty() { Ok(None) } else { json_of(&values).map(Some) }
 }
 
-/// All deliveries, from the newest on.
-const ANY: &str = "true";
+/// All deliveries above the number `?10`, which successes are found by.
+const ABOVE: (&str, &str) = ("postbox_every", "d.id > ?10 and d.highest > ?10");
 /// Those that have not succeeded, who are few: each place of theirs has an index.
-const REST: &str = "d.id in (
-    select id from postbox_delivery where state = 'pending' and due_at is null
-    union all select id from postbox_delivery where state = 'pending' and due_at is not null
-    union all select id from postbox_delivery where token is not null
-    union all select id from postbox_delivery where state = 'in_doubt'
-    union all select id from postbox_delivery where state in ('dead', 'cancelled'))";
-const ONE: &str = "d.id = ?6";
+const REST: (&str, &str) = ("postbox_unfinished", "true");
+const ONE: (&str, &str) = ("postbox_every", "d.id = ?6 and d.lowest <= ?6 and d.highest >= ?6");
+/// How many numbers below the newest are looked at first, for each row that is wanted; then more and more.
+pub(super) const LOOK: i64 = 4;
+pub(super) const WIDER: i64 = 8;
 
 async fn deliveries(
     db: &mut SqliteConnection,
@@ -35,13 +33,26 @@ async fn deliveries(
     one: Option<DeliveryId>,
     limit: u32,
 ) -> Result<Vec<SqliteRow>, Error> {
-    let which = match one {
+    let (from, which) = match one {
         Some(_) => ONE,
-        None if filter.states.is_empty() || filter.states.contains(&State::Succeeded) => ANY,
+        None if filter.states.is_empty() || filter.states.contains(&State::Succeeded) => ABOVE,
         None => REST,
     };
-    let sql = include_str!("list.sql").replace("{which}", which);
-    Ok(filtered(sql, filter, one, limit)?.fetch_all(db).await?)
+    let sql = include_str!("list.sql").replace("{from}", from).replace("{which}", which);
+    if which != ABOVE.1 {
+        return Ok(filtered(sql, filter, one, limit)?.fetch_all(db).await?);
+    }
+    // The newest first: nothing older is unpacked when there are enough of them.
+    let newest: i64 = sqlx::query_scalar("select delivery from postbox_last").fetch_one(&mut *db).await?;
+    let mut width = i64::from(limit).saturating_mul(LOOK);
+    loop {
+        let above = newest.saturating_sub(width).max(0);
+        let rows = filtered(sql.clone(), filter, one, limit)?.bind(above).fetch_all(&mut *db).await?;
+        if above == 0 || rows.len() >= limit as usize {
+            return Ok(rows);
+        }
+        width = width.saturating_mul(WIDER);
+    }
 }
 
 /// A statement over deliveries with `?1` limit, `?6` one of them, and what a filter says in `{filter}`.
@@ -161,10 +172,9 @@ fn record_row(row: &SqliteRow) -> Result<RecordRow, Error> {
 pub(super) async fn deliveries_of(store: &SqliteStore, id: Uuid) -> Result<Option<(Envelope, Vec<DeliveryId>)>, Error> {
     let mut work = store.read().await?;
     let envelope = messages(work.on(), &[id]).await?.remove(&id);
-    let deliveries = sqlx::query_scalar("select id from postbox_delivery where message = ?1 order by id")
-        .bind(id)
-        .fetch_all(work.on())
-        .await?;
+    let of_it = "select id from postbox_every
+         where message = ?1 and first_message <= ?1 and last_message >= ?1 order by id";
+    let deliveries = sqlx::query_scalar(of_it).bind(id).fetch_all(work.on()).await?;
     work.rollback().await?;
     Ok(envelope.map(|envelope| (envelope, deliveries)))
 }

@@ -1,5 +1,6 @@
 -- The subscriptions with their counts; what there can be much of is counted up to 100001. Live
 -- workers are in the JSON array ?1, as arrays of the subscriptions that they stand behind.
+with held as materialized (select subscription, count(*) as deliveries from postbox_held group by 1)
 select s.id, s.application, s.name, s.pattern, s.kind, s.idempotent, s.max_attempts, s.removed_at,
     not s.backfilled and s.removed_at is null as backfilling,
     (select count(*) from json_each(?1) w where s.id in (select value from json_each(w.value))) as workers,
@@ -8,17 +9,21 @@ select s.id, s.application, s.name, s.pattern, s.kind, s.idempotent, s.max_attem
     + (select count(*) from (select 1 from postbox_delivery d
         where d.subscription = s.id and d.state = 'pending' and d.due_at is not null and d.due_at <= c.now limit 100001))
     + (select count(*) from postbox_delivery d
-        where d.token is not null and d.subscription = s.id and s.kind = 'operation' and not d.begun) as pending,
+        where d.token is not null and d.subscription = s.id and s.kind = 'operation' and not d.begun)
+    + coalesce((select h.deliveries from held h where h.subscription = s.id and s.kind = 'operation'), 0) as pending,
     (select count(*) from (select 1 from postbox_delivery d
         where d.subscription = s.id and d.state = 'pending' and d.due_at is not null and d.due_at > c.now limit 100001)) as scheduled,
     (select count(*) from postbox_delivery d
-        where d.token is not null and d.subscription = s.id and (s.kind <> 'operation' or d.begun)) as running,
+        where d.token is not null and d.subscription = s.id and (s.kind <> 'operation' or d.begun))
+    + coalesce((select h.deliveries from held h where h.subscription = s.id and s.kind <> 'operation'), 0) as running,
     (select count(*) from (select 1 from postbox_delivery d
         where d.subscription = s.id and d.state = 'in_doubt' limit 100001)) as in_doubt,
     (select count(*) from (select 1 from postbox_delivery d
         where d.subscription = s.id and d.state = 'dead' and d.state in ('dead', 'cancelled') limit 100001)) as dead,
-    (select count(*) from (select 1 from postbox_delivery d
-        where d.subscription = s.id and d.state = 'succeeded' and d.since > c.now - 3600000 limit 100001)) as succeeded_last_hour,
+    min(100001, (select count(*) from (select 1 from postbox_delivery d
+            where d.subscription = s.id and d.state = 'succeeded' and d.since > c.now - 3600000 limit 100001))
+        + coalesce((select sum(p.deliveries) from postbox_success p
+            where p.subscription = s.id and p.at > c.now - 3600000), 0)) as succeeded_last_hour,
     (c.now - min(
         coalesce((select d.since from postbox_delivery d
             where d.subscription = s.id and d.state = 'pending' and d.due_at is null

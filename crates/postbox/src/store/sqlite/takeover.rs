@@ -5,6 +5,7 @@ use std::time::Duration;
 use sqlx::SqliteConnection;
 use uuid::Uuid;
 
+use super::held::restore_all;
 use super::work::Work;
 use super::{SqliteStore, settle};
 use crate::error::Error;
@@ -78,6 +79,7 @@ async fn settle_leftover(
     draw: f64,
 ) -> Result<TakenOver, Error> {
     let mut taken = TakenOver { worker, name, pending: 0, in_doubt: 0, dead: 0 };
+    restore_all(work.on(), worker, None).await?;
     for left in leftover(work.on(), worker, None).await? {
         let facts = left.facts(idempotent, lease)?;
         let moved = decide::lost(&facts, &taken.name, draw).map_err(|e| Error::Refused(e.to_string()))?;
@@ -166,6 +168,7 @@ async fn hand_back(store: &SqliteStore, mut work: Work, worker: Uuid, token: Uui
         work.rollback().await?;
         return Ok(());
     };
+    restore_all(work.on(), worker, Some(token)).await?;
     let mut moves = Vec::new();
     for left in leftover(work.on(), worker, Some(token)).await? {
         match decide::handed_back(&left.facts(&[], Duration::ZERO)?) {

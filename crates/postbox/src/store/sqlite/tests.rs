@@ -18,9 +18,11 @@ use crate::store::{
 
 mod backfilling;
 mod doubting;
+mod migrating;
 mod operating;
 mod publishing;
 mod registering;
+mod succeeding;
 mod working;
 
 /// A store on a file of its own.

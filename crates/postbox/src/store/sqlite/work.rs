@@ -14,6 +14,8 @@ use crate::store::HandlerTx;
 pub struct Work {
     connection: PoolConnection<Sqlite>,
     ended: bool,
+    /// Its commit does not wait for the disk.
+    light: bool,
 }
 
 impl Work {
@@ -22,18 +24,21 @@ impl Work {
         Self::begin(pool, "BEGIN IMMEDIATE").await
     }
 
+    /// The same for what may be lost when the machine stops, because it means nothing after that. What
+    /// is committed next by anybody takes it to the disk, too.
+    pub(super) async fn write_lightly(pool: &SqlitePool) -> Result<Work, Error> {
+        let mut work = Work { connection: acquire(pool).await?, ended: false, light: true };
+        sqlx::raw_sql("PRAGMA synchronous = NORMAL; BEGIN IMMEDIATE").execute(work.on()).await?;
+        Ok(work)
+    }
+
     /// One snapshot for several reads.
     pub(super) async fn read(pool: &SqlitePool) -> Result<Work, Error> {
         Self::begin(pool, "BEGIN").await
     }
 
     async fn begin(pool: &SqlitePool, statement: &'static str) -> Result<Work, Error> {
-        let connection = pool.acquire().await.map_err(|error| match error {
-            // The one writer is somebody's in this process, as it could be another process's.
-            sqlx::Error::PoolTimedOut => Error::Busy(error),
-            error => Error::from(error),
-        })?;
-        let mut work = Work { connection, ended: false };
+        let mut work = Work { connection: acquire(pool).await?, ended: false, light: false };
         sqlx::query(statement).execute(work.on()).await?;
         Ok(work)
     }
@@ -51,7 +56,7 @@ impl Work {
             Err(sqlx::Error::PoolTimedOut) => return Ok(None),
             acquired => acquired?,
         };
-        let mut work = Work { connection, ended: false };
+        let mut work = Work { connection, ended: false, light: false };
         work.wait_for(patience).await?;
         let begun = sqlx::query("BEGIN IMMEDIATE").execute(work.on()).await.map_err(Error::from);
         work.wait_for(usual).await?;
@@ -77,15 +82,30 @@ impl Work {
 
     pub(super) async fn commit(mut self) -> Result<(), Error> {
         sqlx::query("COMMIT").execute(self.on()).await?;
-        self.ended = true;
-        Ok(())
+        self.end().await
     }
 
     pub(super) async fn rollback(mut self) -> Result<(), Error> {
         sqlx::query("ROLLBACK").execute(self.on()).await?;
+        self.end().await
+    }
+
+    /// The next one waits for the disk again, or gets another connection.
+    async fn end(mut self) -> Result<(), Error> {
+        if self.light {
+            sqlx::query("PRAGMA synchronous = FULL").execute(self.on()).await?;
+        }
         self.ended = true;
         Ok(())
     }
+}
+
+async fn acquire(pool: &SqlitePool) -> Result<PoolConnection<Sqlite>, Error> {
+    pool.acquire().await.map_err(|error| match error {
+        // The one writer is somebody's in this process, as it could be another process's.
+        sqlx::Error::PoolTimedOut => Error::Busy(error),
+        error => Error::from(error),
+    })
 }
 
 impl Drop for Work {
