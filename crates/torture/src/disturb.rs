@@ -140,6 +140,18 @@ async fn delivered<Db: Site>(pool: &Pool<Db>, since_ms: i64) -> Result<i64, sqlx
     Ok(number(&Db::rows(&mut connection, sql).await?))
 }
 
+/// As after a million messages, and after some days: the next slot of the ring is written to, and the window of
+/// messages ends, so that workers have slots to empty and windows to let go.
+fn later_on() -> String {
+    format!(
+        "select setval('postbox.delivery_id', ((last_value >> 20) + 1) << 20) from postbox.delivery_id;
+         update postbox.ring set look_at = '-infinity';
+         update postbox.subscription set keep_succeeded_ms = 0 where name = '{FLEETING}' and keep_succeeded_ms > 0;
+         update postbox.message_window set look_at = '-infinity' where look_at > clock_timestamp();
+         select postbox.cut_window(clock_timestamp()) where (select count(*) from postbox.message_window) < 12"
+    )
+}
+
 /// Makes one subscription's history old as soon as it is there, so that retention has something to
 /// remove: keeping it for a shorter time than an hour is nothing that a worker would declare.
 pub(crate) async fn age_soon<Db: Site>(pool: Pool<Db>) {
@@ -161,11 +173,17 @@ pub(crate) async fn age_soon<Db: Site>(pool: Pool<Db>) {
                  and subscription in (select id from postbox_subscription where name = '{FLEETING}')"
         ),
     };
+    let mut turn = 0_u32;
     loop {
         tokio::time::sleep(Duration::from_millis(500)).await;
+        turn += 1;
         let age = async {
             let mut connection = Db::acquire(&pool).await?;
-            Db::run(&mut connection, sql.clone()).await
+            Db::run(&mut connection, sql.clone()).await?;
+            if Db::KIND == Kind::Postgres && turn.is_multiple_of(3) {
+                Db::run(&mut connection, later_on()).await?;
+            }
+            Ok::<(), sqlx::Error>(())
         };
         tokio::time::timeout(Duration::from_secs(5), age).await.ok();
     }
