@@ -13,7 +13,7 @@ use sqlx::postgres::PgConnection;
 use uuid::Uuid;
 
 use crate::figure::{Bar, Figure, median, percentile};
-use crate::load::{TOPIC, draft, fill, idle_handler, on_record, register, succeeded};
+use crate::load::{TOPIC, draft, drained, fill, idle_handler, on_record, register, succeeded};
 use crate::plot::Curve;
 use crate::site::{Fresh, Site};
 use crate::{Extent, Problem};
@@ -171,25 +171,63 @@ fn all_succeeded(worker: Uuid, claimed: &Claimed) -> Settle {
 /// Claims in front of a big backlog beside claims in front of a small one, and a worker's memory.
 pub(crate) async fn backlog(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
     let big = if extent.long { 5_000_000 } else { 50_000.max(extent.messages * 5) };
-    let (small_claims, _) = in_front_of(site, CLAIMS * CLAIMED as usize + 10_000).await?;
-    let (big_claims, memory) = in_front_of(site, big).await?;
+    let small = in_front_of(site, CLAIMS * CLAIMED as usize + 10_000).await?;
+    let big_one = in_front_of(site, big).await?;
     let p99 = |claims: &[f64]| percentile(claims, 0.99);
     let name = format!("claim of 100 in front of {big}, p99 (baseline: of 10k)");
     Ok(vec![
-        Figure::beside(&name, &[p99(&big_claims)], &[p99(&small_claims)], "ms", Bar::RatioAtMost(2.0)),
-        Figure::alone(&format!("memory of a worker with {big} waiting"), memory, "MiB", Bar::AtMost(64.0)),
+        Figure::beside(&name, &[p99(&big_one.claims)], &[p99(&small.claims)], "ms", Bar::RatioAtMost(2.0)),
+        Figure::alone(&format!("memory of a worker with {big} waiting"), big_one.memory, "MiB", Bar::AtMost(64.0)),
+        Figure::beside(
+            &format!("the drain of all {big} (baseline: of 40k)"),
+            &[big_one.drain],
+            &[small.drain],
+            "msg/s",
+            Bar::None,
+        ),
+        Figure::alone(
+            &format!("show a delivery with {big} settled, p99"),
+            p99(&big_one.shows),
+            "ms",
+            Bar::AtMost(10.0),
+        ),
     ])
 }
 
-/// Milliseconds of claims, and the MiB that a worker takes in front of so many.
-async fn in_front_of(site: &Site, waiting: usize) -> Result<(Vec<f64>, f64), Problem> {
+/// What it is like in front of a backlog, and behind it.
+struct Backlog {
+    /// Milliseconds of each claim.
+    claims: Vec<f64>,
+    /// MiB that a worker takes.
+    memory: f64,
+    /// Messages a second until it is gone.
+    drain: f64,
+    /// Milliseconds to show one delivery of those that are settled.
+    shows: Vec<f64>,
+}
+
+async fn in_front_of(site: &Site, waiting: usize) -> Result<Backlog, Problem> {
     let fresh = site.fresh().await?;
-    register(&fresh, idle_handler(&Arc::default())).await?;
+    let done = Arc::new(AtomicU64::new(0));
+    register(&fresh, idle_handler(&done)).await?;
     stuff(site, &fresh, waiting).await?;
     let memory = crate::quiet::memory(&fresh).await?;
     let claims = claims(&fresh.postbox).await?;
+    let left = waiting - CLAIMS * CLAIMED as usize;
+    let start = fresh.postbox.worker(idle_handler(&done)).concurrency(100).start();
+    let drain = drained(site, &fresh, &done, start, left).await?;
+    let mut shows = Vec::with_capacity(CLAIMS);
+    for number in 0..CLAIMS {
+        let delivery = (number * 7919 * 6151 % waiting + 1) as i64;
+        let begun = Instant::now();
+        let shown = fresh.postbox.admin().show(delivery).await?;
+        shows.push(begun.elapsed().as_secs_f64() * 1000.0);
+        if shown.envelope.is_none() || shown.attempts.len() != 1 {
+            return Err(format!("delivery {delivery} is not shown with its message and its attempt").into());
+        }
+    }
     fresh.drop(site).await?;
-    Ok((claims, memory))
+    Ok(Backlog { claims, memory, drain, shows })
 }
 
 /// A backlog, put there in one statement: what it costs to publish it is another figure.
@@ -201,12 +239,12 @@ async fn stuff(site: &Site, fresh: &Fresh, messages: usize) -> Result<(), Proble
              select {schema}.uuid7() as id, n, nextval('{schema}.delivery_id') as delivery
              from generate_series(1, {messages} - 1) n
          ), stored as (
-             insert into {schema}.message (id, epoch, topic, payload, deliveries)
-             select made.id, m.epoch, m.topic, m.payload, array[made.delivery]
+             insert into {schema}.message (id, epoch, topic, payload, delivery)
+             select made.id, m.epoch, m.topic, m.payload, made.delivery
              from made cross join (select * from {schema}.message limit 1) m
          )
-         insert into {schema}.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
-         select r.subscription, 0, made.delivery, made.delivery, made.id, 0, 0, 0
+         insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
+         select r.subscription, 0, (made.delivery >> 20) & 3, made.delivery, made.delivery, made.id, 0, 0, 0
          from made cross join (select * from {schema}.ready limit 1) r"
     ))
     .await?;

@@ -83,20 +83,40 @@ async fn subscribed(site: &Site, subscriptions: usize) -> Result<Fresh, Problem>
     Ok(fresh)
 }
 
-/// A worker that sleeps for ever, and a connection that listens: each publish has to wake it.
+/// How long the worker that is woken is busy: a claim, its handlers, and the look that finds nothing more.
+const BUSY: Duration = Duration::from_millis(5);
+
+/// A worker that does nothing but sleep and wake: when it is told, it says that it is awake, and goes to sleep
+/// again soon. One that has the messages to handle as well is awake for longer.
 async fn sleep_on(site: &Site, fresh: &Fresh) -> Result<(), Problem> {
-    let schema = &fresh.schema;
+    let schema = fresh.schema.clone();
     let channel: String = sqlx::query_scalar(AssertSqlSafe(format!("select channel from {schema}.routing")))
         .fetch_one(&site.pool)
         .await?;
     let mut listener = sqlx::postgres::PgListener::connect_with(&site.pool).await?;
     listener.listen(&channel).await?;
-    tokio::spawn(async move { while listener.recv().await.is_ok() {} });
     site.run(&format!(
         "insert into {schema}.worker (id, name, application, subscriptions, idempotent, lease_ms, expires_at, asleep)
          values (gen_random_uuid(), 'bench', 'bench', '{{}}', '{{}}', 3600000, now() + interval '1 hour', true)"
     ))
-    .await
+    .await?;
+    let pool = site.pool.clone();
+    tokio::spawn(async move {
+        while listener.recv().await.is_ok() {
+            for asleep in [false, true] {
+                let sql = format!(
+                    "begin; set local synchronous_commit = off; update {schema}.worker set asleep = {asleep}; commit"
+                );
+                if sqlx::raw_sql(AssertSqlSafe(sql)).execute(&pool).await.is_err() {
+                    return;
+                }
+                if !asleep {
+                    tokio::time::sleep(BUSY).await;
+                }
+            }
+        }
+    });
+    Ok(())
 }
 
 /// Business transactions a second, by all clients at once.
