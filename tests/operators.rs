@@ -557,7 +557,7 @@ async fn a_session_that_the_server_gives_up_may_be_had_later() {
     sql(&mut connection, "create database closed allow_connections false").await;
     let open = async |url: String| {
         let settings = Settings::defaults().url(url).set("application", "test");
-        Postbox::<Postgres>::open(settings).await.err().expect("no session")
+        Postbox::<Postgres>::open(settings).await.expect_err("no session")
     };
     // 55000, which is a statement's own fault otherwise.
     let url = server.url();
