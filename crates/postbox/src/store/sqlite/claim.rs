@@ -111,7 +111,7 @@ async fn lease(db: &mut SqliteConnection, request: &ClaimRequest, picked: &[Pick
     .await?;
     for (subscription, _) in &request.wanted {
         let own = || picked.iter().filter(|p| p.straight && p.item.subscription == *subscription);
-        let Some(last) = own().last() else { continue };
+        let Some(last) = own().next_back() else { continue };
         // The picked ones come first, so that a range of the index has them all.
         let taken = sqlx::query(
             "delete from postbox_delivery
