@@ -4,7 +4,8 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
-use super::{PgStore, Work, doubt, envelope, timestamp};
+use super::read::envelope;
+use super::{PgStore, Work, doubt, timestamp};
 use crate::admin::{
     AttemptRow, AuditEntry, DeliveryDetail, DeliveryRow, Filter, RecordRow, Resolution, Status, SubscriptionRow,
     WorkerRow, no_delivery,

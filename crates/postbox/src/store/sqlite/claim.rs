@@ -1,5 +1,7 @@
 //! Claiming: promote what is due, lease a batch.
 
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::{Row, SqliteConnection};
@@ -114,7 +116,8 @@ async fn lease(db: &mut SqliteConnection, request: &ClaimRequest, picked: &[Deli
         });
     }
     let ids: Vec<_> = items.iter().map(|item| item.message).collect();
-    let envelopes = messages(db, &ids).await?;
+    let envelopes = messages(db, &ids).await?.into_iter().map(|(id, envelope)| (id, Arc::new(envelope)));
+    let envelopes: HashMap<_, _> = envelopes.collect();
     for item in &mut items {
         item.envelope = envelopes.get(&item.message).cloned();
     }
