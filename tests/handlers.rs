@@ -1,8 +1,8 @@
 //! What handlers may say and what comes of it, end to end, on both stores.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use postbox::admin::{DeliveryDetail, Filter, Resolution};
@@ -26,6 +26,8 @@ on_both_stores!(
     ids_and_traces_are_carried,
     extractors_read_the_delivery,
     limits_hold,
+    one_that_blocks_its_thread_holds_up_no_neighbour,
+    one_that_panics_or_waits_is_settled_as_itself,
     a_message_may_have_its_own_limit_of_attempts,
     stopping_cancels_what_does_not_end,
     polling_alone_is_enough,
@@ -524,6 +526,74 @@ async fn limits_hold<Db: Testable>() {
     let most = |n: usize| gauge.0[n].load(Ordering::SeqCst);
     assert!((1..=3).contains(&most(2)), "{} at once in the worker", most(2));
     assert!((1..=2).contains(&most(3)), "{} at once in the subscription", most(3));
+    worker.stop(None).await.expect("stop");
+}
+
+async fn one_that_blocks_its_thread_holds_up_no_neighbour<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let through = Arc::new((Mutex::new(0), Condvar::new()));
+    let seen = through.clone();
+    let block = move |attempt: Attempt| {
+        let through = seen.clone();
+        async move {
+            let (count, changed) = &*through;
+            let mut count = count.lock().expect("it was not poisoned");
+            *count += 1;
+            changed.notify_all();
+            // The first one keeps its thread until the others have been called.
+            if *count == 1 {
+                let patience = Duration::from_secs(30);
+                let waited = changed.wait_timeout_while(count, patience, |count| *count < 40).expect("not poisoned");
+                assert!(!waited.1.timed_out(), "attempt {} holds up the others", attempt.number);
+            }
+        }
+    };
+    publish(&fresh, (0..40).map(|_| draft("t"))).await;
+    let router = Router::new().on("t", handler(block).named("block"));
+    let worker = fresh.postbox.worker(router).concurrency(40).start().await.expect("start");
+    let stories = drained(&fresh, 40).await;
+    for detail in stories.values() {
+        assert_eq!(story(detail), (Standing::Succeeded, 1, vec!["succeeded"]));
+    }
+    worker.stop(None).await.expect("stop");
+}
+
+async fn one_that_panics_or_waits_is_settled_as_itself<Db: Testable>() {
+    /// Panics when it is dropped.
+    struct Fuse;
+    impl Drop for Fuse {
+        fn drop(&mut self) {
+            panic!("on its way out");
+        }
+    }
+    let fresh = Db::fresh().await;
+    let gate = Arc::new(Notify::new());
+    let mixed = move |Payload(way): Payload<u32>| {
+        let gate = gate.clone();
+        async move {
+            match way {
+                0 => panic!("at once"),
+                1 => {
+                    let _fuse = Fuse;
+                    return Err(Failure::permanent("on purpose"));
+                }
+                2 => gate.notified().await,
+                3 => {
+                    tokio::task::yield_now().await;
+                    panic!("after it has waited");
+                }
+                _ => {}
+            }
+            gate.notify_one();
+            Ok(())
+        }
+    };
+    publish(&fresh, (0..8).map(|way| Envelope::json("t", &way).expect("a draft"))).await;
+    let router = Router::new().on("t", handler(mixed).named("mixed").max_attempts(1));
+    let worker = fresh.postbox.worker(router).concurrency(8).start().await.expect("start");
+    let stories = drained(&fresh, 8).await;
+    let ended = |kind: &str| stories.values().filter(|d| story(d).2 == [kind]).count();
+    assert_eq!((ended("panicked"), ended("succeeded")), (3, 5), "{stories:#?}");
     worker.stop(None).await.expect("stop");
 }
 

@@ -129,7 +129,7 @@ pub(super) async fn a_changed_pattern_leaves_old_deliveries_and_takes_new_ones<D
     publish(&fresh, "t.x", 1).await;
     publish(&fresh, "t.y", 1).await;
     let mut topics: Vec<String> =
-        moved.claim(10).await.items.into_iter().filter_map(|i| i.envelope).map(|e| e.topic).collect();
+        moved.claim(10).await.items.into_iter().filter_map(|i| i.envelope).map(|e| e.topic.clone()).collect();
     topics.sort();
     assert_eq!(topics, ["t.x", "t.y", "t.y"], "the old one stays, the unrouted one is taken, new ones match anew");
     fresh.postbox.admin().remove_subscription("test", "a", "ana", "gone").await.expect("remove");

@@ -1,27 +1,22 @@
 //! What a running handler's message hands on to those that it publishes.
 
+use std::sync::Arc;
+
 use tokio::task_local;
 
 use crate::message::{Draft, Envelope};
 
+/// The message that is handled.
 #[derive(Debug, Clone)]
-pub(crate) struct Context {
-    correlation: String,
-    causation: String,
-    traceparent: Option<String>,
-}
+pub(crate) struct Context(Arc<Envelope>);
 
 task_local! {
     static CURRENT: Context;
 }
 
 impl Context {
-    pub(crate) fn of(envelope: &Envelope) -> Context {
-        Context {
-            correlation: envelope.correlation(),
-            causation: envelope.id.to_string(),
-            traceparent: envelope.traceparent().map(str::to_owned),
-        }
+    pub(crate) fn of(envelope: &Arc<Envelope>) -> Context {
+        Context(envelope.clone())
     }
 
     /// Runs a future in this context.
@@ -36,10 +31,10 @@ impl Context {
 
     /// Fills in what the draft does not say itself.
     pub(crate) fn fill(&self, mut draft: Draft) -> Draft {
-        draft.correlation_id.get_or_insert_with(|| self.correlation.clone());
-        draft.causation_id.get_or_insert_with(|| self.causation.clone());
-        if let Some(traceparent) = &self.traceparent {
-            draft.headers.entry("traceparent".into()).or_insert_with(|| traceparent.clone());
+        draft.correlation_id.get_or_insert_with(|| self.0.correlation());
+        draft.causation_id.get_or_insert_with(|| self.0.id.to_string());
+        if let Some(traceparent) = self.0.traceparent() {
+            draft.headers.entry("traceparent".into()).or_insert_with(|| traceparent.to_owned());
         }
         draft
     }

@@ -170,9 +170,8 @@ impl<T, E: std::error::Error> ResultExt<T> for Result<T, E> {
 /// What extractors read from: one delivery's attempt.
 #[derive(Debug, Clone)]
 pub struct Call {
-    pub(crate) envelope: Envelope,
+    pub(crate) envelope: Arc<Envelope>,
     pub(crate) attempt: Attempt,
-    pub(crate) operation: Operation,
 }
 
 /// Which attempt this is.
@@ -244,7 +243,7 @@ impl<S> FromDelivery<S> for Bytes {
 
 impl<S> FromDelivery<S> for Envelope {
     fn from_delivery(call: &Call, _: &S) -> Result<Self, Rejection> {
-        Ok(call.envelope.clone())
+        Ok(call.envelope.as_ref().clone())
     }
 }
 
@@ -256,7 +255,7 @@ impl<S> FromDelivery<S> for Attempt {
 
 impl<S> FromDelivery<S> for Operation {
     fn from_delivery(call: &Call, _: &S) -> Result<Self, Rejection> {
-        Ok(call.operation.clone())
+        Ok(Operation::of(call.envelope.id, call.attempt.delivery, call.attempt.number))
     }
 }
 

@@ -387,7 +387,7 @@ pub struct Pulled {
     delivery: DeliveryId,
     attempt: u32,
     max_attempts: u32,
-    envelope: Envelope,
+    envelope: Arc<Envelope>,
     token: uuid::Uuid,
     worker: uuid::Uuid,
     /// Tells the keeper that somebody may still say why it was rolled back.

@@ -4,6 +4,7 @@
 //! operator does carries the revision it saw. Times are the database's own; durations come in.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -222,7 +223,7 @@ pub struct Item {
     /// Its revision while leased.
     pub rev: i32,
     /// The message; `None` if it is gone, which makes the delivery dead.
-    pub envelope: Option<Envelope>,
+    pub envelope: Option<Arc<Envelope>>,
 }
 
 /// A leased batch.

@@ -1,9 +1,7 @@
 //! One attempt: resolve the handler, perform, judge, report.
 
-use std::panic::AssertUnwindSafe;
-use std::pin::Pin;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{self, Poll};
 use std::time::{Duration, Instant};
 
@@ -11,14 +9,15 @@ use futures_util::FutureExt;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use super::core::{Cancel, Ended, Event, Hold};
+use super::core::{Ended, Event, Hold};
+use super::run::Fate;
 use super::{Life, Moment, told};
 use crate::context::Context;
 use crate::crash;
-use crate::handler::{self, Call, Failure, Tx};
+use crate::handler::{self, BoxFuture, Call, Failure, Tx};
 use crate::lifecycle::{End, Kind, Standing, State};
-use crate::message::Draft;
-use crate::operation::{FollowUps, Operation, OperationFailure, Receipt};
+use crate::message::{Draft, Envelope};
+use crate::operation::{FollowUps, OperationFailure, Receipt};
 use crate::router::{Bound, Ran};
 use crate::settings::hide_password;
 use crate::store::{Database, Guarded, Item, LeaseRef, Move, OutcomeRecord, Store};
@@ -28,64 +27,31 @@ const MAX_ERROR_BYTES: usize = 4096;
 /// The largest receipt kept, in bytes.
 const MAX_RECEIPT_BYTES: usize = 64 << 10;
 
-pub(super) struct Attempt<Db: Database> {
+/// What all attempts of a worker need.
+pub(super) struct Means<Db: Database> {
     pub(super) store: Db::Store,
+    pub(super) life: Arc<Life>,
+    pub(super) lease_time: Duration,
+    pub(super) patience: Duration,
+    pub(super) max_payload_bytes: usize,
+    pub(super) events: mpsc::UnboundedSender<Event>,
+}
+
+pub(super) struct Attempt<Db: Database> {
+    pub(super) means: Arc<Means<Db>>,
     pub(super) handler: Arc<dyn Bound<Db>>,
     pub(super) kind: Kind,
     pub(super) max_attempts: u32,
     pub(super) timeout: Duration,
     pub(super) hold: Hold,
     pub(super) lease: LeaseRef,
-    pub(super) item: Item,
+    pub(super) item: Box<Item>,
     pub(super) number: u32,
-    pub(super) life: Arc<Life>,
-    pub(super) lease_time: Duration,
-    pub(super) patience: Duration,
-    pub(super) events: mpsc::UnboundedSender<Event>,
-    pub(super) max_payload_bytes: usize,
-}
-
-const OPEN: u8 = 0;
-const SEALED: u8 = 1;
-const CANCELLED: u8 = 2;
-
-/// An attempt that runs: either it seals its own end, or somebody cancels it; never both.
-pub(super) struct Running {
-    fate: Arc<AtomicU8>,
-    abort: tokio::task::AbortHandle,
-    hold: Hold,
-    operation: bool,
-    started: Instant,
-    events: mpsc::UnboundedSender<Event>,
-}
-
-impl Running {
-    /// Cancels the handler, unless its end is being written already. The end is reported at once;
-    /// the permit comes back when the task is really gone.
-    pub(super) fn cancel(&self, why: Cancel) {
-        if self.fate.compare_exchange(OPEN, CANCELLED, Ordering::SeqCst, Ordering::SeqCst).is_err() {
-            return;
-        }
-        let ran = self.started.elapsed();
-        let (end, words) = match why {
-            Cancel::TimedOut => (End::TimedOut, format!("no end after {ran:.1?}: timed out")),
-            Cancel::Stopped | Cancel::Fenced if self.operation => {
-                (End::InDoubt, "the worker stopped while it ran".to_owned())
-            }
-            Cancel::Stopped | Cancel::Fenced => (
-                End::Failed { permanent: false, retry_after: Some(Duration::ZERO) },
-                "the worker stopped while it ran".to_owned(),
-            ),
-        };
-        let ended = Ended { ran, fenced: why == Cancel::Fenced, cut_off: true, ..Ended::new(end, Some(words)) };
-        // Told first: that the task is gone comes after.
-        self.events.send(Event::Ended(self.hold, Box::new(ended))).ok();
-        self.abort.abort();
-    }
+    pub(super) fate: Arc<Fate>,
 }
 
 impl Ended {
-    fn new(end: End, error: Option<String>) -> Ended {
+    pub(super) fn new(end: End, error: Option<String>) -> Ended {
         Ended { error: error.map(clean), ..Ended::of(end) }
     }
 
@@ -94,117 +60,119 @@ impl Ended {
     }
 }
 
-/// Gives the permit back when the task is gone, however it went.
-struct Permit(mpsc::UnboundedSender<Event>, Hold);
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.0.send(Event::Freed(self.1)).ok();
-    }
-}
-
-/// Starts an attempt in a task of its own.
-pub(super) fn run<Db: Database>(attempt: Attempt<Db>) -> Running {
-    let fate = Arc::new(AtomicU8::new(OPEN));
-    let attempt = Box::new(attempt);
-    let (hold, events, operation) = (attempt.hold, attempt.events.clone(), attempt.kind == Kind::Operation);
-    let permit = Permit(events.clone(), hold);
-    let started = Instant::now();
-    let task = {
-        let (fate, events) = (fate.clone(), events.clone());
-        tokio::spawn(async move {
-            let _permit = permit;
-            let mut ended = attempt.perform(&fate).await;
-            ended.ran = started.elapsed();
-            if ended.settled || ended.fenced || seal(&fate) {
-                events.send(Event::Ended(hold, Box::new(ended))).ok();
-            }
-        })
-    };
-    Running { fate, abort: task.abort_handle(), hold, operation, started, events }
-}
-
 /// An operation that goes on only within its timeout. Where the process was stopped or its machine was
 /// suspended, a wake-up may come before the cancellation does; what it was about to send then is not sent.
-struct Timely<F> {
-    future: Pin<Box<F>>,
+struct Timely {
     called: Moment,
     timeout: Duration,
 }
 
-impl<F: Future> Future for Timely<F> {
-    type Output = Option<F::Output>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut task::Context<'_>) -> Poll<Self::Output> {
-        if self.called.elapsed() >= self.timeout {
-            return Poll::Ready(None);
-        }
-        self.future.as_mut().poll(context).map(Some)
-    }
+/// A handler that was called, and has not returned yet.
+pub(super) struct Called {
+    call: Call,
+    future: BoxFuture<Ran>,
+    limit: Option<Timely>,
 }
 
-/// The end is decided here; a cancellation that comes later is too late.
-fn seal(fate: &AtomicU8) -> bool {
-    matches!(fate.compare_exchange(OPEN, SEALED, Ordering::SeqCst, Ordering::SeqCst), Ok(_) | Err(SEALED))
+impl Called {
+    fn poll(&mut self, context: &mut task::Context<'_>) -> Poll<Result<Ran, Ended>> {
+        if let Some(limit) = self.limit.as_ref().filter(|limit| limit.called.elapsed() >= limit.timeout) {
+            let words = format!("no end after {:.1?}: the process slept through its timeout", limit.timeout);
+            return Poll::Ready(Err(Ended::new(End::TimedOut, Some(words))));
+        }
+        match catch_unwind(AssertUnwindSafe(|| self.future.as_mut().poll(context))) {
+            Ok(poll) => poll.map(Ok),
+            Err(panic) => Poll::Ready(Err(Ended::new(End::Panicked, Some(panic_words(&*panic))))),
+        }
+    }
 }
 
 impl<Db: Database> Attempt<Db> {
-    async fn perform(self: Box<Self>, fate: &Arc<AtomicU8>) -> Ended {
-        let Some(envelope) = self.item.envelope.clone() else {
-            return Ended::failed("its message is gone: retention or a restore took it before it was delivered", true);
-        };
-        let context = Context::of(&envelope);
-        let call = Call {
+    fn envelope(&self) -> Result<&Arc<Envelope>, Box<Ended>> {
+        let gone = "its message is gone: retention or a restore took it before it was delivered";
+        self.item.envelope.as_ref().ok_or_else(|| Box::new(Ended::failed(gone, true)))
+    }
+
+    fn read(&self, envelope: &Arc<Envelope>) -> Call {
+        Call {
+            envelope: envelope.clone(),
             attempt: handler::Attempt { number: self.number, max: self.max_attempts, delivery: self.item.delivery },
-            operation: Operation::of(envelope.id, self.item.delivery, self.number),
-            envelope,
-        };
-        match self.kind {
-            // Boxed: what a task is made of is copied several times when it starts.
-            Kind::Transactional => context.scope(Box::pin(self.transactional(call, fate.clone()))).await,
-            Kind::Plain | Kind::Operation => context.scope(Box::pin(self.outside(call))).await,
         }
     }
 
-    /// A plain handler or an operation: the outcome follows the effect.
-    async fn outside(self: Box<Self>, call: Call) -> Ended {
+    /// The whole of it, in a task of its own.
+    pub(super) async fn perform(self: Box<Self>) -> Ended {
+        if self.kind == Kind::Transactional {
+            let call = match self.envelope() {
+                Ok(envelope) => self.read(envelope),
+                Err(ended) => return *ended,
+            };
+            // Boxed: what a task is made of is copied several times when it starts.
+            return Context::of(&call.envelope).scope(Box::pin(self.transactional(call))).await;
+        }
+        match self.call() {
+            Ok(called) => self.go_on(called).await,
+            Err(ended) => *ended,
+        }
+    }
+
+    /// Calls a plain handler or an operation: the outcome follows the effect.
+    pub(super) fn call(&self) -> Result<Called, Box<Ended>> {
+        let envelope = self.envelope()?;
         if self.kind == Kind::Operation {
             crash::point("attempt-committed");
             // A process that slept through its lease must not call: others may have taken over.
-            if self.life.is_over(self.lease.worker) {
-                return Ended::failed("the lease ran out before the call was made", false);
+            if self.means.life.is_over(self.lease.worker) {
+                return Err(Box::new(Ended::failed("the lease ran out before the call was made", false)));
             }
         }
-        let called = AssertUnwindSafe(async { self.handler.run(&call, None) }).catch_unwind().await;
+        let call = self.read(envelope);
+        let called =
+            catch_unwind(AssertUnwindSafe(|| Context::of(envelope).scope_sync(|| self.handler.run(&call, None))));
         let future = match called {
             Ok(Ok(future)) => future,
-            Ok(Err(rejection)) => return Ended::failed(rejection.0, true),
-            Err(panic) => return Ended::new(End::Panicked, Some(panic_words(&*panic))),
+            Ok(Err(rejection)) => return Err(Box::new(Ended::failed(rejection.0, true))),
+            Err(panic) => return Err(Box::new(Ended::new(End::Panicked, Some(panic_words(&*panic))))),
         };
-        let future = AssertUnwindSafe(future).catch_unwind();
-        let ran = match self.kind {
-            Kind::Operation => Timely { future: Box::pin(future), called: Moment::now(), timeout: self.timeout }.await,
-            _ => Some(future.await),
-        };
-        let Some(ran) = ran else {
-            let words = format!("no end after {:.1?}: the process slept through its timeout", self.timeout);
-            return Ended::new(End::TimedOut, Some(words));
-        };
+        let limit = (self.kind == Kind::Operation).then(|| Timely { called: Moment::now(), timeout: self.timeout });
+        Ok(Called { call, future, limit })
+    }
+
+    /// One step of it.
+    pub(super) fn poll(&self, called: &mut Called, context: &mut task::Context<'_>) -> Poll<Ended> {
+        Context::of(&called.call.envelope).scope_sync(|| self.step(called, context))
+    }
+
+    fn step(&self, called: &mut Called, context: &mut task::Context<'_>) -> Poll<Ended> {
+        called.poll(context).map(|ran| match ran {
+            Ok(ran) => self.ended(&called.call, ran),
+            Err(ended) => ended,
+        })
+    }
+
+    /// The rest of it.
+    pub(super) async fn go_on(self: Box<Self>, mut called: Called) -> Ended {
+        let context = Context::of(&called.call.envelope);
+        context.scope(std::future::poll_fn(move |context| self.step(&mut called, context))).await
+    }
+
+    /// What a plain handler or an operation came to.
+    fn ended(&self, call: &Call, ran: Ran) -> Ended {
+        let max_payload_bytes = self.means.max_payload_bytes;
         match ran {
-            Ok(Ran::Plain(Ok(follow_ups))) => match follow_ups.checked(self.max_payload_bytes) {
-                Ok(follow_ups) => Ended { follow_ups, ..Ended::new(End::Succeeded, None) },
+            Ran::Plain(Ok(follow_ups)) => match follow_ups.checked(max_payload_bytes) {
+                Ok(follow_ups) => Ended { follow_ups, ..Ended::of(End::Succeeded) },
                 Err(error) => Ended::failed(format!("a follow-up message cannot be published: {error}"), true),
             },
-            Ok(Ran::Plain(Err(failure))) => ended_by(failure),
-            Ok(Ran::Operation(result)) => judge(&*self.handler, &call, result, self.max_payload_bytes),
-            Err(panic) => Ended::new(End::Panicked, Some(panic_words(&*panic))),
+            Ran::Plain(Err(failure)) => ended_by(failure),
+            Ran::Operation(result) => judge(&*self.handler, call, result, max_payload_bytes),
         }
     }
 
     /// A transactional handler: effects and outcome commit together, or not at all.
-    async fn transactional(self: Box<Self>, call: Call, fate: Arc<AtomicU8>) -> Ended {
+    async fn transactional(self: Box<Self>, call: Call) -> Ended {
         // An idle transaction must not outlive its lease.
-        let tx = match self.store.open(self.lease, self.timeout.min(self.lease_time)).await {
+        let tx = match self.means.store.open(self.lease, self.timeout.min(self.means.lease_time)).await {
             Ok(tx) => tx,
             Err(error) => {
                 // Not the handler's fault, and it was not called.
@@ -229,7 +197,7 @@ impl<Db: Database> Attempt<Db> {
             Ok(Ran::Operation(_)) => return Ended::failed("an operation cannot be transactional", true),
             Err(panic) => return Ended::new(End::Panicked, Some(panic_words(&*panic))),
         };
-        let follow_ups = match follow_ups.checked(self.max_payload_bytes) {
+        let follow_ups = match follow_ups.checked(self.means.max_payload_bytes) {
             Ok(follow_ups) => follow_ups,
             Err(error) => return Ended::failed(format!("a follow-up message cannot be published: {error}"), true),
         };
@@ -241,7 +209,7 @@ impl<Db: Database> Attempt<Db> {
             );
         };
         // From here on nobody cancels: in a task of its own, so that an abort does not reach it.
-        if !seal(&fate) {
+        if !self.fate.seal() {
             return Ended::failed("cancelled", false);
         }
         match tokio::spawn(self.commit(tx, follow_ups, started)).await {
@@ -273,8 +241,8 @@ impl<Db: Database> Attempt<Db> {
         let settled = Ended { settled: true, ..Ended::new(End::Succeeded, None) };
         let fenced =
             || Ended { fenced: true, ..Ended::failed("the lease was lost; the transaction was rolled back", false) };
-        let settling = self.store.settle_open(tx, self.lease, &outcome, &follow_ups);
-        let error = match tokio::time::timeout(self.patience, settling).await {
+        let settling = self.means.store.settle_open(tx, self.lease, &outcome, &follow_ups);
+        let error = match tokio::time::timeout(self.means.patience, settling).await {
             Ok(Ok(Guarded::Done)) => return settled,
             Ok(Ok(Guarded::Fenced)) => return fenced(),
             Ok(Err(error)) if error.is_transient() => error.to_string(),
@@ -284,8 +252,8 @@ impl<Db: Database> Attempt<Db> {
         // The COMMIT's answer was lost: ask, once nobody can still be committing it.
         let mut pause = Duration::from_millis(50);
         loop {
-            let asked = self.store.recheck(self.lease, self.item.delivery, self.number);
-            match told("recheck", self.patience, asked).await {
+            let asked = self.means.store.recheck(self.lease, self.item.delivery, self.number);
+            match told("recheck", self.means.patience, asked).await {
                 Some(Some(true)) => return settled,
                 Some(Some(false)) => return Ended::failed(error, false),
                 Some(None) => return fenced(),
@@ -380,22 +348,35 @@ pub(super) fn clean_receipt(receipt: Value) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU8, Ordering};
+
     use super::*;
+    use crate::store::Stored;
 
     #[tokio::test]
     async fn an_operation_that_slept_through_its_timeout_does_not_go_on() {
         let timeout = Duration::from_secs(60);
         let sent = Arc::new(AtomicU8::new(0));
+        let envelope = Envelope::raw("t", "1").expect("a draft");
+        let envelope = crate::postbox::published(envelope, Stored::New(uuid::Uuid::now_v7()));
+        let envelope = Arc::new(envelope.expect("published").into_envelope());
         let send = |called| {
-            let sent = sent.clone();
-            let call = async move { sent.fetch_add(1, Ordering::SeqCst) };
-            Timely { future: Box::pin(call), called, timeout }
+            let (sent, envelope) = (sent.clone(), envelope.clone());
+            let future = async move {
+                sent.fetch_add(1, Ordering::SeqCst);
+                Ran::Operation(Ok(Receipt::none()))
+            };
+            let attempt = handler::Attempt { number: 1, max: 1, delivery: 1 };
+            let limit = Some(Timely { called, timeout });
+            let mut called = Called { call: Call { envelope, attempt }, future: Box::pin(future), limit };
+            std::future::poll_fn(move |context| called.poll(context)).map(|ran| ran.err().map(|ended| ended.end))
         };
-        assert_eq!(send(Moment::now()).await, Some(0));
+        assert_eq!(send(Moment::now()).await, None);
         let long_ago = Moment { instant: Instant::now().checked_sub(timeout).expect("it was up"), ..Moment::now() };
-        assert_eq!(send(long_ago).await, None);
+        assert_eq!(send(long_ago).await, Some(End::TimedOut));
         let suspended = Moment { wall: std::time::SystemTime::now() - timeout, ..Moment::now() };
-        assert_eq!(send(suspended).await, None, "the monotonic clock stands still while a machine is suspended");
+        let words = "the monotonic clock stands still while a machine is suspended";
+        assert_eq!(send(suspended).await, Some(End::TimedOut), "{words}");
         assert_eq!(sent.load(Ordering::SeqCst), 1);
     }
 }

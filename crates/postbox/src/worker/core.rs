@@ -4,15 +4,18 @@
 //! can drive it through any order of events, lost answers included. Times are durations on the
 //! worker's own monotonic clock; what is written carries durations, for the database's clock.
 
+mod batch;
 mod flush;
 mod wire;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
 
-use self::flush::{Batch, FLUSH_AFTER, Slot, due_flush, is_withheld, observation};
+use self::batch::{Batch, Entry, Slot};
+use self::flush::{FLUSH_AFTER, due_flush, is_withheld, observation};
 pub(crate) use self::wire::{Cancel, Command, Ended, Event, Flushed, Hold, Lane, Setup};
 use crate::lifecycle::{End, Kind};
 use crate::planted::planted;
@@ -118,7 +121,7 @@ impl Core {
 
     /// Deliveries that are left to a takeover.
     pub(crate) fn left(&self) -> usize {
-        self.batches.values().flat_map(|b| &b.items).filter(|(_, slot)| !matches!(slot, Slot::Settled)).count()
+        self.batches.values().map(|b| b.entries().len() - b.tally().settled).sum()
     }
 
     /// When `Tick` is wanted at the latest.
@@ -135,15 +138,13 @@ impl Core {
             if let Some(at) = batch.again_at {
                 at_latest(at);
             }
-            for (_, slot) in &batch.items {
-                match slot {
-                    Slot::Running { deadline, cancelled: false } => at_latest(*deadline),
-                    Slot::Paused(until) if self.phase == Phase::Working => at_latest(*until),
-                    Slot::Ended(_, at) if batch.flight.is_none() && !batch.fenced && batch.again_at.is_none() => {
-                        at_latest(*at + FLUSH_AFTER);
-                    }
-                    _ => {}
-                }
+            let tally = batch.tally();
+            if let Some(at) = tally.due {
+                at_latest(at);
+            }
+            let may_flush = batch.flight.is_none() && !batch.fenced && batch.again_at.is_none();
+            if let Some(at) = tally.oldest.filter(|_| may_flush && tally.ended > 0) {
+                at_latest(at + FLUSH_AFTER);
             }
         }
         for at in self.lost_claims.values().flatten() {
@@ -178,7 +179,7 @@ impl Core {
                     *at = Some(now + LONGEST_PAUSE);
                 }
             }
-            Event::Ended(hold, ended) => self.ended(hold, *ended, now, commands),
+            Event::Ended(hold, ended) => self.ended(hold, ended, now, commands),
             Event::Freed(hold) => self.freed(hold, now, commands),
             Event::Pulse(sent, tokens) => {
                 // A lease that is stored and that nobody here knows: its claim's answer was lost, and
@@ -221,12 +222,12 @@ impl Core {
                 self.give_up_at.get_or_insert(now + LAST_WAIT);
                 self.release_queued();
                 for (token, batch) in &mut self.batches {
-                    for (index, (_, slot)) in batch.items.iter_mut().enumerate() {
-                        if let Slot::Running { cancelled: cancelled @ false, .. } = slot {
+                    batch.each(|index, entry| {
+                        if let Slot::Running { cancelled: cancelled @ false, .. } = &mut entry.slot {
                             *cancelled = true;
                             commands.push(Command::Cancel((*token, index), Cancel::Stopped));
                         }
-                    }
+                    });
                 }
             }
         }
@@ -264,15 +265,17 @@ impl Core {
             commands.push(Command::Asleep(false));
         }
         let lease = LeaseRef { worker: self.setup.worker, batch: claimed.batch, token };
-        let mut items = Vec::with_capacity(claimed.items.len());
+        let mut entries = Vec::with_capacity(claimed.items.len());
         for (index, item) in claimed.items.into_iter().enumerate() {
+            let mut operation = false;
             if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
                 load.enter(lane, &item);
+                operation = lane.policy.kind == Kind::Operation;
             }
             self.queue.push_back((token, index));
-            items.push((item, Slot::Queued));
+            entries.push(Entry { item, operation, slot: Slot::Queued });
         }
-        self.batches.insert(token, Batch::new(lease, items, now));
+        self.batches.insert(token, Batch::new(lease, entries, now));
         if self.phase != Phase::Working {
             self.release_queued();
         }
@@ -282,27 +285,25 @@ impl Core {
     fn release_queued(&mut self) {
         for (token, index) in std::mem::take(&mut self.queue) {
             if let Some(batch) = self.batches.get_mut(&token) {
-                let (item, slot) = &mut batch.items[index];
+                let Entry { item, slot, .. } = &batch.entries()[index];
                 if matches!(slot, Slot::Queued) {
-                    *slot = Slot::Released;
                     if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
                         load.leave(lane, item);
                     }
+                    batch.put(index, Slot::Released);
                 }
             }
         }
         let mut freed = Vec::new();
         for (token, batch) in &mut self.batches {
-            for (index, (_, slot)) in batch.items.iter_mut().enumerate() {
-                match slot {
-                    Slot::Reserved => {
-                        *slot = Slot::Released;
-                        freed.push((*token, index));
-                    }
-                    Slot::Paused(_) => *slot = Slot::Released,
-                    _ => {}
+            batch.each(|index, entry| match entry.slot {
+                Slot::Reserved => {
+                    entry.slot = Slot::Released;
+                    freed.push((*token, index));
                 }
-            }
+                Slot::Paused(_) => entry.slot = Slot::Released,
+                _ => {}
+            });
         }
         for hold in freed {
             self.free(hold);
@@ -322,16 +323,16 @@ impl Core {
 
     fn freed(&mut self, hold: Hold, now: Duration, commands: &mut Vec<Command>) {
         self.free(hold);
-        let slot = self.batches.get_mut(&hold.0).map(|batch| &mut batch.items[hold.1].1);
-        match slot {
+        let Some(batch) = self.batches.get_mut(&hold.0) else { return };
+        match &batch.entries()[hold.1].slot {
             // The task is gone without a word: something panicked on its way out.
-            Some(Slot::Running { .. }) => {
+            Slot::Running { .. } => {
                 let error = Some("the handler's task ended without an outcome".to_owned());
-                self.ended(hold, Ended { error, ..Ended::of(End::Panicked) }, now, commands);
+                self.ended(hold, Box::new(Ended { error, ..Ended::of(End::Panicked) }), now, commands);
             }
-            Some(slot @ Slot::CutOff(_)) => {
-                if let Slot::CutOff(ended) = std::mem::replace(slot, Slot::Settled) {
-                    *slot = Slot::Ended(ended, now);
+            Slot::CutOff(_) => {
+                if let Slot::CutOff(ended) = batch.put(hold.1, Slot::Settled) {
+                    batch.put(hold.1, Slot::Ended(ended, now));
                 }
             }
             _ => {}
@@ -341,7 +342,7 @@ impl Core {
 
     /// Gives permits, in order; what may run without a record runs.
     fn start(&mut self, now: Duration, commands: &mut Vec<Command>) {
-        if self.phase != Phase::Working || self.permits.len() >= self.setup.concurrency {
+        if self.phase != Phase::Working || self.queue.is_empty() || self.permits.len() >= self.setup.concurrency {
             return;
         }
         let operations = self.lanes.values().any(|(lane, _)| lane.policy.kind == Kind::Operation);
@@ -351,14 +352,14 @@ impl Core {
             && let Some(hold) = self.queue.pop_front()
         {
             let Some(batch) = self.batches.get_mut(&hold.0) else { continue };
-            let (item, slot) = &mut batch.items[hold.1];
+            let Entry { item, slot, .. } = &batch.entries()[hold.1];
             if !matches!(slot, Slot::Queued) {
                 continue;
             }
             let Some((lane, load)) = self.lanes.get_mut(&item.subscription) else { continue };
             if is_withheld(item, lane) {
                 load.leave(lane, item);
-                *slot = Slot::Withheld;
+                batch.put(hold.1, Slot::Withheld);
                 continue;
             }
             // A message whose worker died may have killed it: such ones run one at a time, on record.
@@ -388,10 +389,10 @@ impl Core {
                 self.suspect = Some(hold);
             }
             if suspicious || lane.policy.kind == Kind::Operation {
-                *slot = Slot::Reserved;
+                batch.put(hold.1, Slot::Reserved);
             } else {
-                *slot = Slot::Running { deadline: now.saturating_add(lane.timeout), cancelled: false };
                 commands.push(Command::Run(hold, batch.lease, Box::new(item.clone()), item.attempts + 1));
+                batch.put(hold.1, Slot::Running { deadline: now.saturating_add(lane.timeout), cancelled: false });
             }
         }
         for hold in waiting.into_iter().rev() {
@@ -403,9 +404,8 @@ impl Core {
     fn exposed(&self) -> HashMap<(Uuid, SubscriptionId), Exposed> {
         let mut exposed: HashMap<(Uuid, SubscriptionId), Exposed> = HashMap::new();
         for (token, batch) in &self.batches {
-            for (item, slot) in &batch.items {
-                let operation =
-                    self.lanes.get(&item.subscription).is_some_and(|(l, _)| l.policy.kind == Kind::Operation);
+            for Entry { item, operation, slot } in batch.entries() {
+                let operation = *operation;
                 match slot {
                     Slot::Reserved
                     | Slot::Starting
@@ -427,22 +427,23 @@ impl Core {
     /// Cancels what has run too long.
     fn expire(&mut self, now: Duration, commands: &mut Vec<Command>) {
         for (token, batch) in &mut self.batches {
-            for (index, (item, slot)) in batch.items.iter_mut().enumerate() {
-                match slot {
-                    Slot::Running { deadline, cancelled: cancelled @ false } if *deadline <= now => {
-                        *cancelled = true;
-                        commands.push(Command::Cancel((*token, index), Cancel::TimedOut));
-                    }
-                    Slot::Paused(until) if *until <= now => {
-                        *slot = Slot::Queued;
-                        self.queue.push_back((*token, index));
-                        if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
-                            load.enter(lane, item);
-                        }
-                    }
-                    _ => {}
-                }
+            if batch.tally().due.is_none_or(|at| at > now) {
+                continue;
             }
+            batch.each(|index, Entry { item, slot, .. }| match slot {
+                Slot::Running { deadline, cancelled: cancelled @ false } if *deadline <= now => {
+                    *cancelled = true;
+                    commands.push(Command::Cancel((*token, index), Cancel::TimedOut));
+                }
+                Slot::Paused(until) if *until <= now => {
+                    *slot = Slot::Queued;
+                    self.queue.push_back((*token, index));
+                    if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
+                        load.enter(lane, item);
+                    }
+                }
+                _ => {}
+            });
         }
         for (token, at) in &mut self.lost_claims {
             if at.is_some_and(|at| at <= now) {
@@ -452,12 +453,13 @@ impl Core {
         }
     }
 
-    fn ended(&mut self, hold: Hold, ended: Ended, now: Duration, commands: &mut Vec<Command>) {
+    fn ended(&mut self, hold: Hold, ended: Box<Ended>, now: Duration, commands: &mut Vec<Command>) {
         let Some(batch) = self.batches.get_mut(&hold.0) else { return };
-        let (item, slot) = &mut batch.items[hold.1];
+        let Entry { item, slot, operation } = &batch.entries()[hold.1];
         if !matches!(slot, Slot::Running { .. }) {
             return;
         }
+        let operation = *operation;
         if let Some((_, load)) = self.lanes.get_mut(&item.subscription) {
             let before = load.ran.unwrap_or(ended.ran);
             load.ran = Some((before * 7 + ended.ran) / 8);
@@ -466,28 +468,28 @@ impl Core {
         if self.suspect == Some(hold) {
             self.suspect = None;
         }
-        let operation = self.lanes.get(&item.subscription).is_some_and(|(lane, _)| lane.policy.kind == Kind::Operation);
         if ended.settled {
-            *slot = Slot::Settled;
+            batch.put(hold.1, Slot::Settled);
             self.forget_if_over(hold.0);
         } else if ended.cut_off && operation && !batch.fenced && self.permits.contains_key(&hold) {
             // Nothing is said about it while it may still do its work.
-            *slot = Slot::CutOff(Box::new(ended));
+            batch.put(hold.1, Slot::CutOff(ended));
         } else if ended.not_called && item.lost == 0 && !operation && !batch.fenced {
-            *slot = match self.phase {
+            let slot = match self.phase {
                 Phase::Working => Slot::Paused(now + NOT_CALLED_PAUSE),
                 _ => Slot::Released,
             };
+            batch.put(hold.1, slot);
         } else if batch.fenced || ended.fenced {
-            *slot = Slot::Settled;
             let seen = observation(item, &ended, batch.lease.worker, self.lanes.get(&item.subscription).map(|l| &l.0));
+            batch.put(hold.1, Slot::Settled);
             commands.push(Command::Observe(vec![seen]));
             if ended.fenced {
                 self.fence(hold.0, commands);
             }
             self.forget_if_over(hold.0);
         } else {
-            *slot = Slot::Ended(Box::new(ended), now);
+            batch.put(hold.1, Slot::Ended(ended, now));
         }
     }
 
@@ -503,7 +505,8 @@ impl Core {
         batch.again_at = None;
         let mut seen = Vec::new();
         let mut freed = Vec::new();
-        for (index, (item, slot)) in batch.items.iter_mut().enumerate() {
+        let worker = batch.lease.worker;
+        batch.each(|index, Entry { item, slot, .. }| {
             let lane = self.lanes.get_mut(&item.subscription);
             match slot {
                 Slot::Queued => {
@@ -517,7 +520,7 @@ impl Core {
                     freed.push((token, index));
                 }
                 Slot::Ended(ended, _) | Slot::CutOff(ended) | Slot::Settling(Some(ended)) => {
-                    seen.push(observation(item, ended, batch.lease.worker, lane.map(|l| &l.0)));
+                    seen.push(observation(item, ended, worker, lane.map(|l| &l.0)));
                     *slot = Slot::Settled;
                 }
                 // An operation is let run to its end: its late answer is evidence.
@@ -530,7 +533,7 @@ impl Core {
                 Slot::Released | Slot::Withheld | Slot::Paused(_) | Slot::Settling(None) => *slot = Slot::Settled,
                 Slot::Running { .. } | Slot::Settled => {}
             }
-        }
+        });
         for hold in freed {
             self.free(hold);
         }
@@ -545,7 +548,7 @@ impl Core {
     fn forget_if_over(&mut self, token: Uuid) {
         if let Some(batch) = self.batches.get(&token)
             && batch.fenced
-            && batch.items.iter().all(|(_, slot)| matches!(slot, Slot::Settled))
+            && batch.is_over()
         {
             self.batches.remove(&token);
         }
@@ -562,7 +565,7 @@ impl Core {
             if let Some(flight) = &batch.flight {
                 if batch.again_at.is_some_and(|at| at <= now) {
                     batch.again_at = None;
-                    commands.push(Command::Settle(Box::new(flight.clone())));
+                    commands.push(Command::Settle(flight.clone()));
                 }
                 continue;
             }
@@ -570,12 +573,12 @@ impl Core {
                 continue;
             }
             batch.again_at = None;
-            if let Some(settle) = due_flush(batch, &self.lanes, &mut self.rng, now) {
+            if let Some(settle) = due_flush(batch, &self.lanes, &mut self.rng, now).map(Arc::new) {
                 batch.flight = Some(settle.clone());
                 if planted!("call-before-start") {
                     run_started(batch, &self.lanes, now, commands);
                 }
-                commands.push(Command::Settle(Box::new(settle)));
+                commands.push(Command::Settle(settle));
                 if planted!("settled-before-commit") {
                     self.settled(token, Flushed::Known(Guarded::Done), now, commands);
                 }
@@ -594,7 +597,7 @@ impl Core {
                 batch.again_at = Some(now + batch.pause);
                 batch.pause = (batch.pause * 2).min(LONGEST_PAUSE);
             }
-            Flushed::Refused(error) => batch.refused(&error, &self.lanes, now),
+            Flushed::Refused(error) => batch.refused(&error, now),
             Flushed::Known(Guarded::Fenced) => {
                 if planted!("start-without-lease") {
                     run_started(batch, &self.lanes, now, commands);
@@ -604,11 +607,11 @@ impl Core {
             Flushed::Known(Guarded::Done) => {
                 batch.pause = FIRST_PAUSE;
                 let close = batch.flight.take().is_some_and(|f| f.close);
-                for (_, slot) in &mut batch.items {
-                    if let Slot::Settling(_) = slot {
-                        *slot = Slot::Settled;
+                batch.each(|_, entry| {
+                    if let Slot::Settling(_) = entry.slot {
+                        entry.slot = Slot::Settled;
                     }
-                }
+                });
                 run_started(batch, &self.lanes, now, commands);
                 if close {
                     self.batches.remove(&token);
@@ -690,14 +693,15 @@ fn run_started(
     now: Duration,
     commands: &mut Vec<Command>,
 ) {
-    for (index, (item, slot)) in batch.items.iter_mut().enumerate() {
+    let lease = batch.lease;
+    batch.each(|index, Entry { item, slot, .. }| {
         if let Slot::Starting = slot {
             let timeout = lanes.get(&item.subscription).map_or(Duration::ZERO, |(l, _)| l.timeout);
             *slot = Slot::Running { deadline: now.saturating_add(timeout), cancelled: false };
-            let (hold, number) = ((batch.lease.token, index), item.attempts + 1);
-            commands.push(Command::Run(hold, batch.lease, Box::new(item.clone()), number));
+            let (hold, number) = ((lease.token, index), item.attempts + 1);
+            commands.push(Command::Run(hold, lease, Box::new(item.clone()), number));
         }
-    }
+    });
 }
 
 /// Its last worker died, and may have died of it.

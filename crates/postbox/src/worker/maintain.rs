@@ -14,7 +14,7 @@ use crate::context::Context;
 use crate::crash;
 use crate::handler::{self, Call};
 use crate::lifecycle::Answer;
-use crate::operation::{Operation, Receipt, Reconciled};
+use crate::operation::{Receipt, Reconciled};
 use crate::postbox::Postbox;
 use crate::retention::Retention;
 use crate::router::Route;
@@ -200,7 +200,7 @@ async fn settle<Db: Database>(
     max_payload_bytes: usize,
 ) -> Option<Answered> {
     let policy = route.declared.policy;
-    let Some(envelope) = doubt.envelope.clone() else {
+    let Some(envelope) = doubt.envelope.clone().map(Arc::new) else {
         // Its message is gone, and with it whatever would have followed: an operator's word still counts.
         let word = doubt.word.clone()?;
         return Some(Answered {
@@ -222,7 +222,6 @@ async fn settle<Db: Database>(
             max: envelope.max_attempts.unwrap_or(policy.retry.max_attempts),
             delivery: doubt.delivery,
         },
-        operation: Operation::of(envelope.id, doubt.delivery, doubt.attempts),
         envelope,
     };
     let (answer, receipt, speaker, actor, reason) = match doubt.word.clone() {

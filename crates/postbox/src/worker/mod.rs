@@ -5,24 +5,27 @@ mod core;
 mod heart;
 mod maintain;
 pub(crate) mod puller;
+mod run;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use uuid::Uuid;
 
-use self::attempt::Running;
+use self::attempt::{Attempt, Means};
 use self::core::{Command, Core, Event, Flushed, Hold, Lane, Setup};
+use self::run::{Look, Run, Running, Through};
 use crate::crash;
 use crate::error::Error;
+use crate::lifecycle::Kind;
 use crate::planted::planted;
 use crate::postbox::Postbox;
 use crate::router::{Route, Router};
 use crate::settings::Settings;
-use crate::store::{Database, Registration, Store, Stranded, SubscriptionId};
+use crate::store::{Database, Item, LeaseRef, Registration, Store, Stranded, SubscriptionId};
 
 /// How long a start may hand out what was published before it.
 const FIRST_HISTORY: Duration = Duration::from_secs(1);
@@ -350,15 +353,19 @@ struct Engine<Db: Database> {
     routes: Arc<HashMap<SubscriptionId, Route<Db>>>,
     core: Core,
     origin: Instant,
-    life: Arc<Life>,
+    means: Arc<Means<Db>>,
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Event>,
     /// Observations on their way: evidence that must not be lost with the worker.
     observing: tokio::task::JoinSet<()>,
     running: HashMap<Hold, Running>,
+    runs: Vec<Arc<Run<Db>>>,
+    /// When the first of them is to be looked at, at the latest.
+    look_at: Option<Instant>,
+    /// A run has something to tell.
+    bell: Arc<Notify>,
     stopping: watch::Receiver<Stop>,
     topics: Arc<maintain::Topics>,
-    max_payload_bytes: usize,
 }
 
 impl<Db: Database> Engine<Db> {
@@ -389,8 +396,16 @@ impl<Db: Database> Engine<Db> {
             subscriptions: lanes.collect(),
             seed: fastrand::u64(..),
         };
-        Ok(Engine {
+        let means = Means {
+            store: postbox.store().clone(),
             life: Arc::new(life),
+            lease_time: registration.lease,
+            patience: registration.lease.max(LEAST_PATIENCE),
+            max_payload_bytes: settings.max_payload_bytes()?,
+            events: events.clone(),
+        };
+        Ok(Engine {
+            means: Arc::new(means),
             core: Core::new(setup),
             ids: routes.iter().map(|(id, _)| *id).collect(),
             routes: Arc::new(routes.into_iter().collect()),
@@ -399,9 +414,11 @@ impl<Db: Database> Engine<Db> {
             inbox,
             observing: tokio::task::JoinSet::new(),
             running: HashMap::new(),
+            runs: Vec::new(),
+            look_at: None,
+            bell: Arc::default(),
             stopping,
             topics: Arc::default(),
-            max_payload_bytes: settings.max_payload_bytes()?,
             postbox,
             registration,
         })
@@ -413,7 +430,7 @@ impl<Db: Database> Engine<Db> {
         if planted!("reborn-in-another-order") {
             ids.reverse();
         }
-        let heart = heart::start(&store, &self.registration, ids, self.life.clone(), self.events.clone())?;
+        let heart = heart::start(&store, &self.registration, ids, self.means.life.clone(), self.events.clone())?;
         let keeper =
             maintain::start(self.postbox.clone(), self.registration.clone(), self.routes.clone(), self.topics.clone());
         let mut batch = vec![Event::Tick];
@@ -421,19 +438,18 @@ impl<Db: Database> Engine<Db> {
         let mut draining = false;
         loop {
             let commands = self.core.step(batch.drain(..), self.origin.elapsed());
-            for command in commands {
-                self.perform(command);
-            }
+            self.perform_all(commands);
             if draining {
                 crash::point("draining");
             }
             if self.core.is_done(self.origin.elapsed()) {
                 break;
             }
-            let tick = self.core.next_tick().map(|at| tokio::time::Instant::from_std(self.origin + at));
+            let tick = [self.core.next_tick().map(|at| self.origin + at), self.look_at].into_iter().flatten().min();
             tokio::select! {
                 event = self.inbox.recv() => batch.extend(event.and_then(|e| self.note(e))),
                 () = store.woken() => batch.push(Event::Woken),
+                () = self.bell.notified() => {}
                 () = sleep_until(tick) => batch.push(Event::Tick),
                 changed = self.stopping.changed(), if handle_lives => {
                     handle_lives = changed.is_ok();
@@ -449,6 +465,8 @@ impl<Db: Database> Engine<Db> {
             while let Ok(event) = self.inbox.try_recv() {
                 batch.extend(self.note(event));
             }
+            // After the inbox: that one was cancelled is told there, and that it is gone may be told here.
+            self.look(&mut batch);
         }
         keeper.abort();
         drop(heart);
@@ -462,12 +480,6 @@ impl<Db: Database> Engine<Db> {
             )));
         }
         retired.unwrap_or_else(|_| Err(Error::Refused("the database did not answer before the stop".into())))
-    }
-
-    /// How long a verb may take: one that gets no answer over a dead connection must not hold the
-    /// worker for ever. Dropped, it closes its connection, and is tried again.
-    fn patience(&self) -> Duration {
-        self.registration.lease.max(LEAST_PATIENCE)
     }
 
     /// What the shell itself takes from an event, before the decisions see it.
@@ -486,20 +498,80 @@ impl<Db: Database> Engine<Db> {
         Some(event)
     }
 
-    fn perform(&mut self, command: Command) {
-        let store = self.postbox.store().clone();
-        let events = self.events.clone();
-        let patience = self.patience();
+    /// Hears of what is through in the runs.
+    fn look(&mut self, batch: &mut Vec<Event>) {
+        self.look_at = None;
+        if self.runs.is_empty() {
+            return;
+        }
+        let (now, mut through) = (Instant::now(), Vec::<Through>::new());
+        self.runs.retain(|run| match run.look(now, &mut through) {
+            Look::Over => false,
+            Look::Rings => true,
+            Look::Again(at) => {
+                self.look_at = Some(self.look_at.map_or(at, |other| other.min(at)));
+                true
+            }
+        });
+        for (hold, ended) in through {
+            batch.extend(ended.map(|ended| Event::Ended(hold, ended)));
+            batch.extend(self.note(Event::Freed(hold)));
+        }
+    }
+
+    fn perform_all(&mut self, commands: Vec<Command>) {
+        let (now, mut attempts) = (Instant::now(), Vec::new());
+        for command in commands {
+            self.perform(command, now, &mut attempts);
+        }
+        for run in run::start(attempts, &self.bell) {
+            self.look_at.get_or_insert(now + run::LATE);
+            self.runs.push(run);
+        }
+    }
+
+    fn attempt(
+        &mut self,
+        hold: Hold,
+        lease: LeaseRef,
+        item: Box<Item>,
+        number: u32,
+        now: Instant,
+    ) -> Option<Attempt<Db>> {
+        let route = self.routes.get(&item.subscription)?;
+        let policy = route.declared.policy;
+        let fate = Arc::default();
+        let operation = policy.kind == Kind::Operation;
+        self.running.insert(hold, Running { fate: Arc::clone(&fate), operation, started: now });
+        let own = item.envelope.as_ref().and_then(|e| e.max_attempts);
+        Some(Attempt {
+            means: self.means.clone(),
+            handler: route.handler.clone(),
+            kind: policy.kind,
+            max_attempts: own.unwrap_or(policy.retry.max_attempts),
+            timeout: route.declared.timeout,
+            hold,
+            lease,
+            item,
+            number,
+            fate,
+        })
+    }
+
+    /// Does one; attempts are started together.
+    fn perform(&mut self, command: Command, now: Instant, attempts: &mut Vec<Attempt<Db>>) {
+        let means = self.means.clone();
+        let (events, patience) = (self.events.clone(), means.patience);
         match command {
             Command::Claim(request) => {
                 tokio::spawn(async move {
-                    let claimed = told("claim", patience, store.claim(&request)).await;
+                    let claimed = told("claim", patience, means.store.claim(&request)).await;
                     events.send(Event::Claimed(request.token, claimed)).ok();
                 });
             }
             Command::Settle(settle) => {
                 tokio::spawn(async move {
-                    let flushed = match tokio::time::timeout(patience, store.settle(&settle)).await {
+                    let flushed = match tokio::time::timeout(patience, means.store.settle(&settle)).await {
                         Ok(Ok(guarded)) => Flushed::Known(guarded),
                         Ok(Err(error)) if !error.is_transient() => Flushed::Refused(error.to_string()),
                         Ok(Err(error)) => {
@@ -517,14 +589,14 @@ impl<Db: Database> Engine<Db> {
             Command::Disown(token) => {
                 let worker = self.registration.worker;
                 tokio::spawn(async move {
-                    let done = told("disown", patience, store.disown(worker, token)).await.is_some();
+                    let done = told("disown", patience, means.store.disown(worker, token)).await.is_some();
                     events.send(Event::Disowned(token, done)).ok();
                 });
             }
             Command::Observe(observations) => {
                 self.observing.spawn(async move {
                     for _ in 0..10 {
-                        if told("observe", patience, store.observe(&observations)).await.is_some() {
+                        if told("observe", patience, means.store.observe(&observations)).await.is_some() {
                             return;
                         }
                         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -535,47 +607,24 @@ impl<Db: Database> Engine<Db> {
             Command::Asleep(asleep) => {
                 let worker = self.registration.worker;
                 tokio::spawn(async move {
-                    told("asleep", patience, store.asleep(worker, asleep)).await;
+                    told("asleep", patience, means.store.asleep(worker, asleep)).await;
                     // Looks once more now that publishers know.
                     events.send(Event::Woken).ok();
                 });
             }
-            Command::Run(hold, lease, item, number) => {
-                let Some(route) = self.routes.get(&item.subscription) else { return };
-                let running = attempt::run(attempt::Attempt {
-                    store,
-                    handler: route.handler.clone(),
-                    kind: route.declared.policy.kind,
-                    max_attempts: item
-                        .envelope
-                        .as_ref()
-                        .and_then(|e| e.max_attempts)
-                        .unwrap_or(route.declared.policy.retry.max_attempts),
-                    timeout: route.declared.timeout,
-                    hold,
-                    lease,
-                    item: *item,
-                    number,
-                    life: self.life.clone(),
-                    lease_time: self.registration.lease,
-                    patience,
-                    events,
-                    max_payload_bytes: self.max_payload_bytes,
-                });
-                self.running.insert(hold, running);
-            }
+            Command::Run(hold, lease, item, number) => attempts.extend(self.attempt(hold, lease, item, number, now)),
             Command::Cancel(hold, why) => {
                 if let Some(running) = self.running.get(&hold) {
-                    running.cancel(why);
+                    running.cancel(hold, why, &events);
                 }
             }
         }
     }
 }
 
-async fn sleep_until(at: Option<tokio::time::Instant>) {
+async fn sleep_until(at: Option<Instant>) {
     match at {
-        Some(at) => tokio::time::sleep_until(at).await,
+        Some(at) => tokio::time::sleep_until(at.into()).await,
         None => std::future::pending().await,
     }
 }

@@ -482,7 +482,7 @@ async fn keep<S: Store>(
                     continue;
                 }
             }
-            () = super::sleep_until(next.map(tokio::time::Instant::from_std)) => {}
+            () = super::sleep_until(next) => {}
             event = inbox.recv() => match event {
                 Some(Event::Pulse(_, tokens)) => shared.disown(tokens).await,
                 Some(Event::Reborn(worker)) => {

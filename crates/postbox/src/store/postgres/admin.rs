@@ -6,7 +6,8 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
-use super::{PgStore, Work, doubt, envelope, timestamp};
+use super::read::envelope;
+use super::{PgStore, Work, doubt, timestamp};
 use crate::admin::{
     AttemptRow, AuditEntry, DeliveryDetail, DeliveryRow, Filter, HELD_BACK, HeldBack, RecordRow, Resolution, Status,
     SubscriptionRow, WorkerRow, no_delivery,

@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use sqlx::Row;
+use sqlx::{Column, Row};
 
 use super::marks::{From, Place};
-use super::{PgStore, envelope, promote};
+use super::read::Items;
+use super::{PgStore, promote};
 use crate::error::Error;
-use crate::store::{ClaimRequest, Claimed, Item, SubscriptionId};
+use crate::store::{ClaimRequest, Claimed, SubscriptionId};
 
 pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Claimed, Error> {
     let (subscriptions, rooms): (Vec<i32>, Vec<i32>) =
@@ -50,9 +51,11 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     work.commit().await?;
 
     let mut last: HashMap<SubscriptionId, (Place, u32)> = HashMap::new();
+    let at = |name: &str| rows.first().map_or(Ok(0), |row| row.try_column(name).map(Column::ordinal));
+    let (subscription, priority, pos) = (at("subscription")?, at("priority")?, at("pos")?);
     for row in &rows {
-        let place = (row.try_get("priority")?, row.try_get("pos")?);
-        let (furthest, taken) = last.entry(row.try_get("subscription")?).or_insert((place, 0));
+        let place = (row.try_get(priority)?, row.try_get(pos)?);
+        let (furthest, taken) = last.entry(row.try_get(subscription)?).or_insert((place, 0));
         *furthest = place.max(*furthest);
         *taken += 1;
     }
@@ -68,18 +71,11 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     if let Some(row) = next_due {
         claimed.next_due = Some(Duration::from_millis(row.try_get::<i64, _>("wait_ms")?.max(0) as u64));
     }
-    for row in rows {
-        claimed.batch = row.try_get("batch")?;
-        claimed.items.push(Item {
-            delivery: row.try_get("delivery")?,
-            subscription: row.try_get("subscription")?,
-            message: row.try_get("message")?,
-            priority: row.try_get("priority")?,
-            attempts: row.try_get::<i32, _>("attempt")?.max(0) as u32,
-            lost: row.try_get::<i32, _>("lost")?.max(0) as u32,
-            rev: row.try_get("rev")?,
-            envelope: envelope(&row)?,
-        });
+    let Some(first) = rows.first() else { return Ok(claimed) };
+    claimed.batch = first.try_get("batch")?;
+    let items = Items::of(first)?;
+    for row in &rows {
+        claimed.items.push(items.read(row)?);
     }
     Ok(claimed)
 }

@@ -5,7 +5,8 @@ use std::time::Duration;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::{PgStore, Work, envelope, millis, settle};
+use super::read::envelope;
+use super::{PgStore, Work, millis, settle};
 use crate::error::Error;
 use crate::lifecycle::{Kind, State};
 use crate::store::{Answered, DeliveryId, Doubtful, MOST_SNOOZES, Observation, SubscriptionId, decide, policy_of};

@@ -12,6 +12,7 @@ mod planted;
 mod promote;
 mod publish;
 mod pull;
+mod read;
 mod register;
 mod replay;
 mod retain;
@@ -25,7 +26,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgConnectOptions, PgListener, PgPool, PgPoolOptions, PgRow};
+use sqlx::postgres::{PgConnectOptions, PgListener, PgPool, PgPoolOptions};
 use sqlx::{Connection, PgConnection, Postgres, Row};
 use tokio::sync::Notify;
 use uuid::Uuid;
@@ -37,10 +38,9 @@ use crate::admin::{
     AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, MigrationStatus, Replay, ReplayCount, Replayed,
     Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
-use crate::content::Content;
 use crate::error::{Error, PublishError};
 use crate::lifecycle::Kind;
-use crate::message::{Draft, Envelope, minted_at};
+use crate::message::{Draft, Envelope};
 use crate::retention::Retention;
 use crate::settings::Settings;
 use crate::store::{
@@ -270,30 +270,6 @@ impl PgStore {
             }
         }));
     }
-}
-
-/// The envelope in a row, unless its message is gone.
-fn envelope(row: &PgRow) -> Result<Option<Envelope>, sqlx::Error> {
-    let Some(topic) = row.try_get::<Option<String>, _>("topic")? else { return Ok(None) };
-    let id: Uuid = row.try_get("message")?;
-    let headers: Option<String> = row.try_get("headers")?;
-    let occurred_us: Option<i64> = row.try_get("occurred_us")?;
-    let decode = |e: serde_json::Error| sqlx::Error::Decode(Box::new(e));
-    Ok(Some(Envelope {
-        id,
-        topic,
-        key: row.try_get("key")?,
-        payload: Content::stored(row.try_get("payload")?, row.try_get("body")?, row.try_get("content_type")?)
-            .map_err(decode)?,
-        headers: headers.map(|h| serde_json::from_str(&h)).transpose().map_err(decode)?.unwrap_or_default(),
-        occurred_at: occurred_us.map_or_else(|| minted_at(id), timestamp),
-        received_at: minted_at(id),
-        source: row.try_get("source")?,
-        external_id: row.try_get("external_id")?,
-        correlation_id: row.try_get("correlation_id")?,
-        causation_id: row.try_get("causation_id")?,
-        max_attempts: row.try_get::<Option<i32>, _>("max_attempts")?.map(|n| n.max(1) as u32),
-    }))
 }
 
 /// Microseconds since the epoch, as the statements give them.

@@ -5,10 +5,11 @@ use std::time::Duration;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::{PgStore, envelope, promote};
+use super::read::Items;
+use super::{PgStore, promote};
 use crate::error::Error;
 use crate::lifecycle::Kind;
-use crate::store::{Completion, Fate, Item, LeaseRef, Move, PullRequest, PulledOne, SubscriptionId, policy_of};
+use crate::store::{Completion, Fate, LeaseRef, Move, PullRequest, PulledOne, SubscriptionId, policy_of};
 
 pub(super) async fn stored(
     store: &PgStore,
@@ -71,16 +72,7 @@ pub(super) async fn pull(store: &PgStore, request: PullRequest) -> Result<Option
     let kind: Kind = row.try_get::<String, _>("kind")?.parse().map_err(Error::Refused)?;
     Ok(Some(PulledOne {
         lease: LeaseRef { worker: request.worker, batch: row.try_get("batch")?, token: request.token },
-        item: Item {
-            delivery: row.try_get("delivery")?,
-            subscription: row.try_get("subscription")?,
-            message: row.try_get("message")?,
-            priority: row.try_get("priority")?,
-            attempts: row.try_get::<i32, _>("attempt")?.max(0) as u32,
-            lost: row.try_get::<i32, _>("lost")?.max(0) as u32,
-            rev: row.try_get("rev")?,
-            envelope: envelope(&row)?,
-        },
+        item: Items::of(&row)?.read(&row)?,
         policy: policy_of(
             kind,
             false,

@@ -152,10 +152,12 @@ pub(super) async fn follow(store: &PgStore, connection: &mut PgConnection, draft
 pub(super) async fn open(store: &PgStore, lease: LeaseRef, timeout: Duration) -> Result<Work, Error> {
     let _ = lease;
     let idle = millis(timeout).clamp(1, i64::from(i32::MAX));
-    let begin = format!("{BEGIN_DURABLE}; SET LOCAL idle_in_transaction_session_timeout = {idle}");
-    let mut work = Work::begin(&store.pool, &begin).await?;
-    let row = store.query(OWN_XID).fetch_one(work.on()).await?;
-    work.xid = Some(row.try_get("xid")?);
+    // Which transaction it is comes with its beginning: a round trip less for each delivery.
+    let begin = format!("{BEGIN_DURABLE}; SET LOCAL idle_in_transaction_session_timeout = {idle}; {OWN_XID}");
+    let mut work = Work { connection: Some(store.pool.acquire().await?), xid: None };
+    let rows = sqlx::raw_sql(sqlx::AssertSqlSafe(begin)).fetch_all(work.on()).await?;
+    let last = rows.last().ok_or(sqlx::Error::RowNotFound)?;
+    work.xid = Some(last.try_get("xid")?);
     Ok(work)
 }
 

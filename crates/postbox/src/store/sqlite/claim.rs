@@ -1,5 +1,6 @@
 //! Claiming: promote what is due, lease a batch.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -186,7 +187,7 @@ impl Picked {
             && about.replay_of.is_none();
         let envelope = match about.topic {
             None => None,
-            Some(topic) => Some(Envelope {
+            Some(topic) => Some(Arc::new(Envelope {
                 id,
                 topic,
                 key: about.key,
@@ -204,7 +205,7 @@ impl Picked {
                 correlation_id: about.correlation_id,
                 causation_id: about.causation_id,
                 max_attempts: about.max_attempts,
-            }),
+            })),
         };
         let item = Item {
             delivery: about.delivery,

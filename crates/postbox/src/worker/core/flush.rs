@@ -1,15 +1,16 @@
-//! A batch in hand, and its flushes: what has ended is judged and written, what starts is put on record.
+//! A batch's flushes: what has ended is judged and written, what starts is put on record.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::batch::{Batch, Entry, Slot};
 use super::wire::{Ended, Lane};
-use super::{FIRST_PAUSE, LONGEST_PAUSE, Load};
+use super::{LONGEST_PAUSE, Load};
 use crate::lifecycle::{Answer, End, Event as Lived, Kind, Policy, Standing, State, transition};
 use crate::planted::planted;
-use crate::store::{Evidence, Item, LeaseRef, Move, Observation, OutcomeRecord, Settle, SubscriptionId, Success};
+use crate::store::{Evidence, Item, Move, Observation, OutcomeRecord, Settle, SubscriptionId, Success};
 
 /// What has ended waits this long for company before it is settled.
 pub(super) const FLUSH_AFTER: Duration = Duration::from_millis(25);
@@ -19,106 +20,46 @@ const FLUSH_COUNT: usize = 500;
 /// The revision of a delivery that is leased for the first time, and was never moved.
 const FIRST_LEASED_REV: i32 = 1;
 
-/// Where a delivery of a batch stands in this worker.
-#[derive(Debug)]
-pub(super) enum Slot {
-    /// Waits for a permit.
-    Queued,
-    /// Has a permit, waits for its attempt to be on record.
-    Reserved,
-    /// Its attempt is being put on record.
-    Starting,
-    Running {
-        deadline: Duration,
-        cancelled: bool,
-    },
-    /// Could not be called; tried again from this time on.
-    Paused(Duration),
-    /// An operation that was cut off and has not let go: it may still do its work.
-    CutOff(Box<Ended>),
-    /// Ended, waits to be settled.
-    Ended(Box<Ended>, Duration),
-    /// Handed back, waits to be settled.
-    Released,
-    /// An operation that must not be called again; its doubt waits to be settled.
-    Withheld,
-    /// In the flush that is under way; how it ended is kept, in case the flush is fenced.
-    Settling(Option<Box<Ended>>),
-    Settled,
-}
-
-/// A leased batch.
-#[derive(Debug)]
-pub(super) struct Batch {
-    pub(super) lease: LeaseRef,
-    pub(super) items: Vec<(Item, Slot)>,
-    pub(super) claimed_at: Duration,
-    pub(super) next_part: i32,
-    /// The flush under way, kept for trying again: its answer may get lost.
-    pub(super) flight: Option<Settle>,
-    pub(super) again_at: Option<Duration>,
-    pub(super) pause: Duration,
-    pub(super) fenced: bool,
-    /// A flush was refused: what is in it is settled one by one, to find the one that is.
-    pub(super) one_by_one: bool,
-}
-
 impl Batch {
-    pub(super) fn new(lease: LeaseRef, items: Vec<(Item, Slot)>, claimed_at: Duration) -> Batch {
-        Batch {
-            lease,
-            items,
-            claimed_at,
-            next_part: 0,
-            flight: None,
-            again_at: None,
-            pause: FIRST_PAUSE,
-            fenced: false,
-            one_by_one: false,
-        }
-    }
-
     /// Takes the flush under way for one that was not written: what a planted bug believes.
     pub(super) fn unsettled(&mut self, now: Duration) {
         self.flight = None;
-        for (_, slot) in &mut self.items {
-            match std::mem::replace(slot, Slot::Settled) {
-                Slot::Settling(Some(ended)) => *slot = Slot::Ended(ended, now),
-                Slot::Settling(None) => *slot = Slot::Released,
-                Slot::Starting => *slot = Slot::Reserved,
-                other => *slot = other,
-            }
-        }
+        self.each(|_, entry| {
+            entry.slot = match std::mem::replace(&mut entry.slot, Slot::Settled) {
+                Slot::Settling(Some(ended)) => Slot::Ended(ended, now),
+                Slot::Settling(None) => Slot::Released,
+                Slot::Starting => Slot::Reserved,
+                other => other,
+            };
+        });
     }
 
     /// The database refused a flush for what is in it. Nothing of it was written: its slots go back,
     /// and are settled one by one; the one that is refused alone is settled as what could not be.
-    pub(super) fn refused(&mut self, error: &str, lanes: &HashMap<SubscriptionId, (Lane, Load)>, now: Duration) {
+    pub(super) fn refused(&mut self, error: &str, now: Duration) {
         tracing::error!(batch = self.lease.batch, error, "a flush was refused; settling one by one");
         let alone = self.one_by_one;
         self.one_by_one = true;
         self.again_at = None;
         self.flight = None;
-        for (item, slot) in &mut self.items {
-            match std::mem::replace(slot, Slot::Settled) {
+        self.each(|_, entry| {
+            entry.slot = match std::mem::replace(&mut entry.slot, Slot::Settled) {
                 Slot::Settling(Some(mut ended)) => {
                     if alone {
-                        let operation =
-                            lanes.get(&item.subscription).is_some_and(|(l, _)| l.policy.kind == Kind::Operation);
-                        let end = match operation {
+                        let end = match entry.operation {
                             true => End::InDoubt,
                             false => End::Failed { permanent: true, retry_after: None },
                         };
                         let words = format!("its outcome ({}) could not be written: {error}", ended.end.as_str());
                         *ended = Ended { error: Some(words), ran: ended.ran, ..Ended::of(end) };
                     }
-                    *slot = Slot::Ended(ended, now);
+                    Slot::Ended(ended, now)
                 }
-                Slot::Settling(None) => *slot = Slot::Released,
-                Slot::Starting => *slot = Slot::Reserved,
-                other => *slot = other,
-            }
-        }
+                Slot::Settling(None) => Slot::Released,
+                Slot::Starting => Slot::Reserved,
+                other => other,
+            };
+        });
         // Not at once: if even that is refused, it is not asked without end.
         if alone {
             self.again_at = Some(now + self.pause);
@@ -134,33 +75,19 @@ pub(super) fn due_flush(
     rng: &mut fastrand::Rng,
     now: Duration,
 ) -> Option<Settle> {
-    let (mut ended, mut reserved, mut released, mut settled) = (0, 0, 0, 0);
-    let mut oldest: Option<Duration> = None;
+    let tally = batch.tally();
+    let done = tally.ended + tally.released;
+    let complete = done + tally.settled == batch.entries().len();
     // An operation's outcome does not wait: others may wait for it.
-    let mut urgent = false;
-    let operations = lanes.values().any(|(lane, _)| lane.policy.kind == Kind::Operation);
-    for (item, slot) in &batch.items {
-        match slot {
-            Slot::Ended(_, at) => {
-                ended += 1;
-                oldest = Some(oldest.map_or(*at, |oldest| oldest.min(*at)));
-                urgent |= operations
-                    && lanes.get(&item.subscription).is_some_and(|(lane, _)| lane.policy.kind == Kind::Operation);
-            }
-            Slot::Reserved => reserved += 1,
-            Slot::Released | Slot::Withheld => released += 1,
-            Slot::Settled => settled += 1,
-            _ => {}
-        }
-    }
-    let complete = ended + released + settled == batch.items.len();
-    let ripe = urgent || ended >= FLUSH_COUNT || oldest.is_some_and(|at| at + FLUSH_AFTER <= now);
-    if !(complete || ripe || reserved > 0 || released > 0) {
+    let ripe = tally.operations > 0
+        || tally.ended >= FLUSH_COUNT
+        || (tally.ended > 0 && tally.oldest.is_some_and(|at| at + FLUSH_AFTER <= now));
+    if !(complete || ripe || tally.reserved > 0 || tally.released > 0) {
         return None;
     }
     // The first alone, if a flush with company was refused.
     let mut room = if batch.one_by_one { 1 } else { usize::MAX };
-    let complete = complete && (!batch.one_by_one || ended + released <= 1);
+    let complete = complete && (!batch.one_by_one || done <= 1);
     let mut settle = Settle {
         lease: batch.lease,
         part: batch.next_part,
@@ -173,15 +100,15 @@ pub(super) fn due_flush(
         close: complete,
     };
     batch.next_part += 1;
-    for (item, slot) in &mut batch.items {
+    batch.each(|_, Entry { item, slot, .. }| {
         if room == 0 || !matches!(slot, Slot::Ended(..) | Slot::Released | Slot::Withheld | Slot::Reserved) {
-            continue;
+            return;
         }
         room -= 1;
         match std::mem::replace(slot, Slot::Settling(None)) {
             Slot::Ended(ended, at) => {
                 let lane = lanes.get(&item.subscription).map(|(lane, _)| lane);
-                judge(item, (*ended).clone(), now.saturating_sub(at), lane, rng, &mut settle);
+                judge(item, &ended, now.saturating_sub(at), lane, rng, &mut settle);
                 *slot = Slot::Settling(Some(ended));
             }
             Slot::Released => settle.released.push(item.clone()),
@@ -195,12 +122,12 @@ pub(super) fn due_flush(
             }
             other => *slot = other,
         }
-    }
+    });
     Some(settle)
 }
 
 /// Turns an attempt's end into what is written: the lifecycle decides.
-fn judge(item: &Item, ended: Ended, ago: Duration, lane: Option<&Lane>, rng: &mut fastrand::Rng, settle: &mut Settle) {
+fn judge(item: &Item, ended: &Ended, ago: Duration, lane: Option<&Lane>, rng: &mut fastrand::Rng, settle: &mut Settle) {
     let policy = policy_for(item, lane);
     let begun = policy.kind == Kind::Operation || item.lost > 0;
     let number = item.attempts + 1;
@@ -224,9 +151,9 @@ fn judge(item: &Item, ended: Ended, ago: Duration, lane: Option<&Lane>, rng: &mu
     };
     // Running and ended always has a next state.
     let Ok(next) = transition(standing, Lived::Ended(ended.end), &policy, rng.f64()) else { return };
-    let note = note(&ended, next.standing.state, number, &policy);
+    let note = note(ended, next.standing.state, number, &policy);
     if next.standing.state == State::Succeeded {
-        settle.follow_ups.extend(ended.follow_ups);
+        settle.follow_ups.extend(ended.follow_ups.iter().cloned());
     }
     // Without a start on record it is no attempt, but it is on record that it was asked.
     let counted = begun || !matches!(ended.end, End::Snoozed { .. });
@@ -254,8 +181,8 @@ fn judge(item: &Item, ended: Ended, ago: Duration, lane: Option<&Lane>, rng: &mu
         outcome: counted.then(|| OutcomeRecord {
             number,
             kind: ended.end.as_str(),
-            error: ended.error,
-            receipt: ended.receipt,
+            error: ended.error.clone(),
+            receipt: ended.receipt.clone(),
             ran: ended.ran,
             ago,
         }),

@@ -1,5 +1,6 @@
 //! What goes into the decisions and what comes out: events with the time, and commands.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -122,7 +123,7 @@ pub(crate) enum Cancel {
 #[derive(Debug)]
 pub(crate) enum Command {
     Claim(ClaimRequest),
-    Settle(Box<Settle>),
+    Settle(Arc<Settle>),
     Disown(Uuid),
     Run(Hold, LeaseRef, Box<Item>, u32),
     Cancel(Hold, Cancel),

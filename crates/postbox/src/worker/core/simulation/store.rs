@@ -2,6 +2,7 @@
 //! says when what it is told to write breaks an invariant.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -94,7 +95,7 @@ pub(super) struct WorkerRow {
 #[derive(Debug, Clone)]
 pub(super) enum Verb {
     Claim(ClaimRequest),
-    Settle(Box<Settle>),
+    Settle(Arc<Settle>),
     SettleOpen { lease: LeaseRef, delivery: DeliveryId, number: u32, rev: i32, follow_ups: Vec<Draft> },
     Recheck { lease: LeaseRef, delivery: DeliveryId, number: u32 },
     Disown { worker: Uuid, token: Uuid },
