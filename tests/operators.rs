@@ -588,8 +588,8 @@ async fn what_keeps_dead_rows_is_told() {
     let mut reader = PgConnection::connect(&url).await.expect("a connection");
     sql(&mut reader, "begin isolation level repeatable read; select 1").await;
     let mut other = PgConnection::connect(&server.url()).await.expect("a connection");
-    let dead = "insert into postbox.ready (subscription, priority, pos, delivery, message, attempt, lost, rev)
-            select 0, 0, n, n, gen_random_uuid(), 0, 0, 0 from generate_series(1, 100) n;
+    let dead = "insert into postbox.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
+            select 0, 0, 0, n, n, gen_random_uuid(), 0, 0, 0 from generate_series(1, 100) n;
          delete from postbox.ready; select pg_stat_force_next_flush()";
     sql(&mut other, dead).await;
     let told = held_back(Duration::ZERO).await.expect("a reader holds its snapshot");

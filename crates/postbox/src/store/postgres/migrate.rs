@@ -269,11 +269,12 @@ mod tests {
     fn prints_what_it_applies_and_refuses_odd_names() {
         let text = migrations_sql("shop_box").expect("a plain name");
         assert!(text.contains("create table shop_box.message"));
-        let blanks = ["{schema}", "{publish}", "{duplicates}", "{channel}", "{roles}"];
+        let blanks =
+            ["{schema}", "{publish}", "{publish_one}", "{duplicates}", "{channel}", "{roles}", "{retain}", "{one"];
         assert!(blanks.iter().all(|blank| !text.contains(blank)));
         assert!(text.contains("insert into shop_box.migration (version, name) values (1, 'engine')"));
         let text = migrations_down_sql("shop_box").expect("a plain name");
-        let [roles, engine] = ["drop function shop_box.record_action", "shop_box.message"].map(|t| text.find(t));
+        let [roles, engine] = ["drop function shop_box.record_action", "-- 0001 engine, down"].map(|t| text.find(t));
         assert!(roles.is_some() && roles < engine, "newest first: {text}");
         assert!(!text.contains("{schema}") && !text.contains("cascade"), "{text}");
         for odd in ["x\"; drop", "", "Shop", &"x".repeat(49)] {

@@ -117,5 +117,6 @@ async fn counts_filters_and_what_nobody_stands_behind() {
     store.take_over(0.5).await.expect("looks").expect("the first worker");
     register(&store, vec![declared("renamed", "orders.placed")]).await;
     let stranded = store.stranded().await.expect("looks");
-    assert_eq!((stranded[0].subscription.as_str(), stranded[0].waiting), ("charge", 5));
+    let told = &stranded[0];
+    assert_eq!((told.subscription.as_str(), told.waiting, told.later), ("charge", 4, 1), "one is due later");
 }
