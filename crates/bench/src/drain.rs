@@ -157,9 +157,15 @@ pub(crate) async fn wal(site: &Site, extent: Extent) -> Result<Vec<Figure>, Prob
 async fn filled(site: &Site, router: Router<Postgres>, messages: usize, analyse: bool) -> Result<Fresh, Problem> {
     let fresh = site.fresh().await?;
     if !analyse {
-        for table in ["ready", "message", "lease", "outcome_part"] {
-            site.run(&format!("alter table {}.{table} set (autovacuum_enabled = off)", fresh.schema)).await?;
-        }
+        site.run(&format!(
+            "do $off$ declare hot regclass; begin
+                 for hot in select c.oid from pg_class c where c.relnamespace = '{0}'::regnamespace and c.relkind = 'r'
+                     and (c.relispartition or c.relname in ('lease', 'outcome_part'))
+                 loop execute format('alter table %s set (autovacuum_enabled = off)', hot); end loop;
+             end $off$",
+            fresh.schema
+        ))
+        .await?;
     }
     register(&fresh, router).await?;
     fill(&fresh.postbox, messages).await?;
