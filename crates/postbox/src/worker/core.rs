@@ -23,6 +23,8 @@ use crate::store::{ClaimRequest, Claimed, Guarded, Item, LeaseRef, SubscriptionI
 
 /// The most that is claimed at once.
 const MAX_BATCH: u32 = 500;
+/// How many claims run at the same time at the most.
+const CLAIMS: usize = 2;
 /// How much work lies ready in memory: about what is done in this time.
 const AHEAD: Duration = Duration::from_millis(250);
 /// The first wait of the fallback poll; it doubles up to the poll interval.
@@ -71,7 +73,10 @@ pub(crate) struct Core {
     /// Who holds a permit; more than run, while a cancelled handler does not let go.
     permits: HashMap<Hold, SubscriptionId>,
     suspect: Option<Hold>,
-    claiming: Option<Uuid>,
+    /// Claims under way, and how many deliveries each has asked for.
+    claiming: BTreeMap<Uuid, u32>,
+    /// The last claim got all that it had asked for: there is more.
+    deep: bool,
     /// Claims whose answer was lost: they may hold a lease that nobody works on.
     lost_claims: BTreeMap<Uuid, Option<Duration>>,
     phase: Phase,
@@ -94,7 +99,8 @@ impl Core {
             queue: VecDeque::new(),
             permits: HashMap::new(),
             suspect: None,
-            claiming: None,
+            claiming: BTreeMap::new(),
+            deep: false,
             lost_claims: BTreeMap::new(),
             phase: Phase::Working,
             give_up_at: None,
@@ -110,7 +116,7 @@ impl Core {
 
     /// Nothing is held any more and nothing is under way: the worker may retire.
     pub(crate) fn is_done(&self, now: Duration) -> bool {
-        let over = self.batches.is_empty() && self.claiming.is_none();
+        let over = self.batches.is_empty() && self.claiming.is_empty();
         match self.phase {
             Phase::Working => false,
             Phase::Stopping => over && self.permits.is_empty(),
@@ -185,7 +191,7 @@ impl Core {
                 // A lease that is stored and that nobody here knows: its claim's answer was lost, and
                 // its COMMIT came through after all.
                 for token in &tokens {
-                    let known = self.batches.contains_key(token) || self.claiming == Some(*token);
+                    let known = self.batches.contains_key(token) || self.claiming.contains_key(token);
                     if !known && !self.lost_claims.contains_key(token) {
                         self.lost_claims.insert(*token, None);
                         commands.push(Command::Disown(*token));
@@ -234,9 +240,8 @@ impl Core {
     }
 
     fn claimed(&mut self, token: Uuid, claimed: Option<Claimed>, now: Duration, commands: &mut Vec<Command>) {
-        if self.claiming == Some(token) {
-            self.claiming = None;
-        }
+        let asked = self.claiming.remove(&token);
+        self.deep = claimed.as_ref().is_some_and(|c| asked.is_some_and(|asked| c.items.len() >= asked as usize));
         let Some(claimed) = claimed else {
             self.lost_claims.insert(token, None);
             commands.push(Command::Disown(token));
@@ -634,7 +639,10 @@ impl Core {
 
     /// How many of which subscriptions could be claimed now; `None` when nothing is wanted.
     fn wanted(&self) -> Option<Vec<(SubscriptionId, u32)>> {
-        if self.phase != Phase::Working || self.claiming.is_some() {
+        let under_way: u32 = self.claiming.values().sum();
+        // In front of a backlog a second claim runs beside the first: the server has more than one core.
+        let most = if self.deep && self.setup.batch.is_none() { CLAIMS } else { 1 };
+        if self.phase != Phase::Working || self.claiming.len() >= most {
             return None;
         }
         let target = self.target();
@@ -644,7 +652,7 @@ impl Core {
             if full { 0 } else { load.queued - load.suspects }
         };
         let queued = self.lanes.values().map(startable).sum::<usize>() as u32;
-        if queued * 2 > target || (self.setup.batch.is_some() && queued > 0) {
+        if queued * 2 > target || under_way > target || (self.setup.batch.is_some() && queued > 0) {
             return None;
         }
         let room = target.saturating_sub(queued);
@@ -666,11 +674,12 @@ impl Core {
         if !self.hungry && now < self.poll_at {
             return;
         }
-        let Some(wanted) = self.wanted() else { return };
-        let token = uuid::Builder::from_random_bytes(self.rng.u128(..).to_be_bytes()).into_uuid();
-        self.claiming = Some(token);
-        self.hungry = false;
-        commands.push(Command::Claim(ClaimRequest { worker: self.setup.worker, token, wanted }));
+        while let Some(wanted) = self.wanted() {
+            let token = uuid::Builder::from_random_bytes(self.rng.u128(..).to_be_bytes()).into_uuid();
+            self.claiming.insert(token, wanted.iter().map(|(_, room)| room).sum());
+            self.hungry = false;
+            commands.push(Command::Claim(ClaimRequest { worker: self.setup.worker, token, wanted }));
+        }
     }
 }
 
