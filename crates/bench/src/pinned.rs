@@ -222,8 +222,8 @@ async fn in_front_of(site: &Site, waiting: usize) -> Result<Backlog, Problem> {
         let begun = Instant::now();
         let shown = fresh.postbox.admin().show(delivery).await?;
         shows.push(begun.elapsed().as_secs_f64() * 1000.0);
-        if shown.envelope.is_none() || shown.attempts.len() != 1 {
-            return Err(format!("delivery {delivery} is not shown with its message and its attempt").into());
+        if shown.envelope.is_none() || shown.attempts.is_empty() {
+            return Err(format!("delivery {delivery} is not shown with its message and its attempts").into());
         }
     }
     fresh.drop(site).await?;

@@ -538,6 +538,8 @@ impl Store for PgStore {
         let mut work = self.work().await?;
         self.dynamic(format!("select {}.open_windows()", self.schema)).execute(work.on()).await?;
         work.commit().await?;
+        // Who pulls in SQL claims as well, and nobody here knows of it.
+        self.claimed.store(true, Ordering::Relaxed);
         Ok(removed)
     }
 
