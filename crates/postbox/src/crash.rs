@@ -21,6 +21,11 @@ pub fn point(name: &str) {
 #[cfg(not(feature = "crash-points"))]
 pub(crate) fn point(_name: &str) {}
 
+/// Whether this process is to be killed at a point.
+pub(crate) fn is_armed() -> bool {
+    cfg!(feature = "crash-points") && std::env::var_os("POSTBOX_CRASH_POINT").is_some()
+}
+
 /// Whether this is the wanted point, for the wanted time.
 #[cfg(feature = "crash-points")]
 fn armed(name: &str) -> bool {

@@ -15,7 +15,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use self::batch::{Batch, Entry, Slot};
-use self::flush::{FLUSH_AFTER, due_flush, is_withheld, observation};
+use self::flush::{due_flush, is_withheld, observation};
 pub(crate) use self::wire::{Cancel, Command, Ended, Event, Flushed, Hold, Lane, Setup};
 use crate::lifecycle::{End, Kind};
 use crate::planted::planted;
@@ -149,8 +149,8 @@ impl Core {
                 at_latest(at);
             }
             let may_flush = batch.flight.is_none() && !batch.fenced && batch.again_at.is_none();
-            if let Some(at) = tally.oldest.filter(|_| may_flush && tally.ended > 0) {
-                at_latest(at + FLUSH_AFTER);
+            if let Some(at) = tally.ripe_at().filter(|_| may_flush) {
+                at_latest(at);
             }
         }
         for at in self.lost_claims.values().flatten() {
@@ -655,14 +655,15 @@ impl Core {
         if queued * 2 > target || under_way > target || (self.setup.batch.is_some() && queued > 0) {
             return None;
         }
-        let room = target.saturating_sub(queued);
+        // In front of a backlog a claim takes as much as it may: what it costs itself is shared by more.
+        let room = if self.deep && self.setup.batch.is_none() { target } else { target.saturating_sub(queued) };
         let mut wanted: Vec<(SubscriptionId, u32)> = self
             .lanes
             .values()
             .filter_map(|(lane, load)| {
                 let limit = lane.concurrency.unwrap_or(self.setup.concurrency).min(self.setup.concurrency) as u32;
                 let share = self.setup.batch.unwrap_or_else(|| ahead(limit, load.ran));
-                let room = room.min(share.saturating_sub(load.queued as u32));
+                let room = if self.deep { room.min(share) } else { room.min(share.saturating_sub(load.queued as u32)) };
                 (room > 0).then_some((lane.id, room))
             })
             .collect();

@@ -67,16 +67,20 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
 
     store.calm.store(rows.is_empty(), Ordering::Relaxed);
     store.claimed.fetch_or(!rows.is_empty(), Ordering::Relaxed);
-    let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::with_capacity(rows.len()), next_due: None };
+    let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None };
     if let Some(row) = next_due {
         claimed.next_due = Some(Duration::from_millis(row.try_get::<i64, _>("wait_ms")?.max(0) as u64));
     }
     let Some(first) = rows.first() else { return Ok(claimed) };
     claimed.batch = first.try_get("batch")?;
-    let items = Items::of(first)?;
+    let columns = Items::of(first)?;
+    let mut items = Vec::with_capacity(rows.len());
     for row in &rows {
-        claimed.items.push(items.read(row)?);
+        let place: Place = (row.try_get(priority)?, row.try_get(pos)?);
+        items.push((place, columns.read(row)?));
     }
+    items.sort_unstable_by_key(|(place, _)| *place);
+    claimed.items = items.into_iter().map(|(_, item)| item).collect();
     Ok(claimed)
 }
 
@@ -86,7 +90,7 @@ async fn look(store: &PgStore, subscriptions: &[SubscriptionId]) -> Result<Optio
     let begun = Instant::now();
     let froms: Vec<From> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
     let recent = store.promoted.recent(begun);
-    let mut work = store.work().await?;
+    let mut work = store.claiming().await?;
     let row = store
         .query(store.sql.look)
         .bind(subscriptions.to_vec())

@@ -38,6 +38,7 @@ leased as (
     having pg_catalog.count(*) > 0
     returning batch
 )
+-- In no order: who reads it knows the places.
 select l.batch, g.delivery, g.subscription, g.message, g.priority, g.pos, g.attempt, g.lost, g.rev + 1 as rev,
     m.topic, m.key, m.payload::pg_catalog.text as payload, m.body, m.content_type, m.headers::pg_catalog.text as headers,
     (extract(epoch from m.occurred_at) * 1000000::numeric)::bigint as occurred_us,
@@ -45,4 +46,3 @@ select l.batch, g.delivery, g.subscription, g.message, g.priority, g.pos, g.atte
 from gone g
 cross join leased l
 left join {schema}.message m on m.id = g.message
-order by g.priority, g.pos

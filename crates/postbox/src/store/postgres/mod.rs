@@ -166,6 +166,16 @@ impl Work {
         self.connection.as_mut().expect("a Work holds its connection until it ends")
     }
 
+    /// A connection for one statement that is a transaction by itself.
+    async fn single(pool: &PgPool) -> Result<Work, sqlx::Error> {
+        Ok(Work { connection: Some(pool.acquire().await?), xid: None })
+    }
+
+    /// Gives the connection back after a statement that was a transaction by itself.
+    fn over(mut self) {
+        self.connection.take();
+    }
+
     async fn commit(mut self) -> Result<(), sqlx::Error> {
         sqlx::raw_sql("COMMIT").execute(self.on()).await?;
         self.connection.take();
@@ -200,13 +210,17 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
 /// whatever the role's default isolation is.
 const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off";
 
-/// Claims delete by place: a plan made while a table was empty must not read it whole once it is full.
-const BEGIN_CLAIM: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off; SET LOCAL enable_seqscan = off";
+/// Claims delete by place: a plan made while a table was empty must not read it whole once it is full. There is
+/// one good plan, and to make it takes longer than to claim a few; so it is made once a connection.
+const BEGIN_CLAIM: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off; SET LOCAL enable_seqscan = off; \
+     SET LOCAL plan_cache_mode = force_generic_plan";
 
 /// Irreversible effects hang on these commits: asynchronous ones are raised to `on`. Compiling these
-/// short statements would take longer than running them, whatever the planner's estimate says.
-const BEGIN_DURABLE: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off; SELECT pg_catalog.set_config('synchronous_commit', 'on', true) \
-     WHERE pg_catalog.current_setting('synchronous_commit') IN ('off', 'local')";
+/// short statements would take longer than running them, whatever the planner's estimate says. One SELECT
+/// for both: each statement of a simple query is parsed and planned by itself.
+const BEGIN_DURABLE: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_catalog.set_config('jit', 'off', true), \
+     CASE WHEN pg_catalog.current_setting('synchronous_commit') IN ('off', 'local') \
+     THEN pg_catalog.set_config('synchronous_commit', 'on', true) END";
 
 impl PgStore {
     fn query(&self, sql: &'static str) -> sqlx::query::Query<'static, Postgres, sqlx::postgres::PgArguments> {
@@ -228,6 +242,11 @@ impl PgStore {
 
     async fn durable(&self) -> Result<Work, sqlx::Error> {
         Work::begin(&self.pool, BEGIN_DURABLE).await
+    }
+
+    /// Whether one statement may be a transaction by itself: what goes between it and its server keeps to it.
+    fn alone(&self) -> bool {
+        self.prepared && !crate::crash::is_armed()
     }
 
     async fn read(&self) -> Result<Work, sqlx::Error> {

@@ -15,6 +15,7 @@ use crate::planted::planted;
 use crate::store::{DeliveryId, Guarded, LeaseRef, Move, OutcomeRecord, Settle, Stored, decide};
 
 /// Which transaction a connection is in.
+const XID: &str = "pg_catalog.pg_current_xact_id()::pg_catalog.text";
 const OWN_XID: &str = "select pg_catalog.pg_current_xact_id()::pg_catalog.text as xid";
 
 pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, Error> {
@@ -24,7 +25,18 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         follow(store, apart.on(), &settle.follow_ups).await?;
         apart.commit().await?;
     }
-    let mut work = store.durable().await?;
+    let moves: Vec<Move> = settle.moves.iter().filter(|m| plain_success(m).is_none()).cloned().collect();
+    // Nothing but the one statement: it is the whole transaction, and says itself that its commit is durable.
+    let single = store.alone()
+        && moves.is_empty()
+        && settle.released.is_empty()
+        && settle.seen.is_empty()
+        && settle.follow_ups.is_empty()
+        && !planted!("part-written-twice");
+    let mut work = match single {
+        true => Work::single(&store.pool).await?,
+        false => store.durable().await?,
+    };
     // What left the lease without an outcome: the lease does not hold it any more.
     let left = settle.moves.iter().filter(|m| m.outcome.is_none()).map(|m| m.delivery);
     let left = settle.released.iter().map(|i| i.delivery).chain(left);
@@ -57,15 +69,23 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         .await?;
     if held.try_get::<i64, _>("held")? == 0 {
         let found = store.query(store.sql.part_exists).bind(lease.batch).bind(settle.part).fetch_one(work.on()).await?;
-        work.rollback().await?;
+        match single {
+            true => work.over(),
+            false => work.rollback().await?,
+        }
         return Ok(if found.try_get("found")? { Guarded::Done } else { Guarded::Fenced });
+    }
+    if single {
+        // An earlier try had committed, or this one has.
+        work.over();
+        return Ok(Guarded::Done);
     }
     if held.try_get::<i64, _>("written")? == 0 && !planted!("part-written-twice") {
         // The answer to an earlier try was lost; it had committed.
         work.rollback().await?;
         return Ok(Guarded::Done);
     }
-    let mut moves: Vec<Move> = settle.moves.iter().filter(|m| plain_success(m).is_none()).cloned().collect();
+    let mut moves = moves;
     moves.extend(settle.released.iter().map(decide::released));
     apply(store, work.on(), &moves, Some(lease)).await?;
     for seen in &settle.seen {
@@ -153,7 +173,9 @@ pub(super) async fn open(store: &PgStore, lease: LeaseRef, timeout: Duration) ->
     let _ = lease;
     let idle = millis(timeout).clamp(1, i64::from(i32::MAX));
     // Which transaction it is comes with its beginning: a round trip less for each delivery.
-    let begin = format!("{BEGIN_DURABLE}; SET LOCAL idle_in_transaction_session_timeout = {idle}; {OWN_XID}");
+    let begin = format!(
+        "{BEGIN_DURABLE}, pg_catalog.set_config('idle_in_transaction_session_timeout', '{idle}', true), {XID} as xid"
+    );
     let mut work = Work { connection: Some(store.pool.acquire().await?), xid: None };
     let rows = sqlx::raw_sql(sqlx::AssertSqlSafe(begin)).fetch_all(work.on()).await?;
     let last = rows.last().ok_or(sqlx::Error::RowNotFound)?;

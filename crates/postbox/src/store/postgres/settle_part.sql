@@ -35,4 +35,7 @@ ended as (
 closed as (
     delete from {schema}.lease l using part p where l.token = $1 and $20::pg_catalog.bool
 )
-select (select pg_catalog.count(*) from held) as held, (select pg_catalog.count(*) from part) as written
+-- When this is the whole transaction, its commit waits for the disk, whatever the role's settings are.
+select (select pg_catalog.count(*) from held) as held, (select pg_catalog.count(*) from part) as written,
+    case when pg_catalog.current_setting('synchronous_commit') in ('off', 'local')
+        then pg_catalog.set_config('synchronous_commit', 'on', true) end as durable

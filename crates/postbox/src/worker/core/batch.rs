@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::FIRST_PAUSE;
+use super::flush::{FLUSH_AFTER, FLUSH_COUNT, WAVE_AFTER};
 use super::wire::Ended;
 use crate::store::{Item, LeaseRef, Settle};
 
@@ -51,6 +52,8 @@ pub(super) struct Tally {
     pub(super) ended: usize,
     /// Of those, operations.
     pub(super) operations: usize,
+    /// Operations that run.
+    pub(super) calling: usize,
     pub(super) reserved: usize,
     /// Waiting to be handed back, or withheld.
     pub(super) released: usize,
@@ -73,7 +76,13 @@ impl Tally {
             Slot::Reserved => self.reserved += 1,
             Slot::Released | Slot::Withheld => self.released += 1,
             Slot::Settled => self.settled += 1,
-            Slot::Running { deadline: at, cancelled: false } | Slot::Paused(at) => self.due = earlier(self.due, *at),
+            Slot::Running { deadline, cancelled } => {
+                self.calling += usize::from(entry.operation);
+                if !cancelled {
+                    self.due = earlier(self.due, *deadline);
+                }
+            }
+            Slot::Paused(at) => self.due = earlier(self.due, *at),
             _ => {}
         }
     }
@@ -88,8 +97,21 @@ impl Tally {
             Slot::Reserved => self.reserved -= 1,
             Slot::Released | Slot::Withheld => self.released -= 1,
             Slot::Settled => self.settled -= 1,
+            Slot::Running { .. } => self.calling -= usize::from(entry.operation),
             _ => {}
         }
+    }
+
+    /// When what has ended is written at the latest; the others of an operation's wave end at about the same
+    /// time, and share its flush.
+    pub(super) fn ripe_at(&self) -> Option<Duration> {
+        let wait = match self {
+            Tally { ended: FLUSH_COUNT.., .. } => Duration::ZERO,
+            Tally { operations: 0, .. } => FLUSH_AFTER,
+            Tally { calling: 0, .. } => Duration::ZERO,
+            _ => WAVE_AFTER,
+        };
+        self.oldest.filter(|_| self.ended > 0).map(|at| at + wait)
     }
 }
 

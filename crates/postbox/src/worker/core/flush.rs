@@ -15,7 +15,9 @@ use crate::store::{Evidence, Item, Move, Observation, OutcomeRecord, Settle, Sub
 /// What has ended waits this long for company before it is settled.
 pub(super) const FLUSH_AFTER: Duration = Duration::from_millis(25);
 /// What has ended is settled at once when it is this many.
-const FLUSH_COUNT: usize = 500;
+pub(super) const FLUSH_COUNT: usize = 500;
+/// An operation that has ended waits this long for others that were begun and have not ended.
+pub(super) const WAVE_AFTER: Duration = Duration::from_millis(1);
 
 /// The revision of a delivery that is leased for the first time, and was never moved.
 const FIRST_LEASED_REV: i32 = 1;
@@ -78,11 +80,10 @@ pub(super) fn due_flush(
     let tally = batch.tally();
     let done = tally.ended + tally.released;
     let complete = done + tally.settled == batch.entries().len();
-    // An operation's outcome does not wait: others may wait for it.
-    let ripe = tally.operations > 0
-        || tally.ended >= FLUSH_COUNT
-        || (tally.ended > 0 && tally.oldest.is_some_and(|at| at + FLUSH_AFTER <= now));
-    if !(complete || ripe || tally.reserved > 0 || tally.released > 0) {
+    let ripe = tally.ripe_at().is_some_and(|at| at <= now);
+    // What begins need not wait, if nothing of its wave is about to be settled.
+    let begins = tally.reserved > 0 && tally.operations == 0;
+    if !(complete || ripe || begins || tally.released > 0) {
         return None;
     }
     // The first alone, if a flush with company was refused.
