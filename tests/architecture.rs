@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&[&str]; 10] = [
     // Pure: no clock, no I/O, no SQL.
     &["content", "json", "pattern", "retry", "crash", "planted"],
-    &["lifecycle", "message", "error", "retention"],
+    &["lifecycle", "message", "error", "limits", "retention"],
     &["settings", "context"],
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
@@ -125,6 +125,7 @@ fn the_pure_modules_are_pure() {
         "json.rs",
         "pattern.rs",
         "retry.rs",
+        "limits.rs",
         "retention.rs",
         "lifecycle.rs",
         "worker/core.rs",

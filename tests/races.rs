@@ -286,3 +286,52 @@ async fn a_reborn_worker_declares_the_same() {
     assert_eq!(Postgres::count(&fresh, &declared).await, 1, "each of its own");
     worker.stop(None).await.expect("stop");
 }
+
+/// Claims of 400, until there were none twice in a row; all that they took, in order.
+async fn claimed_at_once(hands: &[Hand<Postgres>]) -> Vec<i64> {
+    let claims = hands.iter().map(async |hand| {
+        let mut taken = Vec::new();
+        loop {
+            let two = tokio::join!(
+                hand.claim_of(&hand.subscriptions[..1], 400),
+                hand.claim_of(&hand.subscriptions[..1], 400)
+            );
+            let before = taken.len();
+            taken.extend(two.0.items.iter().chain(&two.1.items).map(|i| i.delivery));
+            if taken.len() == before {
+                return taken;
+            }
+        }
+    });
+    let mut taken: Vec<i64> = futures_util::future::join_all(claims).await.concat();
+    taken.sort_unstable();
+    taken
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_claims_at_once_take_each_row_once_and_wait_for_nobody() {
+    let fresh = Postgres::fresh().await;
+    let hands = [hand_of(&fresh, Kind::Plain).await, hand_of(&fresh, Kind::Plain).await];
+    publish(&fresh, "t", 4000).await;
+    // Somebody's transaction has deleted some of them, and does not end.
+    let mut open = fresh.pool.begin().await.expect("begins");
+    let schema = fresh.schema();
+    let delete = format!(
+        "delete from {schema}.ready where delivery in (select delivery from {schema}.ready order by pos offset 1500 limit 3) returning delivery"
+    );
+    let held: Vec<i64> =
+        sqlx::query_scalar(sqlx::AssertSqlSafe(&*delete)).fetch_all(&mut *open).await.expect("deletes");
+    let mut taken = claimed_at_once(&hands).await;
+    // Two that pass over each other's stretches may both have seen nothing: a sweep sees the rest.
+    while taken.len() < 3997 {
+        taken.extend(claimed_at_once(&hands).await);
+    }
+    open.rollback().await.expect("rolls back");
+    assert!(held.iter().all(|delivery| !taken.contains(delivery)));
+    while taken.len() < 4000 {
+        taken.extend(claimed_at_once(&hands).await);
+    }
+    taken.sort_unstable();
+    taken.dedup();
+    assert_eq!(taken.len(), 4000, "each once");
+}

@@ -6,8 +6,8 @@ use postbox::admin::{Filter, Resolution, Retry};
 use postbox::lifecycle::{Answer, Kind, Policy};
 use postbox::store::{ClaimRequest, Declared, LeaseRef, Registration, Settle, Start, Store};
 use postbox::{
-    Envelope, Error, Failure, Keep, Operation, OperationFailure, Postbox, Postgres, PublishError, Receipt, Reconciled,
-    RetryPolicy, Router, Settings, Tx, handler, operation,
+    Envelope, Error, Failure, Keep, Limits, Operation, OperationFailure, Postbox, Postgres, PublishError, Receipt,
+    Reconciled, RetryPolicy, Router, Settings, Tx, handler, operation,
 };
 use postbox_testkit::{Fresh, Login, Testable};
 use serde_json::json;
@@ -216,6 +216,7 @@ async fn a_worker_works_and_the_record_stays_as_it_is() {
         continues: false,
         start: Start::Unrouted,
         keep: Keep::default(),
+        limits: Limits::default(),
     };
     let registration = Registration {
         worker: Uuid::now_v7(),
@@ -230,8 +231,10 @@ async fn a_worker_works_and_the_record_stays_as_it_is() {
     store.learn_routes(&["v.w".into()]).await.expect("learn");
     store.asleep(registration.worker, true).await.expect("sleep");
     let wanted = ids.iter().map(|id| (*id, 10)).collect();
-    let claimed =
-        store.claim(&ClaimRequest { worker: registration.worker, token: Uuid::now_v7(), wanted }).await.expect("claim");
+    let claimed = store
+        .claim(&ClaimRequest { worker: registration.worker, token: Uuid::now_v7(), wanted, metered: Vec::new() })
+        .await
+        .expect("claim");
     let operation = claimed.items.iter().find(|i| i.subscription == ids[0]).expect("the operation");
     let begun = Settle {
         lease: LeaseRef { worker: registration.worker, batch: claimed.batch, token: claimed.token },

@@ -439,6 +439,7 @@ async fn a_taken_over_worker_is_told<Db: Testable>() {
         worker: beat.worker,
         token: Uuid::now_v7(),
         wanted: subscriptions.iter().map(|s| (*s, 9)).collect(),
+        metered: Vec::new(),
     };
     let claimed = fresh.postbox.store().claim(&request).await.expect("claim");
     assert!(claimed.items.is_empty(), "who is not registered gets nothing");

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use postbox::lifecycle::{Kind, Policy};
 use postbox::store::{Declared, Registration, Start, Store};
-use postbox::{Database, Draft, Envelope, Keep, Postbox, Postgres, PublishError, RetryPolicy, Settings, Sqlite};
+use postbox::{
+    Database, Draft, Envelope, Keep, Limits, Postbox, Postgres, PublishError, RetryPolicy, Settings, Sqlite,
+};
 use postbox_testkit::{Fresh, Server, Testable, on_both_stores};
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
@@ -30,6 +32,7 @@ fn declared(name: &str, pattern: &str) -> Declared {
         continues: false,
         start: Start::Unrouted,
         keep: Keep::default(),
+        limits: Limits::default(),
     }
 }
 

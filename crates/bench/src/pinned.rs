@@ -141,7 +141,12 @@ async fn claims(postbox: &Postbox<Postgres>) -> Result<Vec<f64>, Problem> {
     let wanted: Vec<(SubscriptionId, u32)> = subscriptions.iter().map(|id| (*id, CLAIMED)).collect();
     let mut took = Vec::with_capacity(CLAIMS);
     for _ in 0..CLAIMS {
-        let request = ClaimRequest { worker: registration.worker, token: Uuid::now_v7(), wanted: wanted.clone() };
+        let request = ClaimRequest {
+            worker: registration.worker,
+            token: Uuid::now_v7(),
+            wanted: wanted.clone(),
+            metered: Vec::new(),
+        };
         let begun = Instant::now();
         let claimed = store.claim(&request).await?;
         took.push(begun.elapsed().as_secs_f64() * 1000.0);

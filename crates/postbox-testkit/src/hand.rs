@@ -7,7 +7,7 @@ use postbox::store::{
     ClaimRequest, Claimed, Declared, Guarded, Item, LeaseRef, Move, OutcomeRecord, Registration, Settle, Start, Store,
     SubscriptionId, Success,
 };
-use postbox::{Envelope, Keep, Postbox, RetryPolicy};
+use postbox::{Envelope, Keep, Limits, Postbox, RetryPolicy};
 use uuid::Uuid;
 
 use crate::{Fresh, Testable};
@@ -35,6 +35,7 @@ pub fn declared(name: &str, pattern: &str, kind: Kind) -> Declared {
         continues: false,
         start: Start::Unrouted,
         keep: Keep::default(),
+        limits: Limits::default(),
     }
 }
 
@@ -86,7 +87,7 @@ impl<Db: Testable> Hand<Db> {
     /// Leases up to so many of each of these.
     pub async fn claim_of(&self, subscriptions: &[SubscriptionId], room: u32) -> Claimed {
         let wanted = subscriptions.iter().map(|id| (*id, room)).collect();
-        let request = ClaimRequest { worker: self.worker, token: Uuid::now_v7(), wanted };
+        let request = ClaimRequest { worker: self.worker, token: Uuid::now_v7(), wanted, metered: Vec::new() };
         self.store().claim(&request).await.expect("claim")
     }
 

@@ -47,6 +47,7 @@ mod crash;
 mod error;
 mod handler;
 mod json;
+mod limits;
 mod message;
 mod operation;
 mod pattern;
@@ -84,6 +85,8 @@ pub use handler::{
     Together, Tx,
 };
 pub use json::{JsonError, MAX_JSON_DEPTH};
+#[doc(hidden)]
+pub use limits::{Limits, Rate};
 pub use message::{
     DecodeError, Draft, Envelope, IntoDraft, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, MAX_WAIT, Message, MessageKey,
 };
@@ -93,7 +96,6 @@ pub use postbox::{Postbox, Published};
 pub use postbox_macros::Message;
 pub use pull::{PullSubscription, Pulled};
 pub use retention::MIN_KEEP;
-#[doc(hidden)]
 pub use retention::{Keep, Keeps, Retention};
 pub use retry::RetryPolicy;
 pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation, together};
@@ -118,6 +120,8 @@ mod docs {
     mod publishing {}
     #[doc = include_str!("../../../docs/pull.md")]
     mod pull {}
+    #[doc = include_str!("../../../docs/limits.md")]
+    mod limits {}
     #[doc = include_str!("../../../docs/retention.md")]
     mod retention {}
     #[doc = include_str!("../../../docs/settings.md")]

@@ -12,6 +12,7 @@ use crate::crash;
 use crate::error::Error;
 use crate::handler::Failure;
 use crate::lifecycle::{Kind, Policy};
+use crate::limits::Limits;
 use crate::message::{DecodeError, Envelope, MAX_WAIT};
 use crate::pattern::{MAX_NAME_BYTES, Pattern};
 use crate::postbox::Postbox;
@@ -182,6 +183,7 @@ impl<Db: Database> PullSubscription<Db> {
             continues: false,
             start: self.start,
             keep: Keep::default(),
+            limits: Limits::default(),
         };
         let store = self.postbox.store();
         let ids = store.declare(&self.of()?, &[declared]).await?;

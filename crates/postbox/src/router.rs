@@ -12,6 +12,7 @@ use crate::handler::{
     Together, Tx,
 };
 use crate::lifecycle::{Kind, Policy};
+use crate::limits::{Limits, Rate};
 use crate::message::{Envelope, Message};
 use crate::operation::{FollowUps, OperationFailure, Receipt, Reconciled};
 use crate::pattern::{MAX_NAME_BYTES, Pattern, TopicError};
@@ -134,6 +135,7 @@ struct Options {
     timeout: Duration,
     quiet: Duration,
     concurrency: Option<usize>,
+    limits: Limits,
     start: Start,
     idempotent: bool,
     keep: Keep,
@@ -148,6 +150,7 @@ impl Default for Options {
             timeout: Duration::from_secs(60),
             quiet: Duration::from_secs(60),
             concurrency: None,
+            limits: Limits::default(),
             start: Start::default(),
             idempotent: false,
             keep: Keep::default(),
@@ -215,6 +218,51 @@ macro_rules! options {
         pub fn concurrency(mut self, at_once: usize) -> Self {
             assert!(at_once > 0, "the concurrency of a subscription must be at least 1");
             self.options.concurrency = Some(at_once);
+            self
+        }
+
+        /// How many of its attempts run at once across all workers of the database, within each worker's own
+        /// limits. Workers share these permits out among themselves; a worker that dies frees its own when it
+        /// is taken over. What is pulled does not count.
+        ///
+        /// # Panics
+        /// Zero.
+        #[track_caller]
+        #[must_use]
+        pub fn limit(mut self, at_once: u32) -> Self {
+            assert!(at_once > 0, "the limit of a subscription must be at least 1; to stop it, pause it");
+            self.options.limits.at_once = Some(at_once);
+            self
+        }
+
+        /// How many of its attempts begin in a time, across all workers of the database: `rate(100, SECOND)`.
+        /// A token bucket in the database: in any time `t` there are at most `burst + count * t / per`, where
+        /// the [`burst`](Self::burst) is what comes in 100 ms, or 1. Retries count, what is pulled does not.
+        ///
+        /// # Panics
+        /// Zero, above a million a second, or a time above 366 days.
+        #[track_caller]
+        #[must_use]
+        pub fn rate(mut self, count: u32, per: Duration) -> Self {
+            match Rate::new(count, per) {
+                Ok(rate) => self.options.limits.rate = Some(rate),
+                Err(error) => panic!("{error}"),
+            }
+            self
+        }
+
+        /// How many may begin at once under a [`rate`](Self::rate), after a pause.
+        ///
+        /// # Panics
+        /// Zero, or without a rate before it.
+        #[track_caller]
+        #[must_use]
+        pub fn burst(mut self, at_once: u32) -> Self {
+            assert!(at_once > 0, "the burst of a rate must be at least 1");
+            match &mut self.options.limits.rate {
+                Some(rate) => *rate = rate.with_burst(at_once),
+                None => panic!("a burst belongs to a rate: `.rate(100, SECOND).burst({at_once})`"),
+            }
             self
         }
 
@@ -560,6 +608,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
                 continues,
                 start: options.start,
                 keep: options.keep,
+                limits: options.limits,
                 timeout: options.timeout,
                 quiet: options.quiet,
             },

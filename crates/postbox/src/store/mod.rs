@@ -16,6 +16,7 @@ use crate::admin::{
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::{Answer, Kind, Policy, State};
+use crate::limits::Limits;
 use crate::message::{Draft, Envelope};
 use crate::pattern::Pattern;
 use crate::retention::{Keep, Retention};
@@ -139,6 +140,8 @@ pub struct Declared {
     pub start: Start,
     /// How long its deliveries stay on record once they have ended.
     pub keep: Keep,
+    /// How fast they run, over all workers.
+    pub limits: Limits,
 }
 
 /// A worker that wants to start.
@@ -203,6 +206,30 @@ pub struct ClaimRequest {
     pub token: Uuid,
     /// How many of each subscription at most.
     pub wanted: Vec<(SubscriptionId, u32)>,
+    /// Those of them whose attempts take a token each.
+    pub metered: Vec<SubscriptionId>,
+}
+
+/// A wish for permits of a subscription that has a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PermitWish {
+    /// Of this subscription.
+    pub subscription: SubscriptionId,
+    /// How many the worker could use.
+    pub wanted: u32,
+    /// How many it keeps in any case: no more than it was given.
+    pub keep: u32,
+}
+
+/// What a worker may run of a subscription that has a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Permits {
+    /// Of this subscription.
+    pub subscription: SubscriptionId,
+    /// So many at once, from now until the next answer.
+    pub granted: u32,
+    /// Others have fewer than they want: what would be fair to keep.
+    pub fair: Option<u32>,
 }
 
 /// A delivery in a worker's hands.
@@ -237,6 +264,8 @@ pub struct Claimed {
     pub items: Vec<Item>,
     /// How long until something scheduled is due, if anything is.
     pub next_due: Option<Duration>,
+    /// Metered subscriptions that got fewer tokens than were wanted, and how long until the next one comes.
+    pub dry: Vec<(SubscriptionId, Duration)>,
 }
 
 /// A lease, as every guarded write names it.
@@ -599,6 +628,9 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
 
     /// Promotes what is due, and leases a batch.
     fn claim(&self, request: &ClaimRequest) -> impl Verb<Claimed>;
+    /// Shares out the permits of subscriptions that have a limit: together, live workers never hold more. A
+    /// worker that is not alive gets none.
+    fn permits(&self, worker: Uuid, wishes: &[PermitWish]) -> impl Verb<Vec<Permits>>;
     /// Writes one flush, all or nothing.
     fn settle(&self, settle: &Settle) -> impl Verb<Guarded>;
     /// Opens a transactional handler's transaction.

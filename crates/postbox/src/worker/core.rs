@@ -6,6 +6,7 @@
 
 mod batch;
 mod flush;
+mod limits;
 mod wire;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -16,6 +17,7 @@ use uuid::Uuid;
 
 use self::batch::{Batch, Entry, Slot};
 use self::flush::{due_flush, is_withheld, observation};
+use self::limits::{Allowance, Asking};
 pub(crate) use self::wire::{Cancel, Command, Ended, Event, Flushed, Hold, Lane, Setup};
 use crate::lifecycle::{End, Kind};
 use crate::planted::planted;
@@ -45,6 +47,7 @@ struct Load {
     running: usize,
     /// A moving average of how long an attempt runs.
     ran: Option<Duration>,
+    allowance: Allowance,
 }
 
 /// What of a batch a kill would leave in doubt.
@@ -87,6 +90,7 @@ pub(crate) struct Core {
     poll_at: Duration,
     poll_wait: Duration,
     pause: Duration,
+    asking: Asking,
     rng: fastrand::Rng,
 }
 
@@ -109,6 +113,7 @@ impl Core {
             poll_at: Duration::ZERO,
             poll_wait: FIRST_POLL,
             pause: FIRST_PAUSE,
+            asking: Asking::default(),
             rng: fastrand::Rng::with_seed(setup.seed),
             setup,
         }
@@ -156,6 +161,9 @@ impl Core {
         for at in self.lost_claims.values().flatten() {
             at_latest(*at);
         }
+        if let Some(at) = self.limits_tick() {
+            at_latest(at);
+        }
         next
     }
 
@@ -166,9 +174,11 @@ impl Core {
             self.take(event, now, &mut commands);
         }
         self.expire(now, &mut commands);
+        self.refill(now);
         self.start(now, &mut commands);
         self.flush(now, &mut commands);
         self.claim(now, &mut commands);
+        self.ask_for_permits(now, &mut commands);
         commands
     }
 
@@ -177,6 +187,7 @@ impl Core {
             Event::Woken => self.hungry = true,
             Event::Tick => {}
             Event::Claimed(token, claimed) => self.claimed(token, claimed, now, commands),
+            Event::Permitted(worker, permits) => self.permitted(worker, permits, now),
             Event::Settled(token, answer) => self.settled(token, answer, now, commands),
             Event::Disowned(token, done) => {
                 if done {
@@ -214,6 +225,7 @@ impl Core {
                 }
                 self.setup.worker = worker;
                 self.lost_claims.clear();
+                self.without_permits();
                 self.asleep = false;
                 self.hungry = true;
             }
@@ -250,6 +262,7 @@ impl Core {
             return;
         };
         self.pause = FIRST_PAUSE;
+        self.dry(claimed.dry, now);
         if claimed.items.is_empty() {
             if self.asleep {
                 let wait = claimed.next_due.map_or(self.poll_wait, |due| due.min(self.poll_wait));
@@ -369,7 +382,7 @@ impl Core {
             }
             // A message whose worker died may have killed it: such ones run one at a time, on record.
             let suspicious = is_suspect(lane, item);
-            if lane.concurrency.is_some_and(|limit| load.running >= limit) || (suspicious && self.suspect.is_some()) {
+            if load.is_full(lane) || (suspicious && self.suspect.is_some()) {
                 waiting.push(hold);
                 continue;
             }
@@ -388,7 +401,7 @@ impl Core {
                 exposed.entry((hold.0, lane.id)).or_default().open += 1;
             }
             load.leave(lane, item);
-            load.running += 1;
+            load.run();
             self.permits.insert(hold, item.subscription);
             if suspicious {
                 self.suspect = Some(hold);
@@ -648,8 +661,7 @@ impl Core {
         let target = self.target();
         // What waits for a permit of its own subscription does not keep the others waiting.
         let startable = |(lane, load): &(Lane, Load)| {
-            let full = lane.concurrency.is_some_and(|limit| load.running >= limit);
-            if full { 0 } else { load.queued - load.suspects }
+            if load.is_full(lane) { 0 } else { load.queued - load.suspects }
         };
         let queued = self.lanes.values().map(startable).sum::<usize>() as u32;
         if queued * 2 > target || under_way > target || (self.setup.batch.is_some() && queued > 0) {
@@ -661,7 +673,17 @@ impl Core {
             .lanes
             .values()
             .filter_map(|(lane, load)| {
-                let limit = lane.concurrency.unwrap_or(self.setup.concurrency).min(self.setup.concurrency) as u32;
+                if load.allowance.dry_until.is_some() {
+                    return None;
+                }
+                let limit =
+                    load.most_at_once(lane).unwrap_or(self.setup.concurrency).min(self.setup.concurrency) as u32;
+                // A token is taken for what can begin, not for what will.
+                let room = match lane.metered {
+                    true => room.min(limit.saturating_sub((load.running + load.queued) as u32)),
+                    false if limit == 0 => 0,
+                    false => room,
+                };
                 let share = self.setup.batch.unwrap_or_else(|| ahead(limit, load.ran));
                 let room = if self.deep { room.min(share) } else { room.min(share.saturating_sub(load.queued as u32)) };
                 (room > 0).then_some((lane.id, room))
@@ -679,7 +701,9 @@ impl Core {
             let token = uuid::Builder::from_random_bytes(self.rng.u128(..).to_be_bytes()).into_uuid();
             self.claiming.insert(token, wanted.iter().map(|(_, room)| room).sum());
             self.hungry = false;
-            commands.push(Command::Claim(ClaimRequest { worker: self.setup.worker, token, wanted }));
+            let metered = wanted.iter().map(|(id, _)| *id);
+            let metered = metered.filter(|id| self.lanes.get(id).is_some_and(|(lane, _)| lane.metered)).collect();
+            commands.push(Command::Claim(ClaimRequest { worker: self.setup.worker, token, wanted, metered }));
         }
     }
 }

@@ -387,6 +387,8 @@ impl<Db: Database> Engine<Db> {
             quiet: route.declared.quiet,
             late: route.declared.quiet.saturating_add(route.declared.timeout).saturating_add(registration.lease),
             concurrency: route.concurrency,
+            limited: route.declared.limits.at_once.is_some(),
+            metered: route.declared.limits.rate.is_some(),
         });
         let setup = Setup {
             worker: registration.worker,
@@ -567,6 +569,12 @@ impl<Db: Database> Engine<Db> {
                 tokio::spawn(async move {
                     let claimed = told("claim", patience, means.store.claim(&request)).await;
                     events.send(Event::Claimed(request.token, claimed)).ok();
+                });
+            }
+            Command::Permits(worker, wishes) => {
+                tokio::spawn(async move {
+                    let permits = told("permits", patience, means.store.permits(worker, &wishes)).await;
+                    events.send(Event::Permitted(worker, permits)).ok();
                 });
             }
             Command::Settle(settle) => {

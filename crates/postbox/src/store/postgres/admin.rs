@@ -224,7 +224,7 @@ pub(super) async fn find(
 }
 
 pub(super) async fn show(store: &PgStore, delivery: DeliveryId) -> Result<Option<DeliveryDetail>, Error> {
-    let mut work = store.read().await?;
+    let mut work = store.look_up().await?;
     let Some((row, worker)) = find(store, &mut work, delivery).await? else {
         work.rollback().await?;
         return Ok(None);
@@ -287,7 +287,7 @@ async fn message(store: &PgStore, work: &mut Work, id: Uuid) -> Result<Option<(E
 }
 
 pub(super) async fn deliveries_of(store: &PgStore, id: Uuid) -> Result<Option<(Envelope, Vec<DeliveryId>)>, Error> {
-    let mut work = store.read().await?;
+    let mut work = store.look_up().await?;
     let found = message(store, &mut work, id).await?;
     work.rollback().await?;
     Ok(found)

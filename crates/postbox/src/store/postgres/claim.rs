@@ -8,24 +8,38 @@ use sqlx::{Column, Row};
 
 use super::marks::{From, Place};
 use super::read::Items;
-use super::{PgStore, promote};
+use super::{LOCK_NOT_LONG, PgStore, limits, promote};
 use crate::error::Error;
 use crate::store::{ClaimRequest, Claimed, SubscriptionId};
 
+/// From this size on, a claim locks stretches of the queue instead of rows (decision 0029).
+const MANY: i64 = 128;
+
 pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Claimed, Error> {
-    let (subscriptions, rooms): (Vec<i32>, Vec<i32>) =
-        request.wanted.iter().map(|(id, room)| (*id, i32::try_from(*room).unwrap_or(i32::MAX))).unzip();
+    let subscriptions: Vec<i32> = request.wanted.iter().map(|(id, _)| *id).collect();
     if store.calm.load(Ordering::Relaxed)
         && let Some(wait) = look(store, &subscriptions).await?
     {
-        return Ok(Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: wait });
+        return Ok(Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: wait, dry: Vec::new() });
     }
-    let mut work = store.claiming().await?;
+    let mut work = store.claiming_lightly().await?;
     promote::promote(store, &mut work).await?;
+    let tokens = limits::take(store, &mut work, request).await?;
+    let room = |(id, room): &(SubscriptionId, u32)| (*id, tokens.room(*id, *room));
+    let wanted: Vec<(SubscriptionId, u32)> = request.wanted.iter().map(room).collect();
+    let rooms: Vec<i32> = wanted.iter().map(|(_, room)| i32::try_from(*room).unwrap_or(i32::MAX)).collect();
+    if rooms.iter().all(|room| *room == 0) {
+        work.commit().await?;
+        return Ok(Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None, dry: tokens.dry });
+    }
     let begun = Instant::now();
     let froms: Vec<From> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
+    let many = rooms.iter().map(|room| i64::from(*room)).sum::<i64>() >= MANY && froms.iter().all(|from| !from.sweeps);
+    if many {
+        sqlx::raw_sql(LOCK_NOT_LONG).execute(work.on()).await?;
+    }
     let rows = store
-        .query(store.sql.claim)
+        .query(if many { store.sql.claim_many } else { store.sql.claim })
         .bind(request.worker)
         .bind(request.token)
         .bind(subscriptions)
@@ -39,7 +53,8 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         true => store.query(store.sql.next_due).fetch_optional(work.on()).await?,
         false => None,
     };
-    if rows.len() >= request.wanted.iter().map(|(_, room)| *room as usize).sum::<usize>() {
+    let full = rows.len() >= wanted.iter().map(|(_, room)| *room as usize).sum::<usize>();
+    if full {
         // A full batch: there may be more than one worker can do.
         let sql = format!(
             "select pg_catalog.pg_notify(r.channel, '') from {0}.routing r
@@ -48,7 +63,6 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         );
         store.dynamic(sql).bind(request.worker).execute(work.on()).await?;
     }
-    work.commit().await?;
 
     let mut last: HashMap<SubscriptionId, (Place, u32)> = HashMap::new();
     let at = |name: &str| rows.first().map_or(Ok(0), |row| row.try_column(name).map(Column::ordinal));
@@ -59,15 +73,17 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         *furthest = place.max(*furthest);
         *taken += 1;
     }
+    tokens.give_back(store, &mut work, |id| last.get(&id).map_or(0, |(_, taken)| *taken)).await?;
+    work.commit().await?;
     // Only now: what a lost COMMIT has taken may be there again.
-    for ((subscription, room), from) in request.wanted.iter().zip(froms) {
+    for ((subscription, room), from) in wanted.iter().zip(froms).filter(|((_, room), _)| *room > 0) {
         let (place, taken) = last.get(subscription).map_or((None, 0), |(place, taken)| (Some(*place), *taken));
         store.marks.found(*subscription, from, place, taken >= *room, begun, took);
     }
 
     store.calm.store(rows.is_empty(), Ordering::Relaxed);
     store.claimed.fetch_or(!rows.is_empty(), Ordering::Relaxed);
-    let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None };
+    let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None, dry: tokens.dry };
     if let Some(row) = next_due {
         claimed.next_due = Some(Duration::from_millis(row.try_get::<i64, _>("wait_ms")?.max(0) as u64));
     }
@@ -90,7 +106,7 @@ async fn look(store: &PgStore, subscriptions: &[SubscriptionId]) -> Result<Optio
     let begun = Instant::now();
     let froms: Vec<From> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
     let recent = store.promoted.recent(begun);
-    let mut work = store.claiming().await?;
+    let mut work = store.claiming_lightly().await?;
     let row = store
         .query(store.sql.look)
         .bind(subscriptions.to_vec())

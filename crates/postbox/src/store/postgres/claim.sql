@@ -15,9 +15,18 @@ picked as materialized (
         select r.tableoid as slot, r.ctid as place from {schema}.ready r
         where r.subscription = w.subscription
             and (r.priority, r.pos) > (w.priority, w.pos)
+-- {many
+            -- What nobody has touched, from stretches that no other claim is in: no row is locked before it is
+            -- deleted, and the deletion decides (decision 0029).
+            and r.xmax = 0
+            and pg_catalog.pg_try_advisory_xact_lock('{schema}.ready'::pg_catalog.regclass::pg_catalog.oid::int,
+                ((r.pos >> 8) & 2147483647::bigint)::int)
+-- many}
         order by r.priority, r.pos
         limit w.room
+-- {few
         for update skip locked
+-- few}
     ) p
 ),
 gone as (

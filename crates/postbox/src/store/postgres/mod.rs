@@ -4,6 +4,7 @@ mod admin;
 mod claim;
 mod doubt;
 mod down;
+mod limits;
 mod marks;
 mod migrate;
 mod operate;
@@ -45,8 +46,8 @@ use crate::retention::Retention;
 use crate::settings::Settings;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, HandlerTx,
-    LeaseRef, Loss, Move, Observation, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored, Stranded,
-    SubscriptionId, TakenOver,
+    LeaseRef, Loss, Move, Observation, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle, Store,
+    Stored, Stranded, SubscriptionId, TakenOver,
 };
 
 pub use migrate::{migrations_down_sql, migrations_sql};
@@ -74,8 +75,8 @@ macro_rules! statements {
     };
 }
 statements! {
-    audit, beat, claim, complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
-    look, moves, only_moves = moves without "ended", next_due, part_exists, promote, publish, publish_checked,
+    audit, beat, claim = claim without "many", claim_many = claim without "few", complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
+    look, moves, permits, tokens, only_moves = moves without "ended", next_due, part_exists, promote, publish, publish_checked,
     publish_one = publish_one without "several", publish_several = publish_one without "one", pull, replay, resolution, retain_preview, roles,
     held_back, settle_open, settle_part, suspects, unrouted,
     list, show_attempts, show_records, subscriptions, stranded, unanswered, waiting,
@@ -215,6 +216,14 @@ const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off";
 const BEGIN_CLAIM: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off; SET LOCAL enable_seqscan = off; \
      SET LOCAL plan_cache_mode = force_generic_plan";
 
+/// The same for a worker, whose claim need not be on the disk: whatever its attempts write is committed after it, and
+/// takes it along; if the server stops before that, what was claimed is ready again, as it was (decision 0026).
+const BEGIN_LIGHT_CLAIM: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off; SET LOCAL enable_seqscan = off; \
+     SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL synchronous_commit = off";
+
+/// A claim that locks nothing before it deletes waits for whoever deletes the same at this moment: not for long.
+const LOCK_NOT_LONG: &str = "SET LOCAL lock_timeout = '1s'";
+
 /// Irreversible effects hang on these commits: asynchronous ones are raised to `on`. Compiling these
 /// short statements would take longer than running them, whatever the planner's estimate says. One SELECT
 /// for both: each statement of a simple query is parsed and planned by itself.
@@ -236,6 +245,10 @@ impl PgStore {
         Work::begin(&self.pool, BEGIN).await
     }
 
+    async fn claiming_lightly(&self) -> Result<Work, sqlx::Error> {
+        Work::begin(&self.pool, BEGIN_LIGHT_CLAIM).await
+    }
+
     async fn claiming(&self) -> Result<Work, sqlx::Error> {
         Work::begin(&self.pool, BEGIN_CLAIM).await
     }
@@ -247,6 +260,12 @@ impl PgStore {
     /// Whether one statement may be a transaction by itself: what goes between it and its server keeps to it.
     fn alone(&self) -> bool {
         self.prepared && !crate::crash::is_armed()
+    }
+
+    /// Reads what is asked for by its key: there is one good plan for that, and to make it takes longer than to read.
+    async fn look_up(&self) -> Result<Work, sqlx::Error> {
+        let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL jit = off; SET LOCAL plan_cache_mode = force_generic_plan";
+        Work::begin(&self.pool, begin).await
     }
 
     async fn read(&self) -> Result<Work, sqlx::Error> {
@@ -452,6 +471,10 @@ impl Store for PgStore {
 
     async fn claim(&self, request: &ClaimRequest) -> Result<Claimed, Error> {
         claim::claim(self, request).await
+    }
+
+    async fn permits(&self, worker: Uuid, wishes: &[PermitWish]) -> Result<Vec<Permits>, Error> {
+        limits::permits(self, worker, wishes).await
     }
 
     async fn settle(&self, settle: &Settle) -> Result<Guarded, Error> {

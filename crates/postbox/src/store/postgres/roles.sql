@@ -90,6 +90,11 @@ begin
             'select, update (told_at) on {schema}.retention',
             'select, insert, delete, update (rev) on {schema}.ready, {schema}.scheduled',
             'select, insert, delete, update (claimed_at) on {schema}.lease'];
+        -- What later migrations make: they run this again.
+        if pg_catalog.to_regclass('{schema}.flow_limit') is not null then
+            given := pg_catalog.array_append(given,
+                'select, insert, update, delete on {schema}.flow_limit, {schema}.permit');
+        end if;
         -- The record: written once.
         foreach thing in array records loop
             given := pg_catalog.array_append(given, pg_catalog.concat('select, insert on {schema}.', thing));
@@ -124,7 +129,7 @@ begin
                 and c.relname = any (array['migration', 'routing', 'subscription', 'route', 'message', 'late_delivery',
                     'unrouted', 'dedup', 'ready', 'scheduled', 'worker', 'lease', 'attempt', 'outcome', 'outcome_part',
                     'doubt', 'dead_letter', 'resolution', 'observation', 'audit_counter', 'audit', 'retention', 'thinned',
-                    'message_window', 'ring', 'reference',
+                    'message_window', 'ring', 'reference', 'flow_limit', 'permit',
                     'attempts', 'leased', 'delivery']::pg_catalog.name[])
         loop
             execute pg_catalog.format('grant select on %s to %I', door.name, pg_catalog.concat('{schema}_', holder));

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::settle::all;
 use super::work::Work;
-use super::{SqliteStore, json_of, occurred};
+use super::{SqliteStore, json_of, limits, occurred};
 use crate::content::Content;
 use crate::error::Error;
 use crate::message::{Envelope, minted_at};
@@ -23,7 +23,7 @@ const PROMOTED: i64 = 1000;
 pub(super) async fn claim(store: &SqliteStore, request: &ClaimRequest) -> Result<Claimed, Error> {
     let wanted: Vec<SubscriptionId> = request.wanted.iter().filter(|(_, room)| *room > 0).map(|(id, _)| *id).collect();
     let wanted = json_of(&wanted)?;
-    let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None };
+    let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None, dry: Vec::new() };
     // Looking does not need the writer, so that an idle worker is in nobody's way.
     let (due, wait): (bool, Option<i64>) =
         sqlx::query_as(include_str!("due.sql")).bind(&wanted).fetch_one(&store.reader).await?;
@@ -63,8 +63,9 @@ pub(super) enum Keep {
 pub(super) async fn claim_in(work: &mut Work, request: &ClaimRequest, keep: Keep) -> Result<Claimed, Error> {
     let wanted: Vec<SubscriptionId> = request.wanted.iter().filter(|(_, room)| *room > 0).map(|(id, _)| *id).collect();
     let wanted = json_of(&wanted)?;
-    let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None };
+    let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None, dry: Vec::new() };
     sqlx::query(include_str!("promote.sql")).bind(&wanted).bind(PROMOTED).execute(work.on()).await?;
+    let tokens = limits::take(work.on(), request).await?;
     let plain: Vec<SubscriptionId> = match keep {
         Keep::InRow => Vec::new(),
         Keep::InLease => {
@@ -76,11 +77,18 @@ pub(super) async fn claim_in(work: &mut Work, request: &ClaimRequest, keep: Keep
     let mut picked = Vec::new();
     for (subscription, room) in &request.wanted {
         let straight = plain.contains(subscription);
-        let rows = sqlx::query(include_str!("claim.sql")).bind(subscription).bind(room).fetch_all(work.on()).await?;
+        let rows = sqlx::query(include_str!("claim.sql"))
+            .bind(subscription)
+            .bind(tokens.room(*subscription, *room))
+            .fetch_all(work.on())
+            .await?;
         for row in rows {
             picked.push(Picked::read(&row, *subscription, straight)?);
         }
     }
+    let used = |id| picked.iter().filter(|p: &&Picked| p.item.subscription == id).count() as u32;
+    tokens.give_back(work.on(), used).await?;
+    claimed.dry = tokens.dry;
     if picked.is_empty() {
         return Ok(claimed);
     }

@@ -26,6 +26,7 @@ mod claim;
 mod connect;
 mod doubt;
 mod held;
+mod limits;
 mod operate;
 mod publish;
 mod pull;
@@ -58,8 +59,8 @@ use crate::retention::Retention;
 use crate::settings::Settings;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, LeaseRef,
-    Loss, Move, Observation, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored, Stranded,
-    SubscriptionId, TakenOver,
+    Loss, Move, Observation, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored,
+    Stranded, SubscriptionId, TakenOver,
 };
 
 pub use connect::migrations_sql;
@@ -274,6 +275,10 @@ impl Store for SqliteStore {
 
     async fn claim(&self, request: &ClaimRequest) -> Result<Claimed, Error> {
         claim::claim(self, request).await
+    }
+
+    async fn permits(&self, worker: Uuid, wishes: &[PermitWish]) -> Result<Vec<Permits>, Error> {
+        limits::permits(self, worker, wishes).await
     }
 
     async fn settle(&self, settle: &Settle) -> Result<Guarded, Error> {

@@ -72,7 +72,12 @@ pub(super) async fn pull(
         return Ok(None);
     }
     let mut work = write(store, caller).await?;
-    let wanted = ClaimRequest { worker: request.worker, token: request.token, wanted: vec![(request.subscription, 1)] };
+    let wanted = ClaimRequest {
+        worker: request.worker,
+        token: request.token,
+        wanted: vec![(request.subscription, 1)],
+        metered: Vec::new(),
+    };
     let found: Option<(String, i32, i64, i64, bool)> = sqlx::query_as(
         "select s.kind, s.max_attempts, s.retry_base_ms, s.retry_cap_ms,
              exists (select 1 from postbox_worker where id = ?2)

@@ -4,7 +4,7 @@ use sqlx::SqliteConnection;
 use uuid::Uuid;
 
 use super::alive::Locked;
-use super::{SqliteStore, json_of, millis, millis_up};
+use super::{SqliteStore, json_of, limits, millis, millis_up};
 use crate::error::Error;
 use crate::lifecycle::Kind;
 use crate::retention;
@@ -46,6 +46,7 @@ async fn route(
     let mut rerouted = false;
     for (declared, stored) in subscriptions.iter().zip(stored) {
         let (id, changed) = subscribe(db, application, declared, stored, epoch + 1).await?;
+        limits::declare(db, id, &declared.limits).await?;
         ids.push(id);
         rerouted |= changed;
     }

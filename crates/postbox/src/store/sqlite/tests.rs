@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::SqliteStore;
 use crate::lifecycle::{Kind, Policy, Standing, State};
+use crate::limits::Limits;
 use crate::message::{Draft, Envelope};
 use crate::retention::Keep;
 use crate::retry::RetryPolicy;
@@ -101,6 +102,7 @@ fn declared(name: &str, pattern: &str) -> Declared {
         continues: false,
         start: Start::Unrouted,
         keep: Keep::default(),
+        limits: Limits::default(),
     }
 }
 
@@ -127,8 +129,10 @@ async fn register(store: &SqliteStore, subscriptions: Vec<Declared>) -> (Uuid, V
 
 async fn claim(store: &SqliteStore, worker: Uuid, subscription: SubscriptionId, room: u32) -> (Claimed, LeaseRef) {
     let token = Uuid::now_v7();
-    let claimed =
-        store.claim(&ClaimRequest { worker, token, wanted: vec![(subscription, room)] }).await.expect("claims");
+    let claimed = store
+        .claim(&ClaimRequest { worker, token, wanted: vec![(subscription, room)], metered: Vec::new() })
+        .await
+        .expect("claims");
     let lease = LeaseRef { worker, batch: claimed.batch, token };
     (claimed, lease)
 }

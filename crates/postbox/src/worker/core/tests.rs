@@ -22,6 +22,8 @@ fn lane(id: SubscriptionId, kind: Kind) -> Lane {
         quiet: Duration::from_secs(60),
         late: Duration::from_secs(95),
         concurrency: None,
+        limited: false,
+        metered: false,
     }
 }
 
@@ -72,7 +74,7 @@ impl Model {
             let held = items.iter().map(|i| (i.delivery, i.clone())).collect();
             self.leases.insert(request.token, (self.batches, held));
         }
-        Claimed { batch: self.batches, token: request.token, items, next_due: None }
+        Claimed { batch: self.batches, token: request.token, items, next_due: None, dry: Vec::new() }
     }
 
     fn settle(&mut self, settle: &Settle) -> Guarded {
@@ -194,6 +196,7 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
         let idle = ticked && commands.is_empty();
         for command in commands {
             match command {
+                Command::Permits(..) => panic!("nothing here has a limit"),
                 Command::Claim(request) => {
                     let fate = dice.u8(0..10);
                     let claimed = (fate > 0).then(|| model.claim(&request));

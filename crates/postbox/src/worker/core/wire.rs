@@ -7,7 +7,9 @@ use uuid::Uuid;
 
 use crate::lifecycle::{End, Policy};
 use crate::message::Draft;
-use crate::store::{ClaimRequest, Claimed, Guarded, Item, LeaseRef, Observation, Settle, SubscriptionId};
+use crate::store::{
+    ClaimRequest, Claimed, Guarded, Item, LeaseRef, Observation, PermitWish, Permits, Settle, SubscriptionId,
+};
 
 /// What a worker is made of.
 #[derive(Debug, Clone)]
@@ -33,6 +35,10 @@ pub(crate) struct Lane {
     /// The same for a call of a worker that was lost, and may only be paused.
     pub(crate) late: Duration,
     pub(crate) concurrency: Option<usize>,
+    /// How many run at once is limited across workers.
+    pub(crate) limited: bool,
+    /// How many begin in a time is limited across workers.
+    pub(crate) metered: bool,
 }
 
 /// One delivery in hand: the batch's token and its place in the batch.
@@ -91,6 +97,8 @@ pub(crate) enum Event {
     Woken,
     /// A claim returned; `None`: its answer was lost or an error.
     Claimed(Uuid, Option<Claimed>),
+    /// Permits that this worker has asked for; `None`: the answer was lost or an error.
+    Permitted(Uuid, Option<Vec<Permits>>),
     /// A flush returned.
     Settled(Uuid, Flushed),
     /// A handback of an unknown claim returned.
@@ -123,6 +131,8 @@ pub(crate) enum Cancel {
 #[derive(Debug)]
 pub(crate) enum Command {
     Claim(ClaimRequest),
+    /// Asks for permits, as this worker.
+    Permits(Uuid, Vec<PermitWish>),
     Settle(Arc<Settle>),
     Disown(Uuid),
     Run(Hold, LeaseRef, Box<Item>, u32),

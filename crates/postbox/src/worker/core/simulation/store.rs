@@ -236,7 +236,8 @@ impl Model {
     }
 
     fn claim(&mut self, request: &ClaimRequest, picked: &[DeliveryId], now: Duration) -> Checked<Said> {
-        let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None };
+        let mut claimed =
+            Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None, dry: Vec::new() };
         for delivery in picked {
             let Some(row) = self.rows.get_mut(delivery) else { continue };
             ensure!(matches!(row.place, Place::Ready(_)), "I6: delivery {delivery} is claimed from {:?}", row.place);

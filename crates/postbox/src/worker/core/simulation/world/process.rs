@@ -19,8 +19,16 @@ impl World {
         let worker = Uuid::from_u128(self.dice.u128(..));
         let late = QUIET + TIMEOUT + LEASE;
         let declares = self.chance(80);
-        let lane =
-            |id| Lane { id, policy: policy_of(id, declares), timeout: TIMEOUT, quiet: QUIET, late, concurrency: None };
+        let lane = |id| Lane {
+            id,
+            policy: policy_of(id, declares),
+            timeout: TIMEOUT,
+            quiet: QUIET,
+            late,
+            concurrency: None,
+            limited: false,
+            metered: false,
+        };
         let setup = Setup {
             worker,
             concurrency: self.dice.usize(1..4),
@@ -86,6 +94,7 @@ impl World {
 
     pub(super) fn perform(&mut self, at: At, command: Command) -> Checked {
         match command {
+            Command::Permits(..) => panic!("nothing here has a limit"),
             Command::Claim(request) => self.ask(at, Verb::Claim(request), Context::Nothing),
             Command::Settle(settle) => {
                 if settle.moves.iter().any(|m| m.outcome.is_none()) {

@@ -1,0 +1,2 @@
+drop table {schema}.permit;
+drop table {schema}.flow_limit;

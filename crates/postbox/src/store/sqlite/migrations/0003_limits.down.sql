@@ -1,0 +1,2 @@
+drop table postbox_permit;
+drop table postbox_flow_limit;
