@@ -17,6 +17,7 @@ on_both_stores!(
     a_signal_stops_gracefully,
     a_second_signal_stops_at_once,
     a_puller_killed_in_its_transaction,
+    a_limit_holds_while_workers_are_killed,
 );
 
 const WORKER: &str = env!("CARGO_BIN_EXE_postbox-test-worker");
@@ -299,4 +300,27 @@ async fn a_signal_during_the_start_is_not_lost() {
     held.rollback().await.expect("rollback");
     assert_eq!(worker.ended().await, Some(0), "it has ended by itself");
     assert!(fresh.postbox.admin().status().await.expect("status").workers.is_empty(), "and retired");
+}
+
+/// Four processes share three permits; two of them are killed, and what they held comes back.
+async fn a_limit_holds_while_workers_are_killed<Db: Testable>() {
+    let (fresh, remote) = (Db::fresh().await, Remote::start().await);
+    projection(&fresh).await;
+    publish(&fresh.postbox, "plain.work", 200).await;
+    let mut workers: Vec<WorkerProcess> =
+        (0..4).map(|_| WorkerProcess::start(WORKER, &fresh, &[("TEST_REMOTE", remote.address())])).collect();
+    for seen in [40, 80] {
+        let called = async {
+            while remote.calls().len() < seen {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), called).await.expect("they work");
+        workers.remove(0).kill().await;
+    }
+    until(&fresh, "settled", settled).await;
+    let counts = standing(&fresh).await;
+    assert_eq!(counts.get(&State::Succeeded), Some(&200), "{counts:?}");
+    assert_eq!(remote.calls().len(), 200);
+    assert!((2..=3).contains(&remote.most_at_once()), "{} at once", remote.most_at_once());
 }

@@ -12,10 +12,13 @@ struct Log {
     calls: HashMap<String, u32>,
     applied: HashSet<String>,
     silent: bool,
+    /// Calls that it is busy with now, and the most it was busy with at once.
+    busy: usize,
+    most: usize,
 }
 
 /// A remote on loopback: `charge KEY` is applied and answered, `find KEY` says whether it was, `note
-/// KEY` is counted.
+/// KEY` is counted, and `work KEY` keeps it busy for a while, or until the caller hangs up.
 #[derive(Debug, Clone)]
 pub struct Remote {
     address: String,
@@ -37,9 +40,15 @@ impl Remote {
                 let log = log.clone();
                 tokio::spawn(async move {
                     let (read, mut write) = stream.into_split();
-                    let mut line = String::new();
-                    if BufReader::new(read).read_line(&mut line).await.is_err() {
+                    let (mut read, mut line) = (BufReader::new(read), String::new());
+                    if read.read_line(&mut line).await.is_err() {
                         return;
+                    }
+                    if line.starts_with("work ") {
+                        begin(&log);
+                        let mut more = String::new();
+                        tokio::time::timeout(WORK, read.read_line(&mut more)).await.ok();
+                        log.lock().expect("the log").busy -= 1;
                     }
                     let answer = answer(&log, line.trim());
                     if log.lock().expect("the log").silent {
@@ -68,16 +77,30 @@ impl Remote {
         &self.address
     }
 
-    /// How often each key was charged or noted.
+    /// With how many calls it was busy at once at the most.
+    pub fn most_at_once(&self) -> usize {
+        self.log.lock().expect("the log").most
+    }
+
+    /// How often each key was charged, noted or worked on.
     pub fn calls(&self) -> HashMap<String, u32> {
         self.log.lock().expect("the log").calls.clone()
     }
 }
 
+/// How long `work` takes.
+const WORK: std::time::Duration = std::time::Duration::from_millis(10);
+
+fn begin(log: &Mutex<Log>) {
+    let mut log = log.lock().expect("the log");
+    log.busy += 1;
+    log.most = log.most.max(log.busy);
+}
+
 fn answer(log: &Mutex<Log>, line: &str) -> &'static str {
     let mut log = log.lock().expect("the log");
     match line.split_once(' ') {
-        Some(("charge" | "note", key)) => {
+        Some(("charge" | "note" | "work", key)) => {
             *log.calls.entry(key.to_owned()).or_default() += 1;
             log.applied.insert(key.to_owned());
             "done\n"

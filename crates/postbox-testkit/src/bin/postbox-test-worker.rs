@@ -50,6 +50,11 @@ async fn note(metadata: Metadata, State(remote): State<Remote>) -> Result<(), Fa
     Ok(())
 }
 
+async fn work_on(metadata: Metadata, State(remote): State<Remote>) -> Result<(), Failure> {
+    remote.ask("work", &metadata.id.to_string()).await?;
+    Ok(())
+}
+
 macro_rules! step {
     ($name:ident, $next:expr) => {
         async fn $name(
@@ -97,6 +102,7 @@ fn routes<Db: Database>() -> Router<Db, Remote> {
     Router::new()
         .on("op.charge", charging)
         .on("plain.note", noting)
+        .on("plain.work", handler(work_on).named("work").limit(3))
         .on("chain.one", operation(chain_one).reconcile(find_step))
         .on("chain.two", operation(chain_two).reconcile(find_step))
         .on("chain.three", operation(chain_three).reconcile(find_step))
