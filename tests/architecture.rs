@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&[&str]; 10] = [
     // Pure: no clock, no I/O, no SQL.
     &["content", "json", "pattern", "retry", "crash", "planted"],
-    &["lifecycle", "message", "error", "retention"],
+    &["lifecycle", "message", "error", "retention", "schedule"],
     &["settings", "context"],
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
@@ -126,6 +126,10 @@ fn the_pure_modules_are_pure() {
         "pattern.rs",
         "retry.rs",
         "retention.rs",
+        "schedule.rs",
+        "schedule/calendar.rs",
+        "schedule/change.rs",
+        "schedule/tick.rs",
         "lifecycle.rs",
         "worker/core.rs",
         "worker/core/wire.rs",

@@ -90,6 +90,10 @@ begin
             'select, update (told_at) on {schema}.retention',
             'select, insert, delete, update (rev) on {schema}.ready, {schema}.scheduled',
             'select, insert, delete, update (claimed_at) on {schema}.lease'];
+        -- This text is run by the migrations before it, too.
+        if pg_catalog.to_regclass('{schema}.schedule') is not null then
+            given := pg_catalog.array_append(given, 'select, insert, update on {schema}.schedule');
+        end if;
         -- The record: written once.
         foreach thing in array records loop
             given := pg_catalog.array_append(given, pg_catalog.concat('select, insert on {schema}.', thing));
@@ -100,6 +104,9 @@ begin
     end if;
 
     if 'operator' = any (made) then
+        if pg_catalog.to_regclass('{schema}.schedule') is not null then
+            execute pg_catalog.format('grant insert, update, delete on {schema}.schedule to %I', '{schema}_operator');
+        end if;
         foreach thing in array array[
             'usage on sequence {schema}.delivery_id',
             'update (epoch) on {schema}.routing',
@@ -124,7 +131,7 @@ begin
                 and c.relname = any (array['migration', 'routing', 'subscription', 'route', 'message', 'late_delivery',
                     'unrouted', 'dedup', 'ready', 'scheduled', 'worker', 'lease', 'attempt', 'outcome', 'outcome_part',
                     'doubt', 'dead_letter', 'resolution', 'observation', 'audit_counter', 'audit', 'retention', 'thinned',
-                    'message_window', 'ring', 'reference',
+                    'message_window', 'ring', 'reference', 'schedule',
                     'attempts', 'leased', 'delivery']::pg_catalog.name[])
         loop
             execute pg_catalog.format('grant select on %s to %I', door.name, pg_catalog.concat('{schema}_', holder));
