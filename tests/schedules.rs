@@ -60,7 +60,7 @@ async fn published<Db: Testable>(fresh: &Fresh<Db>, name: &str) -> Vec<(Timestam
         if envelope.headers.get("postbox-schedule").map(String::as_str) != Some(name) {
             continue;
         }
-        assert_eq!(envelope.headers["postbox-schedule-tick"].parse(), Ok(envelope.occurred_at));
+        assert_eq!(envelope.headers["postbox-schedule-tick"], envelope.occurred_at.to_string());
         found.push((envelope.occurred_at, envelope.payload_json().unwrap_or_default().to_owned()));
     }
     found

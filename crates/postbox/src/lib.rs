@@ -98,6 +98,8 @@ pub use retention::MIN_KEEP;
 pub use retention::{Keep, Keeps, Retention};
 pub use retry::RetryPolicy;
 pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation, together};
+#[doc(hidden)]
+pub use schedule::Wish as ScheduleWish;
 pub use schedule::{Missed, Plan, Schedule, ScheduleRow, Scheduled};
 pub use settings::{Backend, SETTINGS, Settings, hide_password};
 pub use sqlx::{Postgres, Sqlite};
