@@ -78,7 +78,7 @@ pub(crate) enum Command {
     Subscriptions(Subscriptions),
     /// Messages that are published at set times
     Schedules(Schedules),
-    /// Keep house for programs without a Rust worker: takeover, history of new subscriptions, tidying
+    /// Keep house for programs without a Rust worker: takeover, history of new subscriptions, schedules, tidying
     Maintain,
     /// Remove what has ended and was kept long enough, now; workers do it by themselves
     Retain(Retain),
