@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use postbox::admin::Filter;
 use postbox::lifecycle::Kind;
 use postbox::store::Store;
-use postbox::{Envelope, Postgres, Schedule};
+use postbox::{Envelope, Missed, Postgres, Schedule};
 use postbox_testkit::{Fresh, Testable, WorkerProcess, hand};
 
 const WORKER: &str = env!("CARGO_BIN_EXE_postbox-test-worker");
@@ -49,7 +49,8 @@ async fn an_hour_apart_each_tick_is_published_once_and_on_time() {
     let before = Timestamp::now();
     // One that dies after its first COMMIT was sent, whose answer nobody has read.
     let dies = worker(&fresh, &library, "+0s", &[("POSTBOX_CRASH_POINT", "ticking")]);
-    fresh.postbox.schedule(Schedule::cron("s", "* * * * * *").publishes("every.second")).await.expect("made");
+    let schedule = Schedule::cron("s", "* * * * * *").publishes("every.second").missed(Missed::All);
+    fresh.postbox.schedule(schedule).await.expect("made");
     dies.kill_at("ticking").await;
     let others = ["-3600s", "+3600s", "+0s"].map(|offset| worker(&fresh, &library, offset, &[]));
     let enough = async {

@@ -459,7 +459,7 @@ async fn an_operator_changes_schedules_a_worker_publishes_them_and_a_viewer_sees
     assert_eq!(works.store().tick().await.expect("tick").published, 1);
     assert_eq!(works.schedule(schedule()).await.expect("declare"), Scheduled::Edited);
     works.schedule(Schedule::cron("other", "@daily").publishes("daily")).await.expect("declare");
-    may_not(works.admin().pause_schedule("test", "s", "ana", "x").await);
+    may_not(works.admin().resume_schedule("test", "s", "ana", "x").await);
     let views = open(&viewer).await;
     assert_eq!(views.admin().schedules().await.expect("schedules").len(), 2);
     may_not(views.admin().run_schedule("test", "s", "ana", "x").await);
