@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&[&str]; 10] = [
     // Pure: no clock, no I/O, no SQL.
     &["content", "json", "pattern", "retry", "crash", "planted"],
-    &["lifecycle", "message", "error", "limits", "retention"],
+    &["lifecycle", "message", "error", "limits", "retention", "schedule"],
     &["settings", "context"],
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
@@ -127,6 +127,10 @@ fn the_pure_modules_are_pure() {
         "retry.rs",
         "limits.rs",
         "retention.rs",
+        "schedule.rs",
+        "schedule/calendar.rs",
+        "schedule/change.rs",
+        "schedule/tick.rs",
         "lifecycle.rs",
         "worker/core.rs",
         "worker/core/wire.rs",

@@ -239,3 +239,15 @@ async fn a_transactional_delivery_adds_little_to_its_transaction() {
     let beside = statements.len() - 200;
     assert!((3 * 200..=3 * 200 + 400).contains(&beside), "{beside} statements beside the handlers' own");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_schedule_an_idle_worker_hardly_looks_for_one() {
+    let _alone = alone().await;
+    let fresh = Postgres::fresh().await;
+    let worker = fresh.postbox.worker(Router::new()).start().await.expect("starts");
+    let ((), idle) = heard(tokio::time::sleep(Duration::from_secs(3))).await;
+    let looks = with(&idle, "until a schedule is due");
+    assert!(looks <= 2, "{looks} looks in 3 s");
+    assert_eq!(with(&idle, "Schedules that are due"), 0);
+    worker.stop(None).await.expect("stops");
+}

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use postbox::admin::{Filter, Resolution, Retry};
+use postbox::admin::{Filter, Resolution, Retry, ScheduleEdit};
 use postbox::lifecycle::{Answer, Kind, Policy};
 use postbox::store::{ClaimRequest, Declared, LeaseRef, Registration, Settle, Start, Store};
 use postbox::{
     Envelope, Error, Failure, Keep, Limits, Operation, OperationFailure, Postbox, Postgres, PublishError, Receipt,
-    Reconciled, RetryPolicy, Router, Settings, Tx, handler, operation,
+    Reconciled, RetryPolicy, Router, Schedule, Scheduled, Settings, Tx, handler, operation,
 };
 use postbox_testkit::{Fresh, Login, Testable};
 use serde_json::json;
@@ -437,6 +437,41 @@ async fn a_viewer_looks_at_everything_and_changes_nothing() {
         login.name
     );
     assert_eq!(Postgres::count(&fresh, &writes).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operator_changes_schedules_a_worker_publishes_them_and_a_viewer_sees_them() {
+    let fresh = Postgres::fresh().await;
+    let schema = fresh.schema();
+    let [operator, working, viewer, publisher] = [
+        Login::with(&fresh, &["operator"]).await,
+        Login::with(&fresh, &["worker"]).await,
+        Login::with(&fresh, &["viewer"]).await,
+        Login::with(&fresh, &["publisher"]).await,
+    ];
+    let schedule = || Schedule::cron("s", "0 0 1 1 *").publishes("yearly");
+    let operates = open(&operator).await;
+    let admin = operates.admin();
+    admin.add_schedule("test", schedule(), "ana", "wanted").await.expect("add");
+    let edit = ScheduleEdit { payload: Some("2".into()), ..ScheduleEdit::default() };
+    admin.edit_schedule("test", "s", &edit, "ana", "a new version").await.expect("edit");
+    admin.pause_schedule("test", "s", "ana", "not now").await.expect("pause");
+    admin.run_schedule("test", "s", "ana", "just once").await.expect("run");
+    assert!(operates.store().tick().await.is_err(), "it may not publish");
+    let works = open(&working).await;
+    assert_eq!(works.store().tick().await.expect("tick").published, 1);
+    assert_eq!(works.schedule(schedule()).await.expect("declare"), Scheduled::Edited);
+    works.schedule(Schedule::cron("other", "@daily").publishes("daily")).await.expect("declare");
+    may_not(works.admin().resume_schedule("test", "s", "ana", "x").await);
+    let views = open(&viewer).await;
+    assert_eq!(views.admin().schedules().await.expect("schedules").len(), 2);
+    may_not(views.admin().run_schedule("test", "s", "ana", "x").await);
+    may_not(views.schedule(schedule()).await);
+    let publishes = open(&publisher).await;
+    may_not(publishes.admin().schedules().await);
+    refused(&publisher, &[format!("select * from {schema}.schedule"), format!("delete from {schema}.schedule")]).await;
+    admin.remove_schedule("test", "s", "ana", "gone").await.expect("remove");
+    assert_eq!(admin.audit(10).await.expect("audit").len(), 5);
 }
 
 #[tokio::test]

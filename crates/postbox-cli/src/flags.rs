@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use jiff::{Span, SpanRelativeTo, Timestamp};
+use postbox::Missed;
 use postbox::lifecycle::Answer;
 
 /// A transactional outbox and inbox, and honest irreversible operations, on PostgreSQL and SQLite.
@@ -75,7 +76,9 @@ pub(crate) enum Command {
     Resolve(Resolve),
     /// Who listens to what
     Subscriptions(Subscriptions),
-    /// Keep house for programs without a Rust worker: takeover, history of new subscriptions, tidying
+    /// Messages that are published at set times
+    Schedules(Schedules),
+    /// Keep house for programs without a Rust worker: takeover, history of new subscriptions, schedules, tidying
     Maintain,
     /// Remove what has ended and was kept long enough, now; workers do it by themselves
     Retain(Retain),
@@ -363,6 +366,114 @@ pub(crate) struct Remove {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Schedules {
+    #[command(subcommand)]
+    pub(crate) command: Option<SchedulesCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SchedulesCommand {
+    /// What is published when
+    List,
+    /// Add a schedule; a worker publishes its messages
+    Add(AddSchedule),
+    /// Change what a schedule says; what is not given stays
+    Edit(EditSchedule),
+    /// No more ticks until it is resumed; those of that time are not published
+    Pause(OneSchedule),
+    /// Go on with the first tick to come
+    Resume(OneSchedule),
+    /// Remove a schedule; what it has published stays
+    Remove(RemoveSchedule),
+    /// Have a worker publish its message now, beside its ticks
+    Run(OneSchedule),
+    /// Its next ticks, with their offsets
+    Next(NextTicks),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddSchedule {
+    /// The schedule's name; --application says whose
+    pub(crate) name: String,
+    /// Minute, hour, day of month, month, day of week: '0 3 * * *'; with seconds first: six; or '@daily'
+    pub(crate) cron: String,
+    /// The topic of its messages, like reports.nightly
+    #[arg(long)]
+    pub(crate) topic: String,
+    #[command(flatten)]
+    pub(crate) says: ScheduleFlags,
+    /// Why; goes on record [default: added]
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ScheduleFlags {
+    /// In whose clock, like Europe/Berlin [default: UTC]
+    #[arg(long, value_name = "ZONE")]
+    pub(crate) time_zone: Option<String>,
+    /// The payload of its messages, JSON [default: null]
+    #[arg(long, value_name = "JSON")]
+    pub(crate) payload: Option<String>,
+    /// The key of its messages; an empty one is none
+    #[arg(long)]
+    pub(crate) key: Option<String>,
+    /// A header, name=value; may be repeated
+    #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
+    pub(crate) headers: Vec<(String, String)>,
+    /// Of ticks that came while no worker ran: none, one for all, or each [default: once]
+    #[arg(long, value_name = "skip|once|all", value_parser = missed)]
+    pub(crate) missed: Option<Missed>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EditSchedule {
+    /// The schedule's name; --application says whose, if several have one of that name
+    pub(crate) name: String,
+    /// Other times: '30 2 * * *'
+    #[arg(long, value_name = "EXPRESSION")]
+    pub(crate) cron: Option<String>,
+    /// Another topic
+    #[arg(long)]
+    pub(crate) topic: Option<String>,
+    #[command(flatten)]
+    pub(crate) says: ScheduleFlags,
+    /// The revision you saw; if it has moved on, nothing is done
+    #[arg(long, value_name = "NUMBER", value_parser = rev)]
+    pub(crate) rev: Option<i32>,
+    /// Why; goes on record
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OneSchedule {
+    /// The schedule's name; --application says whose, if several have one of that name
+    pub(crate) name: String,
+    /// Why; goes on record
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RemoveSchedule {
+    #[command(flatten)]
+    pub(crate) one: OneSchedule,
+    /// Does not ask
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NextTicks {
+    /// The schedule's name; --application says whose, if several have one of that name
+    pub(crate) name: String,
+    /// How many
+    #[arg(long, default_value_t = 5, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) count: u32,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Retain {
     /// Shows what would go, and removes nothing
     #[arg(long, visible_alias = "dry-run")]
@@ -431,6 +542,10 @@ fn header(text: &str) -> Result<(String, String), String> {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("write it as name=value".to_owned()),
     }
+}
+
+fn missed(text: &str) -> Result<Missed, String> {
+    text.parse().map_err(|e: postbox::Error| e.to_string())
 }
 
 /// `3` or, as `show` prints it, `v3`.

@@ -1,6 +1,7 @@
 //! What operators see and do: the same for the command, the dashboard and programs.
 
 mod replay;
+mod schedules;
 mod wish;
 
 use std::str::FromStr;
@@ -12,9 +13,10 @@ use uuid::Uuid;
 
 use crate::error::Error;
 use crate::lifecycle::{Answer, State};
-use crate::message::Envelope;
+use crate::message::{Envelope, MAX_PAYLOAD_BYTES};
 use crate::postbox::Postbox;
 use crate::retention::Retention;
+pub use crate::schedule::{ScheduleEdit, ScheduleRow};
 pub use crate::store::Stranded;
 use crate::store::{Database, DeliveryId, Store};
 
@@ -466,17 +468,20 @@ fn short_enough(reason: &str) -> Result<(), Error> {
 #[derive(Debug)]
 pub struct Admin<Db: Database> {
     store: Db::Store,
+    max_payload_bytes: usize,
 }
 
 impl<Db: Database> Clone for Admin<Db> {
     fn clone(&self) -> Self {
-        Admin { store: self.store.clone() }
+        Admin { store: self.store.clone(), max_payload_bytes: self.max_payload_bytes }
     }
 }
 
 impl<Db: Database> Admin<Db> {
     pub(crate) fn new(postbox: &Postbox<Db>) -> Self {
-        Admin { store: postbox.store().clone() }
+        // A setting that cannot be used was refused when the postbox was opened.
+        let max_payload_bytes = postbox.settings().max_payload_bytes().unwrap_or(MAX_PAYLOAD_BYTES);
+        Admin { store: postbox.store().clone(), max_payload_bytes }
     }
 
     /// Counts, workers, and what needs somebody.

@@ -2,7 +2,7 @@
 //! feature `crash-points` only. Elsewhere they are nothing.
 //!
 //! The engine's points: `claimed`, `attempt-committed`, `outcome-commit-sent`, `reconciling`, `resolving`,
-//! `draining`, `migrating`. What a process calls or publishes has points of its own, named the same way.
+//! `draining`, `migrating`, `ticking`. What a process calls or publishes has points of its own, named the same way.
 
 /// Announces the point on stdout and waits there to be killed: nothing after it happens in this task.
 #[cfg(feature = "crash-points")]

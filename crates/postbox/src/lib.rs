@@ -58,6 +58,7 @@ mod pull;
 mod retention;
 mod retry;
 mod router;
+mod schedule;
 mod settings;
 
 pub mod admin;
@@ -99,6 +100,9 @@ pub use retention::MIN_KEEP;
 pub use retention::{Keep, Keeps, Retention};
 pub use retry::RetryPolicy;
 pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation, together};
+#[doc(hidden)]
+pub use schedule::Wish as ScheduleWish;
+pub use schedule::{Missed, Plan, Schedule, ScheduleRow, Scheduled};
 pub use settings::{Backend, SETTINGS, Settings, hide_password};
 pub use sqlx::{Postgres, Sqlite};
 pub use store::postgres::{migrations_down_sql, migrations_sql};
@@ -124,6 +128,8 @@ mod docs {
     mod limits {}
     #[doc = include_str!("../../../docs/retention.md")]
     mod retention {}
+    #[doc = include_str!("../../../docs/schedules.md")]
+    mod schedules {}
     #[doc = include_str!("../../../docs/settings.md")]
     mod settings {}
     #[doc = include_str!("../../../docs/subscriptions.md")]

@@ -8,6 +8,7 @@ use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope, IntoDraft, minted_at};
 use crate::pull::PullSubscription;
 use crate::router::Router;
+use crate::schedule::{Schedule, Scheduled, Wish};
 use crate::settings::Settings;
 use crate::store::{AsConnection, Database, HandlerTx, Loss, Store, Stored};
 use crate::worker::WorkerBuilder;
@@ -268,6 +269,27 @@ impl<Db: Database> Postbox<Db> {
             stored.extend(Db::Store::publish(connection, &self.store, chunk).await?);
         }
         Ok(drafts.into_iter().zip(stored).map(|(draft, stored)| published(draft, stored)).collect())
+    }
+
+    /// Declares a schedule of this application: it is made if it is not there, and made to say this if it
+    /// says something else, unless an operator has added or edited it; then it stays as they want it.
+    /// Whether it is paused stays as it is, too. Workers publish its messages; any worker of the database
+    /// does.
+    ///
+    /// # Errors
+    /// [`Error::Settings`] or [`Error::Publish`]: what is wrong with it; or the database did not answer.
+    pub async fn schedule(&self, schedule: Schedule) -> Result<Scheduled, Error> {
+        self.declare_schedule(&self.settings.application()?, schedule).await
+    }
+
+    pub(crate) async fn declare_schedule(&self, application: &str, schedule: Schedule) -> Result<Scheduled, Error> {
+        let (name, plan) = schedule.checked(application, self.max_payload_bytes)?;
+        let wish = Wish::Declare(plan);
+        let (scheduled, _) = self.store.change_schedule(application, &name, &wish, application, "").await?;
+        if scheduled == Scheduled::Edited {
+            tracing::info!(schedule = name, "an operator has edited this schedule: it stays as it is stored");
+        }
+        Ok(scheduled)
     }
 
     /// The operator's door: status, list, show, retry, resolve.

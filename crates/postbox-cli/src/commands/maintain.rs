@@ -13,7 +13,7 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>) -> Ended {
         let next = if matches!(e, Error::Settings(_)) { "config show --origin" } else { "status" };
         Failure::of(&e, "keep house", desk.command(next))
     };
-    desk.output.prose("keeping house until Ctrl-C: takeover, history of new subscriptions, tidying");
+    desk.output.prose("keeping house until Ctrl-C: takeover, history of new subscriptions, schedules, tidying");
     postbox.worker(Router::new()).run().await.map_err(failed)?;
     postbox.close().await;
     Ok(0)

@@ -14,6 +14,7 @@ mod replay;
 mod resolve;
 mod retain;
 mod retry;
+mod schedules;
 mod show;
 mod status;
 mod subscriptions;
@@ -23,7 +24,7 @@ use postbox::{Backend, Database, Postgres, Sqlite};
 use crate::demo;
 use crate::desk::Desk;
 use crate::failure::{Failure, needs_role};
-use crate::flags::{Command, Flags, Migrate, Subscriptions, SubscriptionsCommand};
+use crate::flags::{Command, Flags, Migrate, Schedules, SchedulesCommand, Subscriptions, SubscriptionsCommand};
 use crate::output::Output;
 
 /// How a command ended that did what it could: its exit code.
@@ -60,6 +61,10 @@ fn tell_role(desk: &Desk<'_>, command: &Command) {
         Command::Retry(_) | Command::Cancel(_) | Command::Replay(_) | Command::Resolve(_) => "operator",
         Command::Subscriptions(Subscriptions { command: Some(SubscriptionsCommand::Remove(_)) }) => "operator",
         Command::Subscriptions(Subscriptions { command: Some(SubscriptionsCommand::Add(_)) }) => "worker",
+        Command::Schedules(Schedules { command: None | Some(SchedulesCommand::List | SchedulesCommand::Next(_)) }) => {
+            "viewer"
+        }
+        Command::Schedules(_) => "operator",
         Command::Maintain => "worker",
         Command::Retain(retain) if !retain.preview => "worker",
         // The owner of the schema migrates.
@@ -81,6 +86,7 @@ async fn on<Db: Database>(desk: &Desk<'_>, command: Command) -> Ended {
         Command::Replay(replay) => replay::run::<Db>(desk, replay).await,
         Command::Resolve(resolve) => resolve::run::<Db>(desk, resolve).await,
         Command::Subscriptions(subscriptions) => subscriptions::run::<Db>(desk, subscriptions).await,
+        Command::Schedules(schedules) => schedules::run::<Db>(desk, schedules).await,
         Command::Maintain => maintain::run::<Db>(desk).await,
         Command::Retain(retain) => retain::run::<Db>(desk, retain).await,
         Command::Audit(audit) => audit::run::<Db>(desk, audit).await,

@@ -22,6 +22,8 @@ pub(crate) struct Holdings {
     pub(crate) unfinished: i64,
     /// Of those, in doubt.
     pub(crate) in_doubt: i64,
+    /// Schedules.
+    pub(crate) schedules: i64,
 }
 
 impl Holdings {
@@ -33,6 +35,12 @@ impl Holdings {
                 "{} of the schema `{schema}` alive; stop {}, then go down to version {to}",
                 if self.workers == 1 { "1 worker is".to_owned() } else { format!("{} workers are", self.workers) },
                 if self.workers == 1 { "it" } else { "them" },
+            )));
+        }
+        if self.messages == 0 && self.unfinished == 0 && self.schedules > 0 {
+            return Some(Error::Refused(format!(
+                "the schema `{schema}` has schedules ({}), which version {to} has not; `postbox schedules --json` shows what they say. Nothing was changed; if they may go, say so: `postbox migrate down --to {to} --and-lose-data`",
+                self.schedules
             )));
         }
         (self.messages > 0 || self.unfinished > 0).then(|| {
@@ -67,6 +75,7 @@ mod tests {
             "{words_of_two}"
         );
         assert!(words(Holdings { messages: 100_001, ..Holdings::default() }).contains("messages: more than 100000,"));
+        assert!(words(Holdings { schedules: 2, ..Holdings::default() }).contains("has schedules (2)"));
         assert!(words(Holdings { workers: 1, messages: 3, ..Holdings::default() }).contains("1 worker is"));
     }
 }

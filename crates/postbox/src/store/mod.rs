@@ -20,6 +20,7 @@ use crate::limits::Limits;
 use crate::message::{Draft, Envelope};
 use crate::pattern::Pattern;
 use crate::retention::{Keep, Retention};
+use crate::schedule::{ScheduleRow, Scheduled, Wish};
 
 pub(crate) mod decide;
 pub(crate) mod down;
@@ -560,6 +561,18 @@ pub struct Ended {
     pub state: State,
 }
 
+/// What a look for schedules that are due came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticked {
+    /// How many messages were published.
+    pub published: usize,
+    /// How long until the next look is worth it; `None`: no schedule waits for a tick.
+    pub next: Option<Duration>,
+}
+
+/// How long to leave alone what is due, and in another worker's hands or not understood.
+pub(crate) const IN_OTHER_HANDS: Duration = Duration::from_secs(1);
+
 /// The future that a verb returns.
 pub trait Verb<T>: Future<Output = Result<T, Error>> + Send {}
 impl<T, F: Future<Output = Result<T, Error>> + Send> Verb<T> for F {}
@@ -693,6 +706,23 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn retain(&self, retention: &Retention) -> impl Verb<Retained>;
     /// What it would remove.
     fn retention_preview(&self, keep_unrouted: Duration) -> impl Verb<RetentionPreview>;
+
+    /// Publishes what is due of schedules, and says when to look again. Any number may call it at once: each
+    /// tick is published by one.
+    fn tick(&self) -> impl Verb<Ticked>;
+    /// Returns when schedules may have changed, or never; where nobody tells, after a second.
+    fn rescheduled(&self) -> impl Future<Output = ()> + Send;
+    /// Does what a program or an operator wants of a schedule. What operators do is on record.
+    fn change_schedule(
+        &self,
+        application: &str,
+        name: &str,
+        wish: &Wish,
+        actor: &str,
+        reason: &str,
+    ) -> impl Verb<(Scheduled, Option<AuditEntry>)>;
+    /// All schedules, by application and name.
+    fn schedules(&self) -> impl Verb<Vec<ScheduleRow>>;
 
     /// Counts for people and programs.
     fn status(&self) -> impl Verb<Status>;

@@ -1,4 +1,4 @@
-//! What workers do for all: take over from the dead, hand out history, ask about doubts, tidy.
+//! What workers do for all: take over from the dead, hand out history, ask about doubts, tidy, keep schedules.
 
 use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
@@ -39,6 +39,8 @@ const RETAIN: Duration = Duration::from_secs(60);
 const RETAIN_PAUSE: Duration = Duration::from_millis(100);
 /// How long a verb may take before it is tried in the next round.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How often schedules are looked at when nobody says that they have changed.
+const LOOK: Duration = Duration::from_secs(5);
 /// How often routes are learnt anew.
 const LEARN: Duration = Duration::from_secs(30);
 /// Topics remembered between two rounds.
@@ -96,7 +98,23 @@ pub(super) fn start<Db: Database>(
     let lease = registration.lease;
     let asker = tokio::spawn(ask(postbox.clone(), registration, routes));
     let remover = tokio::spawn(retain(postbox.clone()));
-    Keeper(vec![tokio::spawn(keep(postbox.store().clone(), topics, lease)), asker, remover])
+    let ticker = tokio::spawn(tick(postbox.store().clone()));
+    Keeper(vec![tokio::spawn(keep(postbox.store().clone(), topics, lease)), asker, remover, ticker])
+}
+
+/// Publishes the ticks of schedules, whoever's they are: when the next one is due, when somebody says that
+/// they have changed, and now and then.
+async fn tick<S: Store>(store: S) {
+    loop {
+        let wait = match told("tick", PATIENCE, store.tick()).await {
+            Some(ticked) => ticked.next.unwrap_or(LOOK).min(LOOK),
+            None => ROUND,
+        };
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = store.rescheduled() => {}
+        }
+    }
 }
 
 pub(super) async fn keep<S: Store>(store: S, topics: Arc<Topics>, lease: Duration) {

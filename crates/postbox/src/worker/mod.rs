@@ -24,6 +24,7 @@ use crate::lifecycle::Kind;
 use crate::planted::planted;
 use crate::postbox::Postbox;
 use crate::router::{Route, Router};
+use crate::schedule::Schedule;
 use crate::settings::Settings;
 use crate::store::{Database, Item, LeaseRef, Registration, Store, Stranded, SubscriptionId};
 
@@ -41,11 +42,18 @@ pub struct WorkerBuilder<Db: Database> {
     router: Router<Db>,
     settings: Settings,
     batch: Option<u32>,
+    schedules: Vec<Schedule>,
 }
 
 impl<Db: Database> WorkerBuilder<Db> {
     pub(crate) fn new(postbox: &Postbox<Db>, router: Router<Db>) -> Self {
-        WorkerBuilder { postbox: postbox.clone(), router, settings: postbox.settings().clone(), batch: None }
+        WorkerBuilder {
+            postbox: postbox.clone(),
+            router,
+            settings: postbox.settings().clone(),
+            batch: None,
+            schedules: Vec::new(),
+        }
     }
 
     /// Handlers that run at once, 1 to 10000. Default 5.
@@ -75,6 +83,13 @@ impl<Db: Database> WorkerBuilder<Db> {
     /// Claims batches of this size, instead of a size that follows the load.
     pub fn batch(mut self, size: u32) -> Self {
         self.batch = Some(size.clamp(1, 10_000));
+        self
+    }
+
+    /// Declares a schedule when it starts, as [`Postbox::schedule`] does: one that an operator has edited
+    /// stays as it is.
+    pub fn schedule(mut self, schedule: Schedule) -> Self {
+        self.schedules.push(schedule);
         self
     }
 
@@ -174,7 +189,7 @@ impl<Db: Database> Drop for Worker<Db> {
 
 impl<Db: Database> Worker<Db> {
     async fn start(builder: WorkerBuilder<Db>) -> Result<Self, Error> {
-        let WorkerBuilder { postbox, router, settings, batch } = builder;
+        let WorkerBuilder { postbox, router, settings, batch, schedules } = builder;
         let mut routes = router.into_routes();
         let keeps = settings.keeps()?;
         settings.keep_unrouted()?;
@@ -189,6 +204,9 @@ impl<Db: Database> Worker<Db> {
             lease: settings.lease()?,
             subscriptions: routes.iter().map(|r| r.declared.clone()).collect(),
         };
+        for schedule in schedules {
+            postbox.declare_schedule(&registration.application, schedule).await?;
+        }
         let store = postbox.store().clone();
         let sent = Moment::now();
         let ids = store.register(&registration).await?;

@@ -27,8 +27,10 @@ pub(super) async fn to(store: &PgStore, version: u32, loss: Loss) -> Result<Vec<
         };
         if loss == Loss::Refused {
             // The first step speaks for all: nobody wants to learn half-way that it cannot go on.
-            let holds_data = MIGRATIONS[version as usize..done].iter().any(|m| m.holds_data);
-            if let Some(refused) = refusal(store, &mut work, version, holds_data).await? {
+            let leaves = &MIGRATIONS[version as usize..done];
+            let holds_data = leaves.iter().any(|m| m.holds_data);
+            let schedules = leaves.iter().any(|m| m.name == "schedules");
+            if let Some(refused) = refusal(store, &mut work, version, (holds_data, schedules)).await? {
                 work.rollback().await?;
                 return Err(refused);
             }
@@ -45,13 +47,22 @@ pub(super) async fn to(store: &PgStore, version: u32, loss: Loss) -> Result<Vec<
 }
 
 /// Why it must not go on: live workers, or messages. Nobody publishes between this look and the drop.
-async fn refusal(store: &PgStore, work: &mut Work, to: u32, holds_data: bool) -> Result<Option<Error>, Error> {
+async fn refusal(
+    store: &PgStore,
+    work: &mut Work,
+    to: u32,
+    (holds_data, schedules): (bool, bool),
+) -> Result<Option<Error>, Error> {
     let schema = &store.schema;
     let sql = format!(
         "select pg_catalog.count(*) as alive from {schema}.worker w where w.expires_at > pg_catalog.clock_timestamp()"
     );
     let mut held =
         Holdings { workers: store.dynamic(sql).fetch_one(work.on()).await?.try_get("alive")?, ..Holdings::default() };
+    if schedules && held.workers == 0 {
+        let sql = format!("select pg_catalog.count(*) as schedules from {schema}.schedule");
+        held.schedules = store.dynamic(sql).fetch_one(work.on()).await?.try_get("schedules")?;
+    }
     if holds_data && held.workers == 0 {
         // In the order in which publishing locks them.
         let sql = format!("lock table {schema}.routing, {schema}.dedup, {schema}.message in access exclusive mode");

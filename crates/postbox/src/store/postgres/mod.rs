@@ -18,6 +18,7 @@ mod register;
 mod replay;
 mod retain;
 mod roles;
+mod schedules;
 mod settle;
 mod takeover;
 
@@ -43,11 +44,12 @@ use crate::error::{Error, PublishError};
 use crate::lifecycle::Kind;
 use crate::message::{Draft, Envelope};
 use crate::retention::Retention;
+use crate::schedule::{ScheduleRow, Scheduled, Wish};
 use crate::settings::Settings;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, HandlerTx,
     LeaseRef, Loss, Move, Observation, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle, Store,
-    Stored, Stranded, SubscriptionId, TakenOver,
+    Stored, Stranded, SubscriptionId, TakenOver, Ticked,
 };
 
 pub use migrate::{migrations_down_sql, migrations_sql};
@@ -78,6 +80,7 @@ statements! {
     audit, beat, claim = claim without "many", claim_many = claim without "few", complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
     look, moves, permits, tokens, only_moves = moves without "ended", next_due, part_exists, promote, publish, publish_checked,
     publish_one = publish_one without "several", publish_several = publish_one without "one", pull, replay, resolution, retain_preview, roles,
+    schedules_due, schedules_look,
     held_back, settle_open, settle_part, suspects, unrouted,
     list, show_attempts, show_records, subscriptions, stranded, unanswered, waiting,
 }
@@ -134,6 +137,8 @@ pub struct PgStore {
 #[derive(Debug, Default)]
 struct Bell {
     rung: Notify,
+    /// Somebody has changed a schedule.
+    rescheduled: Notify,
     listener: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
@@ -290,11 +295,15 @@ impl PgStore {
                     listener.listen(&channel).await?;
                     loop {
                         // A broken connection is mended inside; what was missed meanwhile is looked for.
-                        listener.try_recv().await?;
+                        let told = listener.try_recv().await?;
                         let Some(bell) = bell.upgrade() else { return Ok::<(), sqlx::Error>(()) };
+                        let bell = match told.is_some_and(|told| told.payload() == schedules::RESCHEDULED) {
+                            true => &bell.rescheduled,
+                            false => &bell.rung,
+                        };
                         // Those who wait now, and the next one who comes.
-                        bell.rung.notify_waiters();
-                        bell.rung.notify_one();
+                        bell.notify_waiters();
+                        bell.notify_one();
                     }
                 };
                 match heard.await {
@@ -603,6 +612,29 @@ impl Store for PgStore {
 
     async fn retention_preview(&self, keep_unrouted: Duration) -> Result<RetentionPreview, Error> {
         retain::preview(self, keep_unrouted).await
+    }
+
+    async fn tick(&self) -> Result<Ticked, Error> {
+        schedules::tick(self).await
+    }
+
+    async fn rescheduled(&self) {
+        schedules::rescheduled(self).await;
+    }
+
+    async fn change_schedule(
+        &self,
+        application: &str,
+        name: &str,
+        wish: &Wish,
+        actor: &str,
+        reason: &str,
+    ) -> Result<(Scheduled, Option<AuditEntry>), Error> {
+        schedules::change(self, application, name, wish, actor, reason).await
+    }
+
+    async fn schedules(&self) -> Result<Vec<ScheduleRow>, Error> {
+        schedules::all(self).await
     }
 
     async fn status(&self) -> Result<Status, Error> {

@@ -95,6 +95,9 @@ begin
             given := pg_catalog.array_append(given,
                 'select, insert, update, delete on {schema}.flow_limit, {schema}.permit');
         end if;
+        if pg_catalog.to_regclass('{schema}.schedule') is not null then
+            given := pg_catalog.array_append(given, 'select, insert, update on {schema}.schedule');
+        end if;
         -- The record: written once.
         foreach thing in array records loop
             given := pg_catalog.array_append(given, pg_catalog.concat('select, insert on {schema}.', thing));
@@ -105,6 +108,9 @@ begin
     end if;
 
     if 'operator' = any (made) then
+        if pg_catalog.to_regclass('{schema}.schedule') is not null then
+            execute pg_catalog.format('grant insert, update, delete on {schema}.schedule to %I', '{schema}_operator');
+        end if;
         foreach thing in array array[
             'usage on sequence {schema}.delivery_id',
             'update (epoch) on {schema}.routing',
@@ -129,7 +135,7 @@ begin
                 and c.relname = any (array['migration', 'routing', 'subscription', 'route', 'message', 'late_delivery',
                     'unrouted', 'dedup', 'ready', 'scheduled', 'worker', 'lease', 'attempt', 'outcome', 'outcome_part',
                     'doubt', 'dead_letter', 'resolution', 'observation', 'audit_counter', 'audit', 'retention', 'thinned',
-                    'message_window', 'ring', 'reference', 'flow_limit', 'permit',
+                    'message_window', 'ring', 'reference', 'flow_limit', 'permit', 'schedule',
                     'attempts', 'leased', 'delivery']::pg_catalog.name[])
         loop
             execute pg_catalog.format('grant select on %s to %I', door.name, pg_catalog.concat('{schema}_', holder));

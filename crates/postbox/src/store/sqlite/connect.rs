@@ -16,10 +16,11 @@ use crate::settings::Settings;
 use crate::store::down::{Holdings, Loss, too_far};
 
 /// Version and name are the position and the file's; up and down.
-pub(super) const MIGRATIONS: [(&str, &str, &str); 3] = [
+pub(super) const MIGRATIONS: [(&str, &str, &str); 4] = [
     ("engine", include_str!("migrations/0001_engine.sql"), include_str!("migrations/0001_engine.down.sql")),
     ("successes", include_str!("migrations/0002_successes.sql"), include_str!("migrations/0002_successes.down.sql")),
     ("limits", include_str!("migrations/0003_limits.sql"), include_str!("migrations/0003_limits.down.sql")),
+    ("schedules", include_str!("migrations/0004_schedules.sql"), include_str!("migrations/0004_schedules.down.sql")),
 ];
 
 pub(super) const HEAD: &str = "create table if not exists postbox_migration (
@@ -244,9 +245,14 @@ async fn holdings(
         }
         _ => (0, 0, 0),
     };
+    let leaves = MIGRATIONS.get(to as usize..done).unwrap_or_default();
+    let schedules = match leaves.iter().any(|(name, ..)| *name == "schedules") {
+        true => sqlx::query_scalar("select count(*) from postbox_schedule").fetch_one(&mut *connection).await?,
+        false => 0,
+    };
     let workers: Vec<Uuid> = sqlx::query_scalar("select id from postbox_worker").fetch_all(connection).await?;
     let workers = workers.into_iter().filter(|id| store.shared.alive.lives(*id)).count() as i64;
-    Ok(Holdings { workers, messages, unfinished, in_doubt })
+    Ok(Holdings { workers, messages, unfinished, in_doubt, schedules })
 }
 
 /// All migrations as one SQL text, for the user's own migration tool.

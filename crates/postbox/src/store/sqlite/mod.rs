@@ -33,6 +33,7 @@ mod pull;
 mod register;
 mod replay;
 mod retain;
+mod schedules;
 mod settle;
 mod show;
 mod takeover;
@@ -56,11 +57,12 @@ use crate::error::{Error, PublishError};
 use crate::lifecycle::Kind;
 use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};
 use crate::retention::Retention;
+use crate::schedule::{ScheduleRow, Scheduled, Wish};
 use crate::settings::Settings;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, LeaseRef,
     Loss, Move, Observation, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored,
-    Stranded, SubscriptionId, TakenOver,
+    Stranded, SubscriptionId, TakenOver, Ticked,
 };
 
 pub use connect::migrations_sql;
@@ -385,6 +387,29 @@ impl Store for SqliteStore {
 
     async fn retention_preview(&self, keep_unrouted: Duration) -> Result<RetentionPreview, Error> {
         retain::preview(self, keep_unrouted).await
+    }
+
+    async fn tick(&self) -> Result<Ticked, Error> {
+        schedules::tick(self).await
+    }
+
+    async fn rescheduled(&self) {
+        schedules::rescheduled().await;
+    }
+
+    async fn change_schedule(
+        &self,
+        application: &str,
+        name: &str,
+        wish: &Wish,
+        actor: &str,
+        reason: &str,
+    ) -> Result<(Scheduled, Option<AuditEntry>), Error> {
+        schedules::change(self, application, name, wish, actor, reason).await
+    }
+
+    async fn schedules(&self) -> Result<Vec<ScheduleRow>, Error> {
+        schedules::all(self).await
     }
 
     async fn status(&self) -> Result<Status, Error> {

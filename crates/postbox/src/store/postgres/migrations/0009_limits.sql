@@ -1,7 +1,7 @@
 -- Limits that hold across all workers. A row for each subscription that has any: how many attempts may run at
 -- once, and a token bucket for how many begin in a time.
 create table {schema}.flow_limit (
-    subscription int primary key references {schema}.subscription (id),
+    subscription int primary key,
     at_once      int check (at_once > 0),
     -- A token comes every so many microseconds; the bucket holds up to burst.
     token_us     double precision check (token_us > 0),

@@ -1,7 +1,7 @@
 -- Limits that hold across all workers. A row for each subscription that has any: how many attempts may run at
 -- once, and a token bucket for how many begin in a time.
 create table postbox_flow_limit (
-    subscription integer primary key references postbox_subscription (id),
+    subscription integer primary key,
     at_once      integer check (at_once > 0),
     -- A token comes every so many microseconds; the bucket holds up to burst.
     token_us     real check (token_us > 0),

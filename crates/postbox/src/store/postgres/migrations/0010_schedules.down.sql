@@ -1,0 +1,2 @@
+-- The schedules go with their table.
+drop table {schema}.schedule;
