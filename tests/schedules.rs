@@ -176,13 +176,20 @@ async fn what_was_missed_goes_by_the_policy<Db: Testable>() {
     assert_eq!(fresh.postbox.store().tick().await.expect("tick").published, 0);
 
     // A thousand of them at most, the oldest first.
-    fresh.postbox.schedule(Schedule::cron("many", "* * * * * *").publishes("many").missed(Missed::All)).await.expect("made");
+    fresh
+        .postbox
+        .schedule(Schedule::cron("many", "* * * * * *").publishes("many").missed(Missed::All))
+        .await
+        .expect("made");
     let since = minutes_ago(60);
     waits_since(&fresh, "many", since).await;
     let ticked = fresh.postbox.store().tick().await.expect("tick");
     assert_eq!(ticked.published, 1000);
     let messages = table(&fresh, "message");
-    assert!((1000..1100).contains(&Db::count(&fresh, &format!("select count(*) from {messages} where topic = 'many'")).await));
+    assert!(
+        (1000..1100)
+            .contains(&Db::count(&fresh, &format!("select count(*) from {messages} where topic = 'many'")).await)
+    );
     assert!(row(&fresh, "many").await.last_at >= Some(since + SignedDuration::from_secs(999)));
 }
 
@@ -245,13 +252,20 @@ async fn an_edit_counts_from_the_next_tick_on<Db: Testable>() {
         ..ScheduleEdit::default()
     };
     let entry = admin.edit_schedule("test", "m", &edit, "ana", "a new version").await.expect("edit");
-    assert_eq!((entry.action.as_str(), entry.actor.as_str(), entry.rev_after), ("edit schedule test/m", "ana", Some(2)));
+    assert_eq!(
+        (entry.action.as_str(), entry.actor.as_str(), entry.rev_after),
+        ("edit schedule test/m", "ana", Some(2))
+    );
     let after = row(&fresh, "m").await;
     assert_eq!((after.next_at, after.rev, after.edited_by.as_deref()), (before.next_at, 2, Some("ana")));
     assert!(matches!(admin.edit_schedule("test", "m", &edit, "bo", "late").await, Err(Error::Conflict(_))));
     // Other times: what is due by the former ones and not published yet is not published.
     waits_since(&fresh, "m", minutes_ago(3)).await;
-    let edit = ScheduleEdit { cron: Some("0 3 * * *".into()), time_zone: Some("Asia/Tokyo".into()), ..ScheduleEdit::default() };
+    let edit = ScheduleEdit {
+        cron: Some("0 3 * * *".into()),
+        time_zone: Some("Asia/Tokyo".into()),
+        ..ScheduleEdit::default()
+    };
     admin.edit_schedule("test", "m", &edit, "ana", "at night").await.expect("edit");
     assert_eq!(tick(&fresh.postbox).await.published, 0);
     let next = row(&fresh, "m").await.next_at.expect("one to come");

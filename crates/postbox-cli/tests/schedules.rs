@@ -9,7 +9,8 @@ fn with_one() -> Place {
     let place = Place::new();
     place.run(&["migrate", "up"]).ends(0);
     let add = ["schedules", "add", "nightly", "30 2 * * *", "--topic", "reports.nightly", "--application", "shop"];
-    let more = ["--time-zone", "Europe/Berlin", "--payload", r#"{"n": 1.10}"#, "--key", "k", "--header", "a=b", "--json"];
+    let more =
+        ["--time-zone", "Europe/Berlin", "--payload", r#"{"n": 1.10}"#, "--key", "k", "--header", "a=b", "--json"];
     let entry = place.run(&[add.as_slice(), &more].concat()).ends(0).json();
     assert_eq!((entry["action"].as_str(), entry["actor"].as_str()), (Some("add schedule shop/nightly"), Some("ana")));
     place
@@ -48,7 +49,11 @@ fn what_is_listed_is_what_was_added() {
     let at: Vec<&str> = nights.iter().map(|night| night["local"].as_str().expect("a time")).collect();
     assert_eq!((at.len(), row["next_at"].as_str()), (366, nights[0]["tick"].as_str()));
     assert!(at.iter().any(|t| t.ends_with("+01:00")) && at.iter().any(|t| t.ends_with("02:30:00+02:00")), "{at:?}");
-    assert_eq!(at.iter().filter(|t| t.ends_with("T03:00:00+02:00")).count(), 1, "the night without half past two: {at:?}");
+    assert_eq!(
+        at.iter().filter(|t| t.ends_with("T03:00:00+02:00")).count(),
+        1,
+        "the night without half past two: {at:?}"
+    );
     assert!(at.windows(2).all(|pair| pair[0][..10] < pair[1][..10]), "one a day");
     let few = place.run(&["schedules", "next", "nightly"]).ends(0);
     assert_eq!(few.out.lines().count(), 6, "{}", few.out);

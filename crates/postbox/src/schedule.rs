@@ -18,8 +18,8 @@ use crate::error::{Error, PublishError};
 use crate::json;
 use crate::message::Envelope;
 pub(crate) use calendar::Calendar;
-pub use change::{ScheduleEdit, Scheduled, Wish};
 pub(crate) use change::{Decided, Place, decide};
+pub use change::{ScheduleEdit, Scheduled, Wish};
 pub(crate) use tick::{fire, tell_of};
 
 /// What a schedule's name may have: the dedup key of a tick holds it, beside the application's.
@@ -54,10 +54,7 @@ impl FromStr for Missed {
 
     fn from_str(text: &str) -> Result<Self, Error> {
         [Missed::Skip, Missed::Once, Missed::All].into_iter().find(|missed| missed.as_str() == text).ok_or_else(|| {
-            Error::Settings(format!(
-                "`{}` is no policy for missed ticks; say skip, once or all",
-                text.escape_debug()
-            ))
+            Error::Settings(format!("`{}` is no policy for missed ticks; say skip, once or all", text.escape_debug()))
         })
     }
 }

@@ -55,7 +55,8 @@ async fn list<Db: Database>(desk: &Desk<'_>) -> Ended {
     }
     if rows.is_empty() {
         desk.output.prose("no schedules yet");
-        let next = "schedules add nightly '0 3 * * *' --topic reports.nightly --time-zone Europe/Berlin --application shop";
+        let next =
+            "schedules add nightly '0 3 * * *' --topic reports.nightly --time-zone Europe/Berlin --application shop";
         desk.output.prose(&format!("next: {}", desk.command(next)));
         return Ok(0);
     }
@@ -137,7 +138,8 @@ async fn edit<Db: Database>(desk: &Desk<'_>, wish: EditSchedule) -> Ended {
         ScheduleEdit { rev: wish.rev, cron: wish.cron, time_zone, topic: wish.topic, payload, key, headers, missed };
     let typed = format!("schedules edit {}", quoted(&plain(&wish.name)));
     if edit.is_empty() {
-        let why = "nothing is to be changed; say what: --cron, --time-zone, --topic, --payload, --key, --header or --missed";
+        let why =
+            "nothing is to be changed; say what: --cron, --time-zone, --topic, --payload, --key, --header or --missed";
         return Err(usage(&tried, why, desk.action(&format!("{typed} --cron '30 2 * * *' --reason …"))));
     }
     let reason = desk.reason(wish.reason, &tried, &desk.action(&format!("{typed} …")), "why")?;
@@ -215,7 +217,8 @@ async fn next<Db: Database>(desk: &Desk<'_>, wish: NextTicks) -> Ended {
     if desk.output.json {
         for tick in ticks {
             let local = tick.strftime("%Y-%m-%dT%H:%M:%S%:z").to_string();
-            desk.output.object(&json!({ "tick": tick.timestamp(), "local": local, "paused": row.paused_at.is_some() }))?;
+            desk.output
+                .object(&json!({ "tick": tick.timestamp(), "local": local, "paused": row.paused_at.is_some() }))?;
         }
         return Ok(0);
     }
@@ -268,8 +271,11 @@ fn the_one<'r>(
         }
         [first, ..] => {
             let why = "several applications have one of that name; say whose with --application";
-            let next =
-                format!("schedules {verb} {} --application {}", quoted(&plain(name)), quoted(&plain(&first.application)));
+            let next = format!(
+                "schedules {verb} {} --application {}",
+                quoted(&plain(name)),
+                quoted(&plain(&first.application))
+            );
             Err(usage(tried, why, desk.command(&next)))
         }
     }

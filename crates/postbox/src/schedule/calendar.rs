@@ -174,8 +174,14 @@ mod tests {
         assert_eq!(ticks("30 2 * * *", "Europe/Berlin", "2026-03-28T00:00:00Z", 3), days);
         // Several of the jump are one, also with the time at which it ends.
         let hour = ["2026-03-28T02:00:00Z", "2026-03-29T01:00:00Z", "2026-03-30T00:00:00Z"];
-        assert_eq!(ticks("0,30 2,3 * * *", "Europe/Berlin", "2026-03-28T01:45:00Z", 4)[..2], [hour[0], "2026-03-28T02:30:00Z"]);
-        assert_eq!(ticks("0,30 2,3 * * *", "Europe/Berlin", "2026-03-28T03:00:00Z", 3), [hour[1], "2026-03-29T01:30:00Z", hour[2]]);
+        assert_eq!(
+            ticks("0,30 2,3 * * *", "Europe/Berlin", "2026-03-28T01:45:00Z", 4)[..2],
+            [hour[0], "2026-03-28T02:30:00Z"]
+        );
+        assert_eq!(
+            ticks("0,30 2,3 * * *", "Europe/Berlin", "2026-03-28T03:00:00Z", 3),
+            [hour[1], "2026-03-29T01:30:00Z", hour[2]]
+        );
         // 2026-03-08, New York: 01:59:59-05:00 is followed by 03:00:00-04:00.
         let days = ["2026-03-07T07:30:00Z", "2026-03-08T07:00:00Z", "2026-03-09T06:30:00Z"];
         assert_eq!(ticks("30 2 * * *", "America/New_York", "2026-03-07T00:00:00Z", 3), days);
@@ -186,11 +192,10 @@ mod tests {
         // 2026-10-25, Berlin: 02:59:59+02:00 is followed by 02:00:00+01:00.
         let days = ["2026-10-24T00:30:00Z", "2026-10-25T00:30:00Z", "2026-10-26T01:30:00Z"];
         assert_eq!(ticks("30 2 * * *", "Europe/Berlin", "2026-10-24T00:00:00Z", 3), days);
-        assert_eq!(ticks("0 1-3 * * *", "Europe/Berlin", "2026-10-24T22:30:00Z", 3), [
-            "2026-10-24T23:00:00Z",
-            "2026-10-25T00:00:00Z",
-            "2026-10-25T02:00:00Z"
-        ]);
+        assert_eq!(
+            ticks("0 1-3 * * *", "Europe/Berlin", "2026-10-24T22:30:00Z", 3),
+            ["2026-10-24T23:00:00Z", "2026-10-25T00:00:00Z", "2026-10-25T02:00:00Z"]
+        );
         // Asked in the second of the two hours.
         assert_eq!(ticks("30 2 * * *", "Europe/Berlin", "2026-10-25T01:10:00Z", 1), ["2026-10-26T01:30:00Z"]);
         // 2026-11-01, New York: 01:59:59-04:00 is followed by 01:00:00-05:00.
@@ -209,23 +214,23 @@ mod tests {
         ] {
             let calendar = Calendar::of("*/30 * * * *", zone).expect("a calendar");
             let first = calendar.after(after.parse().expect("a time")).expect("a tick");
-            let ticks: Vec<i64> = std::iter::successors(Some(first), |t| calendar.after(*t)).take(9).map(|t| t.as_second()).collect();
+            let ticks: Vec<i64> =
+                std::iter::successors(Some(first), |t| calendar.after(*t)).take(9).map(|t| t.as_second()).collect();
             assert!(ticks.windows(2).all(|pair| pair[1] - pair[0] == 1800), "{zone} {after}: {ticks:?}");
         }
-        assert_eq!(ticks("@hourly", "Europe/Berlin", "2026-10-24T23:30:00Z", 4), [
-            "2026-10-25T00:00:00Z",
-            "2026-10-25T01:00:00Z",
-            "2026-10-25T02:00:00Z",
-            "2026-10-25T03:00:00Z"
-        ]);
+        assert_eq!(
+            ticks("@hourly", "Europe/Berlin", "2026-10-24T23:30:00Z", 4),
+            ["2026-10-25T00:00:00Z", "2026-10-25T01:00:00Z", "2026-10-25T02:00:00Z", "2026-10-25T03:00:00Z"]
+        );
         // Every two hours of the clock: 00, 02, 04, of which 02 is twice in autumn, and not at all in spring.
-        assert_eq!(ticks("0 */2 * * *", "Europe/Berlin", "2026-03-28T22:30:00Z", 2), ["2026-03-28T23:00:00Z", "2026-03-29T02:00:00Z"]);
-        assert_eq!(ticks("0 */2 * * *", "Europe/Berlin", "2026-10-24T21:30:00Z", 4), [
-            "2026-10-24T22:00:00Z",
-            "2026-10-25T00:00:00Z",
-            "2026-10-25T01:00:00Z",
-            "2026-10-25T03:00:00Z"
-        ]);
+        assert_eq!(
+            ticks("0 */2 * * *", "Europe/Berlin", "2026-03-28T22:30:00Z", 2),
+            ["2026-03-28T23:00:00Z", "2026-03-29T02:00:00Z"]
+        );
+        assert_eq!(
+            ticks("0 */2 * * *", "Europe/Berlin", "2026-10-24T21:30:00Z", 4),
+            ["2026-10-24T22:00:00Z", "2026-10-25T00:00:00Z", "2026-10-25T01:00:00Z", "2026-10-25T03:00:00Z"]
+        );
     }
 
     #[test]
@@ -253,9 +258,22 @@ mod tests {
     fn what_is_wrong_is_named() {
         let refused = |cron: &str, zone: &str| Calendar::of(cron, zone).expect_err(cron).to_string();
         assert!(refused("0 3 * * *", "Europe/Berlim").contains("no time zone `Europe/Berlim`"));
-        for cron in ["", "soon", "0 3 * *", "61 * * * *", "0 24 * * *", "0 3 * * * * *", "* * * * FOO", "0 0 30 2 *", "-1 * * * *"] {
+        for cron in [
+            "",
+            "soon",
+            "0 3 * *",
+            "61 * * * *",
+            "0 24 * * *",
+            "0 3 * * * * *",
+            "* * * * FOO",
+            "0 0 30 2 *",
+            "-1 * * * *",
+        ] {
             let words = refused(cron, "UTC");
-            assert!(words.contains(&format!("`{cron}` is no cron expression: ")) && words.contains("like `0 3 * * *`"), "{words}");
+            assert!(
+                words.contains(&format!("`{cron}` is no cron expression: ")) && words.contains("like `0 3 * * *`"),
+                "{words}"
+            );
         }
         assert!(refused("0 0 30 2 *", "UTC").contains("no such day"));
         assert!(refused(&format!("{} * * * *", "1,".repeat(1000) + "1"), "UTC").contains("1000 bytes"));

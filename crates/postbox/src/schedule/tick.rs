@@ -109,8 +109,10 @@ fn due(calendar: &Calendar, first: Timestamp, now: Timestamp, missed: Missed) ->
     let in_time = now.checked_sub(GRACE).unwrap_or(Timestamp::MIN);
     // Of the oldest; what follows them is passed over.
     let from = |tick: Option<Timestamp>| {
-        let mut ticks: Vec<Timestamp> =
-            std::iter::successors(tick, |tick| calendar.after(*tick)).take_while(|t| *t <= now).take(MOST + 1).collect();
+        let mut ticks: Vec<Timestamp> = std::iter::successors(tick, |tick| calendar.after(*tick))
+            .take_while(|t| *t <= now)
+            .take(MOST + 1)
+            .collect();
         let more = (ticks.len() > MOST).then(|| ticks.pop()).flatten();
         (ticks, more.map(|more| (more, calendar.last(more, now))))
     };
@@ -175,7 +177,10 @@ mod tests {
     #[test]
     fn a_thousand_at_most_and_the_rest_is_told() {
         let (all, passed_over, next) = ticks("* * * * *", "2026-11-01T00:00:00Z", "2026-11-28T00:00:30Z", Missed::All);
-        assert_eq!((all.len(), all[0].as_str(), all[999].as_str()), (1000, "2026-11-01T00:00:00Z", "2026-11-01T16:39:00Z"));
+        assert_eq!(
+            (all.len(), all[0].as_str(), all[999].as_str()),
+            (1000, "2026-11-01T00:00:00Z", "2026-11-01T16:39:00Z")
+        );
         assert_eq!(passed_over, Some(("2026-11-01T16:40:00Z".into(), "2026-11-28T00:00:00Z".into())));
         assert_eq!(next, "2026-11-28T00:01:00Z");
     }

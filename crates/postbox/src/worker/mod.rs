@@ -47,7 +47,13 @@ pub struct WorkerBuilder<Db: Database> {
 
 impl<Db: Database> WorkerBuilder<Db> {
     pub(crate) fn new(postbox: &Postbox<Db>, router: Router<Db>) -> Self {
-        WorkerBuilder { postbox: postbox.clone(), router, settings: postbox.settings().clone(), batch: None, schedules: Vec::new() }
+        WorkerBuilder {
+            postbox: postbox.clone(),
+            router,
+            settings: postbox.settings().clone(),
+            batch: None,
+            schedules: Vec::new(),
+        }
     }
 
     /// Handlers that run at once, 1 to 10000. Default 5.

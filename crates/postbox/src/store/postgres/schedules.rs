@@ -232,9 +232,8 @@ fn bound(statement: Statement, row: &ScheduleRow) -> Result<Statement, Error> {
 
 /// As `read` takes them.
 fn columns() -> String {
-    let times = ["next", "last", "paused", "run"].map(|name| {
-        format!("(extract(epoch from s.{name}_at) * 1000000::numeric)::bigint as {name}_us")
-    });
+    let times = ["next", "last", "paused", "run"]
+        .map(|name| format!("(extract(epoch from s.{name}_at) * 1000000::numeric)::bigint as {name}_us"));
     format!(
         "s.*, s.payload::pg_catalog.text as payload_text, s.headers::pg_catalog.text as headers_text, {}",
         times.join(", ")

@@ -37,10 +37,12 @@ pub(super) async fn tick(store: &SqliteStore) -> Result<Ticked, Error> {
     let mut work = store.write().await?;
     // Somebody else may have been there meanwhile.
     let now = clock(work.on()).await?;
-    let due = sqlx::query("select * from postbox_schedule where run_at is not null or next_at <= ?1 order by next_at limit 100")
-        .bind(now.as_millisecond())
-        .fetch_all(work.on())
-        .await?;
+    let due = sqlx::query(
+        "select * from postbox_schedule where run_at is not null or next_at <= ?1 order by next_at limit 100",
+    )
+    .bind(now.as_millisecond())
+    .fetch_all(work.on())
+    .await?;
     let (mut published, mut served) = (0, 0);
     for row in &due {
         let schedule = read(row)?;
