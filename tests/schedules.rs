@@ -389,7 +389,7 @@ async fn a_running_worker_hears_of_a_schedule_at_once<Db: Testable>() {
             tokio::task::yield_now().await;
         }
     };
-    // A worker that nobody told looks after 5 s. It is a matter of the machine how soon it is; of a minute it is not.
+    // Of a slow machine it is a matter of seconds.
     tokio::time::timeout(Duration::from_secs(60), first).await.expect("a tick");
     // While it runs, an edit takes hold, and a pause ends it.
     let edit = ScheduleEdit { payload: Some("2".into()), ..ScheduleEdit::default() };

@@ -40,7 +40,7 @@ const RETAIN_PAUSE: Duration = Duration::from_millis(100);
 /// How long a verb may take before it is tried in the next round.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often schedules are looked at when nobody says that they have changed.
-const LOOK: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_secs(10);
 /// How often routes are learnt anew.
 const LEARN: Duration = Duration::from_secs(30);
 /// Topics remembered between two rounds.

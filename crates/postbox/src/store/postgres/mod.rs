@@ -142,6 +142,29 @@ struct Bell {
     listener: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
+/// What somebody has told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    /// There are messages.
+    Messages,
+    /// A schedule has changed.
+    Schedules,
+    /// Either, and nobody has heard it.
+    Unknown,
+}
+
+impl Bell {
+    /// Rings for those who wait now, and for the next one who comes.
+    fn ring(&self, told: Told) {
+        for (bell, other) in [(&self.rung, Told::Schedules), (&self.rescheduled, Told::Messages)] {
+            if told != other {
+                bell.notify_waiters();
+                bell.notify_one();
+            }
+        }
+    }
+}
+
 impl Drop for Bell {
     fn drop(&mut self) {
         if let Ok(mut listener) = self.listener.lock()
@@ -293,17 +316,18 @@ impl PgStore {
                 let heard = async {
                     let mut listener = PgListener::connect_with(&pool).await?;
                     listener.listen(&channel).await?;
+                    // What was told before is not heard; publishers' words are looked for by the next claim.
+                    let mut told = Told::Schedules;
                     loop {
-                        // A broken connection is mended inside; what was missed meanwhile is looked for.
-                        let told = listener.try_recv().await?;
                         let Some(bell) = bell.upgrade() else { return Ok::<(), sqlx::Error>(()) };
-                        let bell = match told.is_some_and(|told| told.payload() == schedules::RESCHEDULED) {
-                            true => &bell.rescheduled,
-                            false => &bell.rung,
+                        bell.ring(told);
+                        drop(bell);
+                        // A broken connection is mended inside; what was missed meanwhile is looked for.
+                        told = match listener.try_recv().await? {
+                            None => Told::Unknown,
+                            Some(told) if told.payload() == schedules::RESCHEDULED => Told::Schedules,
+                            Some(_) => Told::Messages,
                         };
-                        // Those who wait now, and the next one who comes.
-                        bell.notify_waiters();
-                        bell.notify_one();
                     }
                 };
                 match heard.await {
