@@ -325,6 +325,10 @@ pub(crate) enum SubscriptionsCommand {
     Add(Add),
     /// Stop fanning out to a subscription; the deliveries it has stay as they are
     Remove(Remove),
+    /// Hand out nothing of a subscription, everywhere and at once; what is published for it waits
+    Pause(Pause),
+    /// Hand out what waits for a paused subscription
+    Resume(Pause),
 }
 
 #[derive(Debug, Args)]
@@ -360,6 +364,15 @@ pub(crate) struct Remove {
     /// Does not ask
     #[arg(long, short)]
     pub(crate) yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Pause {
+    /// The subscription's name; --application says whose, if several have one of that name
+    pub(crate) name: String,
+    /// Why; goes on record
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -114,6 +114,8 @@ mod docs {
     mod lifecycle {}
     #[doc = include_str!("../../../docs/operations.md")]
     mod operations {}
+    #[doc = include_str!("../../../docs/pause.md")]
+    mod pause {}
     #[doc = include_str!("../../../docs/publishing.md")]
     mod publishing {}
     #[doc = include_str!("../../../docs/pull.md")]

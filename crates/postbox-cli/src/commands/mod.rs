@@ -9,6 +9,7 @@ mod jsonl;
 mod list;
 mod maintain;
 mod migrate;
+mod pause;
 mod publish;
 mod replay;
 mod resolve;
@@ -58,8 +59,13 @@ fn tell_role(desk: &Desk<'_>, command: &Command) {
     let role = match command {
         Command::Publish(_) => "publisher",
         Command::Retry(_) | Command::Cancel(_) | Command::Replay(_) | Command::Resolve(_) => "operator",
-        Command::Subscriptions(Subscriptions { command: Some(SubscriptionsCommand::Remove(_)) }) => "operator",
-        Command::Subscriptions(Subscriptions { command: Some(SubscriptionsCommand::Add(_)) }) => "worker",
+        Command::Subscriptions(Subscriptions { command: Some(command) }) => match command {
+            SubscriptionsCommand::Remove(_) | SubscriptionsCommand::Pause(_) | SubscriptionsCommand::Resume(_) => {
+                "operator"
+            }
+            SubscriptionsCommand::Add(_) => "worker",
+            SubscriptionsCommand::List => "viewer",
+        },
         Command::Maintain => "worker",
         Command::Retain(retain) if !retain.preview => "worker",
         // The owner of the schema migrates.

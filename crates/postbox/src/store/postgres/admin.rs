@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::lifecycle::{Answer, State};
 use crate::message::{Envelope, first_id_at, minted_at};
 use crate::operation::idempotency_key;
-use crate::store::{Answered, DeliveryId, Speaker, Stranded, Word};
+use crate::store::{Answered, DeliveryId, Speaker, Stranded, Word, no_subscription};
 
 /// Where a delivery in a state can be, as columns that `list.sql` reads.
 const PLACES: [(State, &str); 8] = [
@@ -319,6 +319,7 @@ fn subscription_row(row: &PgRow) -> Result<SubscriptionRow, Error> {
         succeeded_last_hour: row.try_get("succeeded_last_hour")?,
         oldest_age_s: row.try_get("oldest_age_s")?,
         removed_at: row.try_get::<Option<i64>, _>("removed_us")?.map(timestamp),
+        paused_at: row.try_get::<Option<i64>, _>("paused_us")?.map(timestamp),
         backfilling: row.try_get("backfilling")?,
     })
 }
@@ -581,9 +582,7 @@ pub(super) async fn remove_subscription(
     );
     let Some(row) = store.dynamic(sql).bind(application).bind(name).fetch_optional(work.on()).await? else {
         work.rollback().await?;
-        return Err(Error::NotFound(format!(
-            "application `{application}` has no subscription `{name}`; `postbox subscriptions` shows what there is"
-        )));
+        return Err(no_subscription(application, name));
     };
     store.dynamic(format!("update {schema}.routing set epoch = epoch + 1")).execute(work.on()).await?;
     let action = Action {

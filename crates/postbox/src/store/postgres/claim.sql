@@ -19,6 +19,8 @@ picked as materialized (
         limit w.room
         for update skip locked
     ) p
+    -- Decided here, so that a pause holds at once for all.
+    where (select s.paused_at from {schema}.subscription s where s.id = w.subscription) is null
 ),
 gone as (
     -- By their places: rows of ready are never updated, these are locked, and no plan can read the whole

@@ -8,6 +8,8 @@ select exists (
             where r.subscription = w.subscription and (r.priority, r.pos) > (w.priority, w.pos)
             limit 1
         ) p
+        -- What waits behind a pause is no reason to claim.
+        where (select s.paused_at from {schema}.subscription s where s.id = w.subscription) is null
     ) as ready,
     (
         select greatest(0, extract(epoch from s.due_at - pg_catalog.clock_timestamp()) * 1000::numeric)::bigint

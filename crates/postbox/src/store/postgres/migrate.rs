@@ -31,7 +31,7 @@ macro_rules! migration {
 /// The first migration of the present shape: those before it make the tables and functions of the earlier one.
 const PRESENT: usize = 7;
 
-pub(super) const MIGRATIONS: [Migration; 8] = [
+pub(super) const MIGRATIONS: [Migration; 9] = [
     migration!("0001", "engine", holds_data: true),
     migration!("0002", "pull", holds_data: false),
     migration!("0003", "roles", holds_data: false),
@@ -40,6 +40,7 @@ pub(super) const MIGRATIONS: [Migration; 8] = [
     migration!("0006", "pull_by_place", holds_data: false),
     migration!("0007", "windows_and_ring", holds_data: false),
     migration!("0008", "lighter_arrays", holds_data: false),
+    migration!("0010", "pause_and_priority", holds_data: false),
 ];
 
 /// The text of a migration, up or down, with the functions of the shape that it leaves behind.

@@ -7,6 +7,7 @@ mod down;
 mod marks;
 mod migrate;
 mod operate;
+mod pause;
 #[cfg(feature = "planted-bugs")]
 mod planted;
 mod promote;
@@ -45,7 +46,7 @@ use crate::retention::Retention;
 use crate::settings::Settings;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, HandlerTx,
-    LeaseRef, Loss, Move, Observation, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored, Stranded,
+    LeaseRef, Loss, Move, Observation, Pause, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored, Stranded,
     SubscriptionId, TakenOver,
 };
 
@@ -75,7 +76,7 @@ macro_rules! statements {
 }
 statements! {
     audit, beat, claim, complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
-    look, moves, only_moves = moves without "ended", next_due, part_exists, promote, publish, publish_checked,
+    look, moves, only_moves = moves without "ended", next_due, part_exists, paused, promote, publish, publish_checked,
     publish_one = publish_one without "several", publish_several = publish_one without "one", pull, replay, resolution, retain_preview, roles,
     held_back, settle_open, settle_part, suspects, unrouted,
     list, show_attempts, show_records, subscriptions, stranded, unanswered, waiting,
@@ -648,6 +649,14 @@ impl Store for PgStore {
         reason: &str,
     ) -> Result<AuditEntry, Error> {
         admin::remove_subscription(self, application, name, actor, reason).await
+    }
+
+    async fn pause(&self, application: &str, name: &str, pause: &Pause<'_>) -> Result<AuditEntry, Error> {
+        pause::pause(self, application, name, pause).await
+    }
+
+    async fn paused(&self, subscriptions: &[SubscriptionId]) -> Result<Vec<SubscriptionId>, Error> {
+        pause::paused(self, subscriptions).await
     }
 
     async fn stranded(&self) -> Result<Vec<Stranded>, Error> {

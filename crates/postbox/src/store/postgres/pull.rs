@@ -29,8 +29,9 @@ pub(super) async fn stored(
 
 pub(super) async fn waiting(store: &PgStore, subscription: SubscriptionId) -> Result<(bool, Option<Duration>), Error> {
     let mut work = store.work().await?;
-    let row = store.query(store.sql.waiting).bind(subscription).fetch_one(work.on()).await?;
+    let row = store.query(store.sql.waiting).bind(subscription).fetch_optional(work.on()).await?;
     work.rollback().await?;
+    let Some(row) = row else { return Ok((false, None)) };
     let wait: Option<i64> = row.try_get("wait_ms")?;
     let due = wait.is_some_and(|ms| ms <= 0);
     Ok((row.try_get::<bool, _>("ready")? || due, wait.map(|ms| Duration::from_millis(ms.max(0) as u64))))

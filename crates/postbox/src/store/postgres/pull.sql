@@ -10,7 +10,7 @@ picked as materialized (
     select p.slot, p.place
     from alive
     -- An operation's attempt needs a handler that the engine calls.
-    join {schema}.subscription s on s.id = $3 and s.kind <> 'operation'
+    join {schema}.subscription s on s.id = $3 and s.kind <> 'operation' and s.paused_at is null
     cross join lateral (
         select r.tableoid as slot, r.ctid as place from {schema}.ready r
         where r.subscription = s.id

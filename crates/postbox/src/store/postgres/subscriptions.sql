@@ -1,6 +1,7 @@
 -- The subscriptions with their counts; what waits is counted up to 100001.
 select s.id, s.application, s.name, s.pattern, s.kind, s.idempotent, s.max_attempts, not s.backfilled and s.removed_at is null as backfilling,
     (extract(epoch from s.removed_at) * 1000000::numeric)::bigint as removed_us,
+    (extract(epoch from s.paused_at) * 1000000::numeric)::bigint as paused_us,
     (select pg_catalog.count(*) from {schema}.worker w
         where s.id = any (w.subscriptions) and w.expires_at > pg_catalog.statement_timestamp()) as workers,
     (select pg_catalog.count(*) from (select from {schema}.ready r where r.subscription = s.id limit 100001) r)

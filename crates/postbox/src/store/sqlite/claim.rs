@@ -1,5 +1,6 @@
 //! Claiming: promote what is due, lease a batch.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -65,17 +66,15 @@ pub(super) async fn claim_in(work: &mut Work, request: &ClaimRequest, keep: Keep
     let wanted = json_of(&wanted)?;
     let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None };
     sqlx::query(include_str!("promote.sql")).bind(&wanted).bind(PROMOTED).execute(work.on()).await?;
-    let plain: Vec<SubscriptionId> = match keep {
-        Keep::InRow => Vec::new(),
-        Keep::InLease => {
-            let plain =
-                "select id from postbox_subscription where kind = 'plain' and id in (select value from json_each(?1))";
-            sqlx::query_scalar(plain).bind(&wanted).fetch_all(work.on()).await?
-        }
-    };
+    // Looked at here, so that a pause holds at once for all.
+    let open = "select id, kind = 'plain' from postbox_subscription
+         where paused_at is null and id in (select value from json_each(?1))";
+    let open: HashMap<SubscriptionId, bool> =
+        sqlx::query_as(open).bind(&wanted).fetch_all(work.on()).await?.into_iter().collect();
     let mut picked = Vec::new();
     for (subscription, room) in &request.wanted {
-        let straight = plain.contains(subscription);
+        let Some(plain) = open.get(subscription) else { continue };
+        let straight = *plain && keep == Keep::InLease;
         let rows = sqlx::query(include_str!("claim.sql")).bind(subscription).bind(room).fetch_all(work.on()).await?;
         for row in rows {
             picked.push(Picked::read(&row, *subscription, straight)?);

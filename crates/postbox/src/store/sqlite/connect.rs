@@ -16,9 +16,14 @@ use crate::settings::Settings;
 use crate::store::down::{Holdings, Loss, too_far};
 
 /// Version and name are the position and the file's; up and down.
-pub(super) const MIGRATIONS: [(&str, &str, &str); 2] = [
+pub(super) const MIGRATIONS: [(&str, &str, &str); 3] = [
     ("engine", include_str!("migrations/0001_engine.sql"), include_str!("migrations/0001_engine.down.sql")),
     ("successes", include_str!("migrations/0002_successes.sql"), include_str!("migrations/0002_successes.down.sql")),
+    (
+        "pause_and_priority",
+        include_str!("migrations/0004_pause_and_priority.sql"),
+        include_str!("migrations/0004_pause_and_priority.down.sql"),
+    ),
 ];
 
 pub(super) const HEAD: &str = "create table if not exists postbox_migration (

@@ -27,6 +27,7 @@ mod connect;
 mod doubt;
 mod held;
 mod operate;
+mod pause;
 mod publish;
 mod pull;
 mod register;
@@ -58,7 +59,7 @@ use crate::retention::Retention;
 use crate::settings::Settings;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, LeaseRef,
-    Loss, Move, Observation, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored, Stranded,
+    Loss, Move, Observation, Pause, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored, Stranded,
     SubscriptionId, TakenOver,
 };
 
@@ -448,6 +449,14 @@ impl Store for SqliteStore {
         reason: &str,
     ) -> Result<AuditEntry, Error> {
         admin::remove_subscription(self, application, name, actor, reason).await
+    }
+
+    async fn pause(&self, application: &str, name: &str, pause: &Pause<'_>) -> Result<AuditEntry, Error> {
+        pause::pause(self, application, name, pause).await
+    }
+
+    async fn paused(&self, subscriptions: &[SubscriptionId]) -> Result<Vec<SubscriptionId>, Error> {
+        pause::paused(self, subscriptions).await
     }
 
     async fn stranded(&self) -> Result<Vec<Stranded>, Error> {

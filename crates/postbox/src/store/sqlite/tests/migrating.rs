@@ -110,11 +110,11 @@ async fn the_way_back_to_version_1_and_up_again_loses_nothing() {
         matches!(shop.store.migrate_down(1, Loss::Refused).await, Err(crate::error::Error::Refused(_))),
         "it lives"
     );
-    assert_eq!(shop.store.migrate_down(1, Loss::Accepted).await.expect("down"), ["0002 successes"]);
+    assert_eq!(shop.store.migrate_down(1, Loss::Accepted).await.expect("down"), ["0003 pause_and_priority", "0002 successes"]);
     let states = "select group_concat(state, ' ') from (select state from postbox_delivery order by id)";
     let states: String = sqlx::query_scalar(states).fetch_one(&shop.store.reader).await.expect("version 1");
     assert_eq!(states, "succeeded succeeded dead running running");
-    assert_eq!(shop.store.migrate().await.expect("up"), ["0002 successes"]);
+    assert_eq!(shop.store.migrate().await.expect("up"), ["0002 successes", "0003 pause_and_priority"]);
     assert_eq!(listed(&shop.store).await, before);
     assert_eq!(attempts(claimed.items[0].delivery).await, first);
     // The lease goes on with what it held.
