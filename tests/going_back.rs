@@ -107,7 +107,7 @@ async fn killed_half_way_it_is_of_one_version() {
     // Its first step is done; the next waits for somebody who reads a table of the engine, mid-way.
     let mut reader = PgConnection::connect(&fresh.url()).await.expect("connect");
     let mut reading = reader.begin().await.expect("begin");
-    let read = format!("select count(*) from {schema}.subscription");
+    let read = format!("select count(*) from {schema}.observation");
     sqlx::query(sqlx::AssertSqlSafe(read)).execute(&mut *reading).await.expect("read");
     let mut settings = fresh.settings.clone();
     settings = settings.set("application", format!("{schema}_down"));

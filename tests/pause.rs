@@ -211,7 +211,8 @@ async fn nobody_pulls_in_sql_either() {
 #[tokio::test]
 async fn a_claim_that_names_a_paused_subscription_gets_the_others() {
     let fresh = Postgres::fresh().await;
-    let hand = Hand::register(&fresh, vec![declared("crm", "t", Kind::Plain), declared("mail", "t", Kind::Plain)]).await;
+    let hand =
+        Hand::register(&fresh, vec![declared("crm", "t", Kind::Plain), declared("mail", "t", Kind::Plain)]).await;
     publish(&fresh, "t", 5).await;
     pause(&fresh, "crm").await;
     let claimed = hand.claim(10).await;

@@ -117,7 +117,7 @@ async fn a_publisher_publishes_and_reads_nothing() {
     }
 
     // And nothing else.
-    let nulls = vec!["null"; 16].join(", ");
+    let nulls = vec!["null"; 17].join(", ");
     let mut statements: Vec<String> = ["message", "ready", "dedup", "audit", "migration", "delivery", "attempts"]
         .iter()
         .map(|table| format!("select * from {schema}.{table}"))

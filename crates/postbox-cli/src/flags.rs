@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use jiff::{Span, SpanRelativeTo, Timestamp};
+use postbox::Priority;
 use postbox::lifecycle::Answer;
 
 /// A transactional outbox and inbox, and honest irreversible operations, on PostgreSQL and SQLite.
@@ -173,13 +174,16 @@ pub(crate) struct Publish {
     /// Attempts that each delivery may make, whatever the subscription says
     #[arg(long, value_name = "NUMBER")]
     pub(crate) max_attempts: Option<u32>,
-    /// A file with a message a line, or `-`: {"id"?, "topic", "key"?, "payload", "headers"?}; instead of
+    /// Which others it goes before: high, normal or low [default: normal]
+    #[arg(long, value_name = "PRIORITY")]
+    pub(crate) priority: Option<Priority>,
+    /// A file with a message a line, or `-`: {"id"?, "topic", "key"?, "payload", "headers"?, "priority"?}; instead of
     /// the payload bytes, as "data_base64" with "content_type"; an id is a dedup key, and shown as the
     /// external id
     #[arg(
         long,
         value_name = "FILE",
-        conflicts_with_all = ["topic", "payload", "file", "content_type", "key", "headers", "after", "at", "dedup", "max_attempts"]
+        conflicts_with_all = ["topic", "payload", "file", "content_type", "key", "headers", "after", "at", "dedup", "max_attempts", "priority"]
     )]
     pub(crate) jsonl: Option<PathBuf>,
 }

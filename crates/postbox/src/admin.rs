@@ -14,6 +14,7 @@ use crate::error::Error;
 use crate::lifecycle::{Answer, State};
 use crate::message::Envelope;
 use crate::postbox::Postbox;
+use crate::priority::Priority;
 use crate::retention::Retention;
 pub use crate::store::Stranded;
 use crate::store::{Database, DeliveryId, Pause, Store};
@@ -151,6 +152,8 @@ pub struct DeliveryRow {
     pub since: Option<Timestamp>,
     /// Why it is in doubt, dead or cancelled.
     pub note: Option<String>,
+    /// Its message's priority.
+    pub priority: Priority,
     /// The delivery that an operator had repeated as this one.
     pub replay_of: Option<DeliveryId>,
 }

@@ -43,6 +43,11 @@ pub(super) const MIGRATIONS: [Migration; 9] = [
     migration!("0010", "pause_and_priority", holds_data: false),
 ];
 
+/// The migration from which on messages have a priority.
+fn priority() -> usize {
+    MIGRATIONS.iter().take_while(|migration| migration.name != "pause_and_priority").count() + 1
+}
+
 /// The text of a migration, up or down, with the functions of the shape that it leaves behind.
 fn render(text: &str, leaves: usize, schema: &str, channel: &str) -> String {
     let (publish, publish_one, retain) = match leaves < PRESENT {
@@ -52,7 +57,10 @@ fn render(text: &str, leaves: usize, schema: &str, channel: &str) -> String {
             include_str!("migrations/earlier/retain.sql"),
         ),
         false => (
-            include_str!("publish.sql"),
+            match leaves < priority() {
+                true => include_str!("migrations/earlier/publish_without_priority.sql"),
+                false => include_str!("publish.sql"),
+            },
             short_ways(include_str!("publish_one.sql")),
             include_str!("retain_functions.sql"),
         ),

@@ -44,10 +44,11 @@ use crate::lifecycle::Kind;
 use crate::message::{Draft, Envelope};
 use crate::retention::Retention;
 use crate::settings::Settings;
+use crate::store::turns::Turns;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, HandlerTx,
-    LeaseRef, Loss, Move, Observation, Pause, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored, Stranded,
-    SubscriptionId, TakenOver,
+    LeaseRef, Loss, Move, Observation, Pause, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored,
+    Stranded, SubscriptionId, TakenOver,
 };
 
 pub use migrate::{migrations_down_sql, migrations_sql};
@@ -122,6 +123,7 @@ pub struct PgStore {
     through_function: bool,
     bell: Arc<Bell>,
     marks: Arc<Marks>,
+    turns: Arc<Turns>,
     fans: Arc<Fans>,
     promoted: Arc<Promoted>,
     /// The last claim found nothing, and nobody has rung since.
@@ -334,6 +336,7 @@ impl Store for PgStore {
             through_function: settings.publish_through_function()?,
             bell: Arc::default(),
             marks: Arc::default(),
+            turns: Arc::default(),
             fans: Arc::default(),
             promoted: Arc::default(),
             calm: Arc::default(),

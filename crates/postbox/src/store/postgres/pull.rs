@@ -9,6 +9,7 @@ use super::read::Items;
 use super::{PgStore, promote};
 use crate::error::Error;
 use crate::lifecycle::Kind;
+use crate::priority::Priority;
 use crate::store::{Completion, Fate, LeaseRef, Move, PullRequest, PulledOne, SubscriptionId, policy_of};
 
 pub(super) async fn stored(
@@ -52,11 +53,13 @@ pub(super) async fn admit(caller: &mut PgConnection) -> Result<(), Error> {
 pub(super) async fn pull(store: &PgStore, request: PullRequest) -> Result<Option<PulledOne>, Error> {
     let mut work = store.claiming().await?;
     promote::promote(store, &mut work).await?;
+    let share = store.turns.share(request.subscription, 1);
     let row = store
         .query(store.sql.pull)
         .bind(request.worker)
         .bind(request.token)
         .bind(request.subscription)
+        .bind((share.most > 0).then(|| share.level.level()))
         .fetch_optional(work.on())
         .await?;
     let Some(row) = row else {
@@ -70,6 +73,7 @@ pub(super) async fn pull(store: &PgStore, request: PullRequest) -> Result<Option
         return if lives { Ok(None) } else { Err(taken_over()) };
     };
     work.commit().await?;
+    store.turns.took(request.subscription, share, 1, Priority::of(row.try_get("priority")?));
     let kind: Kind = row.try_get::<String, _>("kind")?.parse().map_err(Error::Refused)?;
     Ok(Some(PulledOne {
         lease: LeaseRef { worker: request.worker, batch: row.try_get("batch")?, token: request.token },

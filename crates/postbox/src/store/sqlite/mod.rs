@@ -57,6 +57,7 @@ use crate::lifecycle::Kind;
 use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};
 use crate::retention::Retention;
 use crate::settings::Settings;
+use crate::store::turns::Turns;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, LeaseRef,
     Loss, Move, Observation, Pause, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored, Stranded,
@@ -84,6 +85,7 @@ pub struct SqliteStore {
 struct Shared {
     alive: alive::Alive,
     bell: wake::Bell,
+    turns: Turns,
     options: sqlx::sqlite::SqliteConnectOptions,
     busy: Duration,
 }
@@ -171,6 +173,7 @@ impl Store for SqliteStore {
             shared: Arc::new(Shared {
                 alive: alive::Alive::new(opened.file),
                 bell: wake::Bell::new(opened.options.clone(), settings.wake_ups()?),
+                turns: Turns::default(),
                 options: opened.options,
                 busy: opened.busy,
             }),

@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::lifecycle::State;
 use crate::message::{Envelope, first_id_at, minted_at};
 use crate::operation::idempotency_key;
+use crate::priority::Priority;
 use crate::store::{DeliveryId, Stranded, SubscriptionId};
 
 /// A list as a JSON array; an empty one asks for nothing.
@@ -97,6 +98,7 @@ fn delivery_row(row: &SqliteRow) -> Result<DeliveryRow, Error> {
         recorded_at: minted_at(message),
         since: time("since")?,
         note: row.try_get("note")?,
+        priority: Priority::of(row.try_get("priority")?),
         replay_of: row.try_get("replay_of")?,
     })
 }

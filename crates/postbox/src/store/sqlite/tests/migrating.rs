@@ -110,7 +110,10 @@ async fn the_way_back_to_version_1_and_up_again_loses_nothing() {
         matches!(shop.store.migrate_down(1, Loss::Refused).await, Err(crate::error::Error::Refused(_))),
         "it lives"
     );
-    assert_eq!(shop.store.migrate_down(1, Loss::Accepted).await.expect("down"), ["0003 pause_and_priority", "0002 successes"]);
+    assert_eq!(
+        shop.store.migrate_down(1, Loss::Accepted).await.expect("down"),
+        ["0003 pause_and_priority", "0002 successes"]
+    );
     let states = "select group_concat(state, ' ') from (select state from postbox_delivery order by id)";
     let states: String = sqlx::query_scalar(states).fetch_one(&shop.store.reader).await.expect("version 1");
     assert_eq!(states, "succeeded succeeded dead running running");
