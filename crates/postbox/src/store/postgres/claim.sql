@@ -33,14 +33,15 @@ picked as materialized (
         limit w.room
     ) p
     -- Decided here, so that a pause holds at once for all.
-    where (select s.paused_at from {schema}.subscription s where s.id = w.subscription) is null
+    where (select s.paused_at is null from {schema}.subscription s where s.id = w.subscription)
 ),
 gone as (
     -- By their places: rows of ready are never updated, these are locked, and no plan can read the whole
-    -- table for them.
+    -- table for them. `is true` keeps the look-up a look-up: as a join it may become one of all with all, by
+    -- a plan that was made when the table was empty.
     delete from {schema}.ready r
     where r.ctid = any (array(select p.place from picked p))
-        and (r.tableoid, r.ctid) in (select p.slot, p.place from picked p)
+        and ((r.tableoid, r.ctid) in (select p.slot, p.place from picked p)) is true
     returning r.*
 ),
 leased as (

@@ -10,7 +10,7 @@ select exists (
             limit 1
         ) p
         -- What waits behind a pause is no reason to claim.
-        where (select s.paused_at from {schema}.subscription s where s.id = w.subscription) is null
+        where (select s.paused_at is null from {schema}.subscription s where s.id = w.subscription)
     ) as ready,
     (
         select greatest(0, extract(epoch from s.due_at - pg_catalog.clock_timestamp()) * 1000::numeric)::bigint
