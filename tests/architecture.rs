@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// From the bottom up; a module may use modules of lower layers, and of its own.
 const LAYERS: [&[&str]; 10] = [
     // Pure: no clock, no I/O, no SQL.
-    &["content", "json", "pattern", "retry", "crash", "planted"],
+    &["content", "json", "pattern", "priority", "retry", "crash", "planted"],
     &["lifecycle", "message", "error", "limits", "retention", "schedule"],
     &["settings", "context"],
     // The port, and the types that go through it.

@@ -156,6 +156,22 @@ async fn a_claim_is_one_statement_for_a_batch_and_a_look_is_one_for_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_behind_a_pause_is_looked_at_and_not_claimed() {
+    let _alone = alone().await;
+    let fresh = Postgres::fresh().await;
+    let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
+    publish(&fresh, "t", 300).await;
+    fresh.postbox.admin().pause("test", "a", "ana", "the provider is down").await.expect("pause");
+    assert!(hand.claim(300).await.items.is_empty());
+    for _ in 0..3 {
+        let (empty, look) = heard(hand.claim(300)).await;
+        assert!(empty.items.is_empty() && empty.next_due.is_none());
+        let claims = with(&look, "Leases a batch") + with(&look, "Moves what is due");
+        assert_eq!((with(&look, "Whether something is ready"), claims), (1, 0), "{look:#?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_plain_deliveries_share_their_statements() {
     let _alone = alone().await;
     let fresh = Postgres::fresh().await;

@@ -104,14 +104,16 @@ async fn killed_half_way_it_is_of_one_version() {
     let fresh = Postgres::fresh().await;
     let schema = fresh.schema();
     let all = version(&fresh.postbox).await;
-    // Its first step is done; the next waits for somebody who reads a table of the engine, mid-way.
+    let mut settings = fresh.settings.clone();
+    settings = settings.set("application", format!("{schema}_down"));
+    let postbox: Postbox<Postgres> = Postbox::open(settings).await.expect("open");
+    // The newest step changes the table that is read below.
+    fresh.postbox.migrate_down(all as u32 - 1).await.expect("down");
+    // Some steps are done; the last waits for somebody who reads a table of the engine, mid-way.
     let mut reader = PgConnection::connect(&fresh.url()).await.expect("connect");
     let mut reading = reader.begin().await.expect("begin");
     let read = format!("select count(*) from {schema}.subscription");
     sqlx::query(sqlx::AssertSqlSafe(read)).execute(&mut *reading).await.expect("read");
-    let mut settings = fresh.settings.clone();
-    settings = settings.set("application", format!("{schema}_down"));
-    let postbox: Postbox<Postgres> = Postbox::open(settings).await.expect("open");
     let going = tokio::spawn(async move { postbox.migrate_down(0).await });
     let waits = format!(
         "select count(*) from pg_stat_activity where application_name = '{schema}_down' and wait_event_type = 'Lock'"

@@ -117,7 +117,7 @@ async fn a_publisher_publishes_and_reads_nothing() {
     }
 
     // And nothing else.
-    let nulls = vec!["null"; 16].join(", ");
+    let nulls = vec!["null"; 17].join(", ");
     let mut statements: Vec<String> = ["message", "ready", "dedup", "audit", "migration", "delivery", "attempts"]
         .iter()
         .map(|table| format!("select * from {schema}.{table}"))
@@ -131,6 +131,7 @@ async fn a_publisher_publishes_and_reads_nothing() {
     refused(&login, &statements).await;
     may_not(publisher.admin().list(&Filter::default(), 10).await);
     may_not(publisher.admin().status().await);
+    may_not(publisher.admin().pause("test", "plain", "ana", "x").await);
     may_not(publisher.worker(Router::new()).start().await.map(|_| ()));
     may_not(publisher.migrate_down_and_lose_data(0).await);
 }
@@ -274,11 +275,13 @@ async fn a_worker_works_and_the_record_stays_as_it_is() {
     statements.push(format!("update {schema}.audit_counter set seq = 0"));
     statements.push(format!("select {schema}.record_action('a', 'b', 1, 1, 1, 1, 'c', 'd', 'e', null)"));
     statements.push(format!("delete from {schema}.migration"));
+    statements.push(format!("update {schema}.subscription set paused_at = now()"));
     refused(&login, &statements).await;
     // An operator's verbs are not a worker's.
     let doubt = postbox.store().doubts(&ids, 10, Duration::ZERO).await.expect("doubts");
     assert!(doubt.is_empty(), "it has no hook to ask");
     may_not(postbox.admin().resolve(operation.delivery, &word()).await);
+    may_not(postbox.admin().pause("other", "held", "ana", "x").await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -375,6 +378,9 @@ async fn an_operator_operates_and_the_audit_names_the_login() {
     let logins = format!("select count(*) from {schema}.audit where login = '{}'", login.name);
     assert_eq!(Postgres::count(&fresh, &logins).await, 4, "whatever they call themselves");
 
+    assert_eq!(admin.pause("test", "charge", "ana", "the bank is down").await.expect("pause").seq, 5);
+    assert_eq!(admin.resume("test", "charge", "ana", "it is back").await.expect("resume").seq, 6);
+
     let mut statements: Vec<String> = RECORD.iter().map(|table| format!("delete from {schema}.{table}")).collect();
     statements.extend(RECORD.iter().map(|table| format!("truncate {schema}.{table}")));
     statements.push(format!("update {schema}.audit set actor = 'x'"));
@@ -417,6 +423,7 @@ async fn a_viewer_looks_at_everything_and_changes_nothing() {
     may_not(admin.resolve(doubt, &word()).await);
     may_not(admin.retry(dead, &again()).await);
     may_not(admin.remove_subscription("test", "plain", "ana", "gone").await);
+    may_not(admin.pause("test", "plain", "ana", "x").await);
     assert_eq!(fresh.postbox.admin().audit(10).await.expect("audit").len(), 0);
 
     // All there is can be read; a relation that is new must be named in roles.sql.

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use jiff::{Span, SpanRelativeTo, Timestamp};
-use postbox::Missed;
 use postbox::lifecycle::Answer;
+use postbox::{Missed, Priority};
 
 /// A transactional outbox and inbox, and honest irreversible operations, on PostgreSQL and SQLite.
 #[derive(Debug, Parser)]
@@ -176,13 +176,16 @@ pub(crate) struct Publish {
     /// Attempts that each delivery may make, whatever the subscription says
     #[arg(long, value_name = "NUMBER")]
     pub(crate) max_attempts: Option<u32>,
-    /// A file with a message a line, or `-`: {"id"?, "topic", "key"?, "payload", "headers"?}; instead of
+    /// Which others it goes before: high, normal or low [default: normal]
+    #[arg(long, value_name = "PRIORITY")]
+    pub(crate) priority: Option<Priority>,
+    /// A file with a message a line, or `-`: {"id"?, "topic", "key"?, "payload", "headers"?, "priority"?}; instead of
     /// the payload bytes, as "data_base64" with "content_type"; an id is a dedup key, and shown as the
     /// external id
     #[arg(
         long,
         value_name = "FILE",
-        conflicts_with_all = ["topic", "payload", "file", "content_type", "key", "headers", "after", "at", "dedup", "max_attempts"]
+        conflicts_with_all = ["topic", "payload", "file", "content_type", "key", "headers", "after", "at", "dedup", "max_attempts", "priority"]
     )]
     pub(crate) jsonl: Option<PathBuf>,
 }
@@ -328,6 +331,10 @@ pub(crate) enum SubscriptionsCommand {
     Add(Add),
     /// Stop fanning out to a subscription; the deliveries it has stay as they are
     Remove(Remove),
+    /// Hand out nothing of a subscription, everywhere and at once; what is published for it waits
+    Pause(Pause),
+    /// Hand out what waits for a paused subscription
+    Resume(Pause),
 }
 
 #[derive(Debug, Args)]
@@ -449,6 +456,15 @@ pub(crate) struct EditSchedule {
 #[derive(Debug, Args)]
 pub(crate) struct OneSchedule {
     /// The schedule's name; --application says whose, if several have one of that name
+    pub(crate) name: String,
+    /// Why; goes on record
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Pause {
+    /// The subscription's name; --application says whose, if several have one of that name
     pub(crate) name: String,
     /// Why; goes on record
     #[arg(long, value_name = "TEXT")]

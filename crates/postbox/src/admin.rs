@@ -15,10 +15,11 @@ use crate::error::Error;
 use crate::lifecycle::{Answer, State};
 use crate::message::{Envelope, MAX_PAYLOAD_BYTES};
 use crate::postbox::Postbox;
+use crate::priority::Priority;
 use crate::retention::Retention;
 pub use crate::schedule::{ScheduleEdit, ScheduleRow};
 pub use crate::store::Stranded;
-use crate::store::{Database, DeliveryId, Store};
+use crate::store::{Database, DeliveryId, Pause, Store};
 
 pub(crate) use self::replay::COUNTED;
 pub use self::replay::{Replay, ReplayCount, ReplayPreview, Replayed, Replaying, Replays};
@@ -153,6 +154,8 @@ pub struct DeliveryRow {
     pub since: Option<Timestamp>,
     /// Why it is in doubt, dead or cancelled.
     pub note: Option<String>,
+    /// Its message's priority.
+    pub priority: Priority,
     /// The delivery that an operator had repeated as this one.
     pub replay_of: Option<DeliveryId>,
 }
@@ -254,6 +257,8 @@ pub struct SubscriptionRow {
     pub oldest_age_s: Option<f64>,
     /// When it was removed, if it was.
     pub removed_at: Option<Timestamp>,
+    /// Since when it is paused, if it is.
+    pub paused_at: Option<Timestamp>,
     /// Its history is still being handed out.
     pub backfilling: bool,
 }
@@ -633,6 +638,28 @@ impl<Db: Database> Admin<Db> {
     ) -> Result<AuditEntry, Error> {
         short_enough(reason)?;
         self.store.remove_subscription(application, name, actor, reason).await
+    }
+
+    /// Stops handing out the deliveries of a subscription, for all workers and for those who pull; see
+    /// `docs/pause.md`. What is published goes on to be fanned out to it, and waits. What runs goes on to its
+    /// end; what a worker has claimed and not started is handed back within a second. One that is paused stays
+    /// paused since when it was; that somebody asked again is on record.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`]; [`Error::Refused`] if the reason is longer than [`MAX_REASON_BYTES`]; or the
+    /// database did not answer.
+    pub async fn pause(&self, application: &str, name: &str, actor: &str, reason: &str) -> Result<AuditEntry, Error> {
+        short_enough(reason)?;
+        self.store.pause(application, name, &Pause { pauses: true, actor, reason }).await
+    }
+
+    /// Ends a [`pause`](Self::pause): what waited is handed out, in its order.
+    ///
+    /// # Errors
+    /// As [`pause`](Self::pause).
+    pub async fn resume(&self, application: &str, name: &str, actor: &str, reason: &str) -> Result<AuditEntry, Error> {
+        short_enough(reason)?;
+        self.store.pause(application, name, &Pause { pauses: false, actor, reason }).await
     }
 
     /// What [`retain`](Self::retain) would remove now. `keep_unrouted` is the setting of that name.

@@ -54,6 +54,7 @@ mod pattern;
 #[cfg(not(feature = "planted-bugs"))]
 mod planted;
 mod postbox;
+mod priority;
 mod pull;
 mod retention;
 mod retry;
@@ -95,6 +96,7 @@ pub use operation::{Done, FollowUps, Operation, OperationFailure, Receipt, Recon
 pub use pattern::{MAX_NAME_BYTES, Pattern, TopicError, check_topic};
 pub use postbox::{Postbox, Published};
 pub use postbox_macros::Message;
+pub use priority::Priority;
 pub use pull::{PullSubscription, Pulled};
 pub use retention::MIN_KEEP;
 pub use retention::{Keep, Keeps, Retention};
@@ -120,6 +122,10 @@ mod docs {
     mod lifecycle {}
     #[doc = include_str!("../../../docs/operations.md")]
     mod operations {}
+    #[doc = include_str!("../../../docs/pause.md")]
+    mod pause {}
+    #[doc = include_str!("../../../docs/priority.md")]
+    mod priority {}
     #[doc = include_str!("../../../docs/publishing.md")]
     mod publishing {}
     #[doc = include_str!("../../../docs/pull.md")]

@@ -13,6 +13,7 @@ use crate::content::{self, Bytes, Content};
 use crate::error::PublishError;
 use crate::json;
 use crate::pattern::{MAX_NAME_BYTES, check_topic};
+use crate::priority::Priority;
 
 /// The largest payload by default, in bytes: 1 MiB.
 pub const MAX_PAYLOAD_BYTES: usize = 1 << 20;
@@ -92,6 +93,7 @@ pub struct Draft {
     pub(crate) due: Due,
     pub(crate) dedup: Option<Dedup>,
     pub(crate) max_attempts: Option<u32>,
+    pub(crate) priority: Priority,
     pub(crate) occurred_at: Option<Timestamp>,
     pub(crate) source: Option<String>,
     pub(crate) external_id: Option<String>,
@@ -115,6 +117,7 @@ impl Draft {
             due: Due::Now,
             dedup: None,
             max_attempts: None,
+            priority: Priority::Normal,
             occurred_at: None,
             source: None,
             external_id: None,
@@ -162,6 +165,12 @@ impl Draft {
     /// How many attempts each of its deliveries may make, whatever the subscription says.
     pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.max_attempts = Some(attempts);
+        self
+    }
+
+    /// Which messages its deliveries go before; see `docs/priority.md`.
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
         self
     }
 

@@ -11,7 +11,7 @@
 //! // Your driver: binds texts, and reads rows of (i64, String, bool).
 //! fn run(text: &str, binds: &[String]) -> Vec<(i64, String, bool)> {
 //!     // …
-//! #   assert!(text.contains("from postbox.publish_batch($1") && binds.len() == 16);
+//! #   assert!(text.contains("from postbox.publish_batch($1") && binds.len() == 17);
 //! #   vec![(1, "0198c0de-0000-7000-8000-000000000001".into(), true)]
 //! }
 //!
@@ -44,9 +44,24 @@ use crate::settings::{Settings, plain_name};
 use crate::store::Stored;
 
 /// Types of the arguments of the SQL function `publish_batch`, in its order.
-const BATCH: [&str; 16] = [
-    TEXT, TEXT, TEXT, TEXT, "bigint[]", TEXT, TEXT, TEXT, TEXT, "int[]", "bigint[]", "bigint[]", TEXT, "bigint[]",
-    BYTEA, TEXT,
+const BATCH: [&str; 17] = [
+    TEXT,
+    TEXT,
+    TEXT,
+    TEXT,
+    "bigint[]",
+    TEXT,
+    TEXT,
+    TEXT,
+    TEXT,
+    "int[]",
+    "bigint[]",
+    "bigint[]",
+    TEXT,
+    "bigint[]",
+    BYTEA,
+    TEXT,
+    "smallint[]",
 ];
 /// Those of `publish_duplicates`.
 const DUPLICATES: [&str; 6] = [TEXT, TEXT, TEXT, TEXT, BYTEA, TEXT];
@@ -288,6 +303,7 @@ fn batch<'a>(drafts: impl Iterator<Item = &'a Draft> + Clone) -> Result<Vec<Stri
         numbers(|d| d.dedup.as_ref().and_then(|dedup| i64::try_from(dedup.window.as_millis()).ok())),
         bodies(drafts.clone()),
         texts(content_type),
+        numbers(|d| d.priority.stored().map(i64::from)),
     ])
 }
 

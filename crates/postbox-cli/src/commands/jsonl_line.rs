@@ -23,6 +23,7 @@ struct Line {
     #[serde(alias = "datacontenttype")]
     content_type: Option<String>,
     headers: Option<BTreeMap<String, String>>,
+    priority: Option<String>,
 }
 
 /// A `null` is a payload, too.
@@ -83,6 +84,9 @@ pub(crate) fn draft(bytes: &[u8], window: Duration) -> Result<Option<Draft>, Bad
     }
     for (name, value) in line.headers.into_iter().flatten() {
         draft = draft.header(name, value);
+    }
+    if let Some(word) = line.priority {
+        draft = draft.priority(word.parse().map_err(BadLine::Message)?);
     }
     if let Some(id) = line.id {
         draft = draft.external_id(&id).dedup_within(id, window);

@@ -9,6 +9,7 @@ mod jsonl;
 mod list;
 mod maintain;
 mod migrate;
+mod pause;
 mod publish;
 mod replay;
 mod resolve;
@@ -59,8 +60,13 @@ fn tell_role(desk: &Desk<'_>, command: &Command) {
     let role = match command {
         Command::Publish(_) => "publisher",
         Command::Retry(_) | Command::Cancel(_) | Command::Replay(_) | Command::Resolve(_) => "operator",
-        Command::Subscriptions(Subscriptions { command: Some(SubscriptionsCommand::Remove(_)) }) => "operator",
-        Command::Subscriptions(Subscriptions { command: Some(SubscriptionsCommand::Add(_)) }) => "worker",
+        Command::Subscriptions(Subscriptions { command: Some(command) }) => match command {
+            SubscriptionsCommand::Remove(_) | SubscriptionsCommand::Pause(_) | SubscriptionsCommand::Resume(_) => {
+                "operator"
+            }
+            SubscriptionsCommand::Add(_) => "worker",
+            SubscriptionsCommand::List => "viewer",
+        },
         Command::Schedules(Schedules { command: None | Some(SchedulesCommand::List | SchedulesCommand::Next(_)) }) => {
             "viewer"
         }

@@ -111,6 +111,9 @@ fn options(publish: &Publish, mut draft: Draft) -> Draft {
     if let Some(attempts) = publish.max_attempts {
         draft = draft.max_attempts(attempts);
     }
+    if let Some(priority) = publish.priority {
+        draft = draft.priority(priority);
+    }
     draft
 }
 

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use postbox::admin::{AttemptRow, DeliveryDetail, RecordRow};
 use postbox::lifecycle::State;
-use postbox::{Content, Database, Envelope, Postbox};
+use postbox::{Content, Database, Envelope, Postbox, Priority};
 use uuid::Uuid;
 
 use crate::commands::{Ended, list};
@@ -87,6 +87,9 @@ fn tell(desk: &Desk<'_>, detail: &DeliveryDetail) -> std::io::Result<()> {
     }
     for (id, topic) in &detail.effects {
         output.line(&format!("caused     {} {id}", plain(topic)))?;
+    }
+    if row.priority != Priority::Normal {
+        output.line(&format!("priority   {}", row.priority))?;
     }
     if let Some(old) = row.replay_of {
         output.line(&format!("replay of  delivery {old}"))?;

@@ -9,7 +9,7 @@ use crate::desk::Desk;
 use crate::failure::Failure;
 use crate::output::Tone;
 use crate::table::{Columns, Text, text, toned};
-use crate::text::{capped, count, many, plain, quoted, span};
+use crate::text::{ago, capped, count, many, plain, quoted, span};
 
 /// So many topics of unrouted messages are named.
 const TOPICS: usize = 5;
@@ -48,6 +48,18 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>) -> Ended {
             let run = desk.command("maintain");
             output.line(&format!("history  {} waits for a worker to hand it out, or: {run}", plain(&row.name)))?;
         }
+    }
+    for row in status.subscriptions.iter().filter(|row| row.removed_at.is_none()) {
+        let Some(since) = row.paused_at else { continue };
+        output.line(&format!(
+            "{}  {} for {}/{}, paused for {}; go on: {}",
+            output.paint(Tone::Doubt, "paused"),
+            many(row.pending + row.scheduled, "delivery waits", "deliveries wait"),
+            plain(&row.application),
+            plain(&row.name),
+            ago(since),
+            resume(desk, row)
+        ))?;
     }
     for stranded in &status.stranded {
         let what = match removed(&status, stranded) {
@@ -137,6 +149,15 @@ fn call_off(desk: &Desk<'_>, stranded: &Stranded) -> String {
     format!("{} --reason …", desk.command(&format!("cancel {}", quoted(&plain(&filter)))))
 }
 
+/// The command that ends a pause.
+fn resume(desk: &Desk<'_>, row: &SubscriptionRow) -> String {
+    let whose = match desk.application {
+        Some(_) => String::new(),
+        None => format!(" --application {}", quoted(&plain(&row.application))),
+    };
+    format!("{} --reason …", desk.command(&format!("subscriptions resume {}{whose}", quoted(&plain(&row.name)))))
+}
+
 /// What an operator does about who holds vacuum back.
 fn way_out(kind: &str, pid: Option<i32>, name: &str) -> String {
     let named = format!("'{}'", plain(name).replace('\'', "''"));
@@ -186,6 +207,9 @@ fn table(subscriptions: &[SubscriptionRow]) -> Columns {
         if row.removed_at.is_some() {
             name.push_str(" (removed)");
         }
+        if row.paused_at.is_some() {
+            name.push_str(" (paused)");
+        }
         if row.backfilling {
             name.push_str(" (taking history)");
         }
@@ -218,6 +242,9 @@ fn next(desk: &Desk<'_>, status: &Status) -> Option<String> {
     }
     if any(|s| s.dead) {
         return Some(desk.command("list state:dead"));
+    }
+    if let Some(row) = status.subscriptions.iter().find(|row| row.paused_at.is_some() && row.removed_at.is_none()) {
+        return Some(resume(desk, row));
     }
     (status.unrouted > 0).then(|| desk.command("subscriptions"))
 }

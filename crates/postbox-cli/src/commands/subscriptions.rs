@@ -1,24 +1,26 @@
 //! `postbox subscriptions [list]`, `postbox subscriptions add NAME PATTERN` and `postbox subscriptions
-//! remove NAME`.
+//! remove NAME`; `pause` and `resume` are in `pause`.
 
 use postbox::admin::SubscriptionRow;
 use postbox::{Database, Pattern, Postbox};
 use serde_json::json;
 
-use crate::commands::Ended;
+use crate::commands::{Ended, pause};
 use crate::confirm::confirm;
 use crate::desk::{Desk, usage};
 use crate::failure::{Failure, NOT_FOUND, REFUSED, denied};
 use crate::flags::{Add, From, Remove, Subscriptions, SubscriptionsCommand};
 use crate::output::Tone;
 use crate::table::{Columns, text, toned};
-use crate::text::{capped, plain, quoted};
+use crate::text::{ago, capped, plain, quoted};
 
 pub(super) async fn run<Db: Database>(desk: &Desk<'_>, subscriptions: Subscriptions) -> Ended {
     match subscriptions.command {
         None | Some(SubscriptionsCommand::List) => list::<Db>(desk).await,
         Some(SubscriptionsCommand::Add(wish)) => add::<Db>(desk, wish).await,
         Some(SubscriptionsCommand::Remove(wish)) => remove::<Db>(desk, wish).await,
+        Some(SubscriptionsCommand::Pause(wish)) => pause::run::<Db>(desk, wish, true).await,
+        Some(SubscriptionsCommand::Resume(wish)) => pause::run::<Db>(desk, wish, false).await,
     }
 }
 
@@ -50,10 +52,11 @@ async fn list<Db: Database>(desk: &Desk<'_>) -> Ended {
         "",
     ]);
     for row in rows {
-        let note = match (row.removed_at, row.backfilling) {
-            (Some(_), _) => "removed",
-            (None, true) => "taking history",
-            (None, false) => "",
+        let paused = row.paused_at.map(|since| format!("paused for {}", ago(since)));
+        let history = (row.backfilling).then(|| "taking history".to_owned());
+        let note = match row.removed_at {
+            Some(_) => "removed".to_owned(),
+            None => paused.into_iter().chain(history).collect::<Vec<_>>().join(", "),
         };
         let workers = match row.workers {
             0 => toned(Tone::Doubt, "0"),
@@ -76,7 +79,7 @@ async fn list<Db: Database>(desk: &Desk<'_>) -> Ended {
     Ok(0)
 }
 
-async fn rows<Db: Database>(
+pub(super) async fn rows<Db: Database>(
     desk: &Desk<'_>,
     postbox: &Postbox<Db>,
     tried: &str,
@@ -168,7 +171,7 @@ async fn remove<Db: Database>(desk: &Desk<'_>, wish: Remove) -> Ended {
     };
     let postbox = desk.open::<Db>().await?;
     let rows = rows(desk, &postbox, &tried).await?;
-    let row = the_one(desk, &rows, name, &tried)?;
+    let row = the_one(desk, &rows, "remove", name, &tried)?;
     let application = &row.application;
     let yes = if wish.yes { " --yes" } else { "" };
     let reason = desk.reason(wish.reason, &tried, &format!("{}{yes}", typed(application)), "why")?;
@@ -205,9 +208,10 @@ fn number(count: i64) -> String {
 }
 
 /// The subscription that is meant: of the application that was named, or the only one of its name.
-fn the_one<'r>(
+pub(super) fn the_one<'r>(
     desk: &Desk<'_>,
     rows: &'r [SubscriptionRow],
+    verb: &str,
     name: &str,
     tried: &str,
 ) -> Result<&'r SubscriptionRow, Failure> {
@@ -225,7 +229,7 @@ fn the_one<'r>(
         }
         [first, ..] => {
             let why = "several applications have one of that name; say whose with --application";
-            let next = format!("subscriptions remove {} --application {}", quoted(name), quoted(&first.application));
+            let next = format!("subscriptions {verb} {} --application {}", quoted(name), quoted(&first.application));
             Err(usage(tried, why, desk.command(&next)))
         }
     }

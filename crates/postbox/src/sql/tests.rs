@@ -19,8 +19,8 @@ fn dedup(key: &str) -> Draft {
 fn every_bind_is_named_once_and_cast() {
     let publishing = statements().publish([dedup("k")]).expect("checked");
     let Statement { text, binds } = publishing.statement().expect("a statement").clone();
-    assert_eq!(binds.len(), 16);
-    for n in 1..=16 {
+    assert_eq!(binds.len(), 17);
+    for n in 1..=17 {
         assert_eq!(text.matches(&format!("${n}::pg_catalog.text::")).count(), 1, "{text}");
     }
     assert_eq!((binds[2].as_str(), binds[14].as_str(), binds[15].as_str()), ("{NULL}", r#"{"\\x00ff"}"#, r#"{"a/b"}"#));

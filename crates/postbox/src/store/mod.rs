@@ -26,6 +26,7 @@ pub(crate) mod decide;
 pub(crate) mod down;
 pub mod postgres;
 pub mod sqlite;
+pub(crate) mod turns;
 
 pub use down::Loss;
 
@@ -573,6 +574,24 @@ pub struct Ticked {
 /// How long to leave alone what is due, and in another worker's hands or not understood.
 pub(crate) const IN_OTHER_HANDS: Duration = Duration::from_secs(1);
 
+/// An operator's wish that a subscription's deliveries wait, or do not wait any longer.
+#[derive(Debug, Clone, Copy)]
+pub struct Pause<'a> {
+    /// Else it ends a pause.
+    pub pauses: bool,
+    /// Who.
+    pub actor: &'a str,
+    /// Why.
+    pub reason: &'a str,
+}
+
+impl Pause<'_> {
+    /// What stands in the audit.
+    pub(crate) fn action(self) -> &'static str {
+        if self.pauses { "pause subscription" } else { "resume subscription" }
+    }
+}
+
 /// The future that a verb returns.
 pub trait Verb<T>: Future<Output = Result<T, Error>> + Send {}
 impl<T, F: Future<Output = Result<T, Error>> + Send> Verb<T> for F {}
@@ -752,12 +771,22 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn subscriptions(&self) -> impl Verb<Vec<SubscriptionRow>>;
     /// An operator: publishers do not fan out to it any more.
     fn remove_subscription(&self, application: &str, name: &str, actor: &str, reason: &str) -> impl Verb<AuditEntry>;
+    /// An operator: deliveries of a subscription are not handed out, or are again.
+    fn pause(&self, application: &str, name: &str, pause: &Pause<'_>) -> impl Verb<AuditEntry>;
+    /// Those of these subscriptions that are paused.
+    fn paused(&self, subscriptions: &[SubscriptionId]) -> impl Verb<Vec<SubscriptionId>>;
     /// Subscriptions with deliveries that no live worker stands behind.
     fn stranded(&self) -> impl Verb<Vec<Stranded>>;
     /// What keeps dead rows from being removed for as long as this already, if the database has such.
     fn held_back(&self, longer_than: Duration) -> impl Verb<Option<HeldBack>>;
     /// The audit, newest first.
     fn audit(&self, limit: u32) -> impl Verb<Vec<AuditEntry>>;
+}
+
+pub(crate) fn no_subscription(application: &str, name: &str) -> Error {
+    Error::NotFound(format!(
+        "application `{application}` has no subscription `{name}`; `postbox subscriptions` shows what there is"
+    ))
 }
 
 /// The policy a subscription row tells.

@@ -31,6 +31,8 @@ const CLAIMS: usize = 2;
 const AHEAD: Duration = Duration::from_millis(250);
 /// The first wait of the fallback poll; it doubles up to the poll interval.
 const FIRST_POLL: Duration = Duration::from_millis(5);
+/// How often it is asked whether what lies ready belongs to a subscription that was paused.
+const PAUSES: Duration = Duration::from_millis(500);
 /// The first and the longest wait before a verb that failed is tried again.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -82,6 +84,9 @@ pub(crate) struct Core {
     deep: bool,
     /// Claims whose answer was lost: they may hold a lease that nobody works on.
     lost_claims: BTreeMap<Uuid, Option<Duration>>,
+    /// When it is asked next which subscriptions are paused, while something lies ready.
+    ask_at: Option<Duration>,
+    asking: bool,
     phase: Phase,
     /// What has not let go by then is left to a takeover.
     give_up_at: Option<Duration>,
@@ -90,7 +95,7 @@ pub(crate) struct Core {
     poll_at: Duration,
     poll_wait: Duration,
     pause: Duration,
-    asking: Asking,
+    sharing: Asking,
     rng: fastrand::Rng,
 }
 
@@ -106,6 +111,8 @@ impl Core {
             claiming: BTreeMap::new(),
             deep: false,
             lost_claims: BTreeMap::new(),
+            ask_at: None,
+            asking: false,
             phase: Phase::Working,
             give_up_at: None,
             hungry: true,
@@ -113,7 +120,7 @@ impl Core {
             poll_at: Duration::ZERO,
             poll_wait: FIRST_POLL,
             pause: FIRST_PAUSE,
-            asking: Asking::default(),
+            sharing: Asking::default(),
             rng: fastrand::Rng::with_seed(setup.seed),
             setup,
         }
@@ -143,6 +150,9 @@ impl Core {
             at_latest(self.poll_at);
         }
         if let Some(at) = self.give_up_at {
+            at_latest(at);
+        }
+        if let Some(at) = self.ask_at.filter(|_| !self.asking) {
             at_latest(at);
         }
         for batch in self.batches.values() {
@@ -179,6 +189,7 @@ impl Core {
         self.flush(now, &mut commands);
         self.claim(now, &mut commands);
         self.ask_for_permits(now, &mut commands);
+        self.ask(now, &mut commands);
         commands
     }
 
@@ -228,6 +239,13 @@ impl Core {
                 self.without_permits();
                 self.asleep = false;
                 self.hungry = true;
+            }
+            Event::Paused(subscriptions) => {
+                self.asking = false;
+                self.ask_at = Some(now + PAUSES);
+                if !subscriptions.is_empty() {
+                    self.release(|id| subscriptions.contains(&id));
+                }
             }
             Event::Stop => {
                 if self.phase == Phase::Working {
@@ -301,25 +319,37 @@ impl Core {
 
     /// Hands back what has not started.
     fn release_queued(&mut self) {
+        self.release(|_| true);
+    }
+
+    /// The same of some subscriptions.
+    fn release(&mut self, which: impl Fn(SubscriptionId) -> bool) {
+        let mut kept = VecDeque::new();
         for (token, index) in std::mem::take(&mut self.queue) {
             if let Some(batch) = self.batches.get_mut(&token) {
                 let Entry { item, slot, .. } = &batch.entries()[index];
-                if matches!(slot, Slot::Queued) {
-                    if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
-                        load.leave(lane, item);
-                    }
-                    batch.put(index, Slot::Released);
+                if !matches!(slot, Slot::Queued) {
+                    continue;
                 }
+                if !which(item.subscription) {
+                    kept.push_back((token, index));
+                    continue;
+                }
+                if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
+                    load.leave(lane, item);
+                }
+                batch.put(index, Slot::Released);
             }
         }
+        self.queue = kept;
         let mut freed = Vec::new();
         for (token, batch) in &mut self.batches {
             batch.each(|index, entry| match entry.slot {
-                Slot::Reserved => {
+                Slot::Reserved if which(entry.item.subscription) => {
                     entry.slot = Slot::Released;
                     freed.push((*token, index));
                 }
-                Slot::Paused(_) => entry.slot = Slot::Released,
+                Slot::Paused(_) if which(entry.item.subscription) => entry.slot = Slot::Released,
                 _ => {}
             });
         }
@@ -705,6 +735,23 @@ impl Core {
             let metered = metered.filter(|id| self.lanes.get(id).is_some_and(|(lane, _)| lane.metered)).collect();
             commands.push(Command::Claim(ClaimRequest { worker: self.setup.worker, token, wanted, metered }));
         }
+    }
+
+    /// Asks now and then whether what lies ready is still to be handed out: claims see a pause by themselves,
+    /// and what was claimed before it does not.
+    fn ask(&mut self, now: Duration, commands: &mut Vec<Command>) {
+        if self.queue.is_empty() {
+            self.ask_at = None;
+            return;
+        }
+        if self.asking || *self.ask_at.get_or_insert(now + PAUSES) > now {
+            return;
+        }
+        let mut queued: Vec<SubscriptionId> =
+            self.lanes.values().filter(|(_, load)| load.queued > 0).map(|(lane, _)| lane.id).collect();
+        queued.sort_unstable();
+        self.asking = true;
+        commands.push(Command::AskPaused(queued));
     }
 }
 

@@ -638,6 +638,12 @@ impl<Db: Database> Engine<Db> {
                     events.send(Event::Woken).ok();
                 });
             }
+            Command::AskPaused(subscriptions) => {
+                tokio::spawn(async move {
+                    let paused = told("look for pauses", patience, means.store.paused(&subscriptions)).await;
+                    events.send(Event::Paused(paused.unwrap_or_default())).ok();
+                });
+            }
             Command::Run(hold, lease, item, number) => attempts.extend(self.attempt(hold, lease, item, number, now)),
             Command::Cancel(hold, why) => {
                 if let Some(running) = self.running.get(&hold) {

@@ -16,7 +16,8 @@ use crate::error::Error;
 use crate::lifecycle::{Answer, State};
 use crate::message::{Envelope, first_id_at, minted_at};
 use crate::operation::idempotency_key;
-use crate::store::{Answered, DeliveryId, Speaker, Stranded, Word};
+use crate::priority::Priority;
+use crate::store::{Answered, DeliveryId, Speaker, Stranded, Word, no_subscription};
 
 /// Where a delivery in a state can be, as columns that `list.sql` reads.
 const PLACES: [(State, &str); 8] = [
@@ -197,6 +198,7 @@ fn delivery_row(row: &PgRow) -> Result<DeliveryRow, Error> {
         recorded_at: minted_at(message),
         since: row.try_get::<Option<i64>, _>("since_us")?.map(timestamp),
         note: row.try_get("note")?,
+        priority: Priority::of(row.try_get("priority")?),
         replay_of: row.try_get("replay_of")?,
     })
 }
@@ -214,8 +216,9 @@ pub(super) async fn find(
         .collect();
     // Ready rows are kept by position; one that never moved has its own number there.
     parts.push(by(&format!("{} where r.pos <> r.delivery", PLACES[0].1), "p.delivery = $2"));
-    let at_home =
-        "where (r.subscription, r.priority, r.pos) in (select s.id, 0::smallint, $2 from {schema}.subscription s)";
+    let at_home = "where (r.subscription, r.priority, r.pos) in (
+        select s.id, l.priority, $2 from {schema}.subscription s
+        cross join (values (-1::smallint), (0::smallint), (1::smallint)) as l(priority))";
     parts.push(by(&format!("{} {at_home}", PLACES[0].1), "p.delivery = $2"));
     let places = parts.join("\nunion all\n").replace("{schema}", &store.schema);
     let sql = store.sql.list.replace("{places}", &places);
@@ -319,6 +322,7 @@ fn subscription_row(row: &PgRow) -> Result<SubscriptionRow, Error> {
         succeeded_last_hour: row.try_get("succeeded_last_hour")?,
         oldest_age_s: row.try_get("oldest_age_s")?,
         removed_at: row.try_get::<Option<i64>, _>("removed_us")?.map(timestamp),
+        paused_at: row.try_get::<Option<i64>, _>("paused_us")?.map(timestamp),
         backfilling: row.try_get("backfilling")?,
     })
 }
@@ -581,9 +585,7 @@ pub(super) async fn remove_subscription(
     );
     let Some(row) = store.dynamic(sql).bind(application).bind(name).fetch_optional(work.on()).await? else {
         work.rollback().await?;
-        return Err(Error::NotFound(format!(
-            "application `{application}` has no subscription `{name}`; `postbox subscriptions` shows what there is"
-        )));
+        return Err(no_subscription(application, name));
     };
     store.dynamic(format!("update {schema}.routing set epoch = epoch + 1")).execute(work.on()).await?;
     let action = Action {

@@ -6,14 +6,19 @@ use std::time::{Duration, Instant};
 
 use sqlx::{Column, Row};
 
-use super::marks::{From, Place};
+use super::marks::From;
 use super::read::Items;
 use super::{LOCK_NOT_LONG, PgStore, limits, promote};
 use crate::error::Error;
+use crate::priority::Priority;
+use crate::store::turns::Share;
 use crate::store::{ClaimRequest, Claimed, SubscriptionId};
 
 /// From this size on, a claim locks stretches of the queue instead of rows (decision 0029).
 const MANY: i64 = 128;
+
+/// A level and a place in it: the ready order of a subscription.
+type Place = (i16, i64);
 
 pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Claimed, Error> {
     let subscriptions: Vec<i32> = request.wanted.iter().map(|(id, _)| *id).collect();
@@ -22,7 +27,7 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     {
         return Ok(Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: wait, dry: Vec::new() });
     }
-    let mut work = store.claiming_lightly().await?;
+    let mut work = store.claiming().await?;
     promote::promote(store, &mut work).await?;
     let tokens = limits::take(store, &mut work, request).await?;
     let room = |(id, room): &(SubscriptionId, u32)| (*id, tokens.room(*id, *room));
@@ -33,8 +38,10 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         return Ok(Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None, dry: tokens.dry });
     }
     let begun = Instant::now();
-    let froms: Vec<From> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
-    let many = rooms.iter().map(|room| i64::from(*room)).sum::<i64>() >= MANY && froms.iter().all(|from| !from.sweeps);
+    let froms: Vec<[From; 3]> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
+    let shares: Vec<Share> = wanted.iter().map(|(id, room)| store.turns.share(*id, *room)).collect();
+    let many = rooms.iter().map(|room| i64::from(*room)).sum::<i64>() >= MANY
+        && froms.iter().flatten().all(|from| !from.sweeps);
     if many {
         sqlx::raw_sql(LOCK_NOT_LONG).execute(work.on()).await?;
     }
@@ -44,8 +51,11 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         .bind(request.token)
         .bind(subscriptions)
         .bind(rooms)
-        .bind(froms.iter().map(|from| from.after.0).collect::<Vec<_>>())
-        .bind(froms.iter().map(|from| from.after.1).collect::<Vec<_>>())
+        .bind(shares.iter().map(|share| share.level.level()).collect::<Vec<_>>())
+        .bind(shares.iter().map(|share| i32::try_from(share.most).unwrap_or(i32::MAX)).collect::<Vec<_>>())
+        .bind(afters(&froms, 0))
+        .bind(afters(&froms, 1))
+        .bind(afters(&froms, 2))
         .fetch_all(work.on())
         .await?;
     let took = begun.elapsed();
@@ -64,21 +74,25 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         store.dynamic(sql).bind(request.worker).execute(work.on()).await?;
     }
 
-    let mut last: HashMap<SubscriptionId, (Place, u32)> = HashMap::new();
+    let mut last: HashMap<SubscriptionId, Taken> = HashMap::new();
     let at = |name: &str| rows.first().map_or(Ok(0), |row| row.try_column(name).map(Column::ordinal));
     let (subscription, priority, pos) = (at("subscription")?, at("priority")?, at("pos")?);
     for row in &rows {
-        let place = (row.try_get(priority)?, row.try_get(pos)?);
-        let (furthest, taken) = last.entry(row.try_get(subscription)?).or_insert((place, 0));
-        *furthest = place.max(*furthest);
-        *taken += 1;
+        last.entry(row.try_get(subscription)?).or_default().add(row.try_get(priority)?, row.try_get(pos)?);
     }
-    tokens.give_back(store, &mut work, |id| last.get(&id).map_or(0, |(_, taken)| *taken)).await?;
+    tokens.give_back(store, &mut work, |id| last.get(&id).map_or(0, |taken| taken.count)).await?;
     work.commit().await?;
     // Only now: what a lost COMMIT has taken may be there again.
-    for ((subscription, room), from) in wanted.iter().zip(froms).filter(|((_, room), _)| *room > 0) {
-        let (place, taken) = last.get(subscription).map_or((None, 0), |(place, taken)| (Some(*place), *taken));
-        store.marks.found(*subscription, from, place, taken >= *room, begun, took);
+    for (((subscription, room), froms), share) in
+        wanted.iter().zip(froms).zip(shares).filter(|(((_, room), _), _)| *room > 0)
+    {
+        let taken = last.remove(subscription).unwrap_or_default();
+        for ((level, from), furthest) in Priority::ALL.into_iter().zip(froms).zip(taken.furthest) {
+            store.marks.found((*subscription, level), from, furthest, taken.count >= *room, begun, took);
+        }
+        if let Some(top) = taken.top() {
+            store.turns.took(*subscription, share, taken.count, top);
+        }
     }
 
     store.calm.store(rows.is_empty(), Ordering::Relaxed);
@@ -100,18 +114,44 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     Ok(claimed)
 }
 
+/// What a claim took of a subscription.
+#[derive(Default)]
+struct Taken {
+    count: u32,
+    /// The last place, of each level.
+    furthest: [Option<i64>; 3],
+}
+
+impl Taken {
+    fn add(&mut self, level: i16, pos: i64) {
+        self.count += 1;
+        let furthest = &mut self.furthest[Priority::of(level) as usize];
+        *furthest = (*furthest).max(Some(pos));
+    }
+
+    fn top(&self) -> Option<Priority> {
+        Priority::ALL.into_iter().zip(self.furthest).find_map(|(level, furthest)| furthest.map(|_| level))
+    }
+}
+
+/// Where the claim of a level begins, for each subscription.
+fn afters(froms: &[[From; 3]], level: usize) -> Vec<i64> {
+    froms.iter().map(|from| from[level].after).collect()
+}
+
 /// One statement in the place of a claim's three, where the last claim found nothing. `None`: there is
 /// something to claim; else how long until there is.
 async fn look(store: &PgStore, subscriptions: &[SubscriptionId]) -> Result<Option<Option<Duration>>, Error> {
     let begun = Instant::now();
-    let froms: Vec<From> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
+    let froms: Vec<[From; 3]> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
     let recent = store.promoted.recent(begun);
-    let mut work = store.claiming_lightly().await?;
+    let mut work = store.claiming().await?;
     let row = store
         .query(store.sql.look)
         .bind(subscriptions.to_vec())
-        .bind(froms.iter().map(|from| from.after.0).collect::<Vec<_>>())
-        .bind(froms.iter().map(|from| from.after.1).collect::<Vec<_>>())
+        .bind(afters(&froms, 0))
+        .bind(afters(&froms, 1))
+        .bind(afters(&froms, 2))
         .bind(recent)
         .fetch_one(work.on())
         .await?;
@@ -121,8 +161,10 @@ async fn look(store: &PgStore, subscriptions: &[SubscriptionId]) -> Result<Optio
     if row.try_get("ready")? || wait == Some(Duration::ZERO) {
         return Ok(None);
     }
-    for (subscription, from) in subscriptions.iter().zip(froms) {
-        store.marks.found(*subscription, from, None, false, begun, took);
+    for (subscription, froms) in subscriptions.iter().zip(froms) {
+        for (level, from) in Priority::ALL.into_iter().zip(froms) {
+            store.marks.found((*subscription, level), from, None, false, begun, took);
+        }
     }
     if recent.is_none() {
         store.promoted.swept(begun, took);

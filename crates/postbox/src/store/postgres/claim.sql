@@ -1,6 +1,6 @@
 -- Leases a batch: rows leave ready, and one lease row carries them all.
--- $1 worker, $2 token, $3 subscriptions, $4 how many of each, $5 and $6 the priority and the place after
--- which the claim of each begins.
+-- $1 worker, $2 token, $3 subscriptions, $4 how many of each, $5 a lower level and $6 how many of it go before
+-- all others, $7 to $9 the place after which the claim of each level begins.
 with alive as materialized (
     -- The share lock keeps a takeover from missing this lease.
     select w.id from {schema}.worker w
@@ -10,31 +10,47 @@ with alive as materialized (
 picked as materialized (
     select p.slot, p.place
     from alive
-    cross join unnest($3::int[], $4::int[], $5::smallint[], $6::bigint[]) as w(subscription, room, priority, pos)
+    cross join unnest($3::int[], $4::int[], $5::smallint[], $6::int[], $7::bigint[], $8::bigint[], $9::bigint[])
+        as w(subscription, room, lower, kept, high, normal, low)
     cross join lateral (
-        select r.tableoid as slot, r.ctid as place from {schema}.ready r
-        where r.subscription = w.subscription
-            and (r.priority, r.pos) > (w.priority, w.pos)
+        select q.slot, q.place
+        -- In this order: a loop takes them one by one, and stops when there is no room left. What a lower
+        -- level has had as its share is passed over when its own turn comes.
+        from (values
+            (w.lower, 0, w.kept, case w.lower when 0 then w.normal else w.low end),
+            (-1, 0, w.room, w.high),
+            (0, case w.lower when 0 then w.kept else 0 end, w.room, w.normal),
+            (1, case w.lower when 1 then w.kept else 0 end, w.room, w.low)
+        ) as l(priority, passed, most, after)
+        cross join lateral (
+            select r.tableoid as slot, r.ctid as place from {schema}.ready r
+            where r.subscription = w.subscription
+                and r.priority = l.priority and r.pos > l.after
 -- {many
-            -- What nobody has touched, from stretches that no other claim is in: no row is locked before it is
-            -- deleted, and the deletion decides (decision 0029).
-            and r.xmax = 0
-            and pg_catalog.pg_try_advisory_xact_lock('{schema}.ready'::pg_catalog.regclass::pg_catalog.oid::int,
-                ((r.pos >> 8) & 2147483647::bigint)::int)
+                -- What nobody has touched, from stretches that no other claim is in: no row is locked before it is
+                -- deleted, and the deletion decides (decision 0029).
+                and r.xmax = 0
+                and pg_catalog.pg_try_advisory_xact_lock('{schema}.ready'::pg_catalog.regclass::pg_catalog.oid::int,
+                    ((r.pos >> 8) & 2147483647::bigint)::int)
 -- many}
-        order by r.priority, r.pos
-        limit w.room
+            order by r.pos
+            offset l.passed limit l.most
 -- {few
-        for update skip locked
+            for update skip locked
 -- few}
+        ) q
+        limit w.room
     ) p
+    -- Decided here, so that a pause holds at once for all.
+    where (select s.paused_at is null from {schema}.subscription s where s.id = w.subscription)
 ),
 gone as (
     -- By their places: rows of ready are never updated, these are locked, and no plan can read the whole
-    -- table for them.
+    -- table for them. `is true` keeps the look-up a look-up: as a join it may become one of all with all, by
+    -- a plan that was made when the table was empty.
     delete from {schema}.ready r
     where r.ctid = any (array(select p.place from picked p))
-        and (r.tableoid, r.ctid) in (select p.slot, p.place from picked p)
+        and ((r.tableoid, r.ctid) in (select p.slot, p.place from picked p)) is true
     returning r.*
 ),
 leased as (

@@ -4,15 +4,15 @@ with wanted as materialized (
     select s.* from {schema}.subscription s where s.id = $1
 ),
 page as materialized (
-    select m.id, m.topic, m.epoch, m.due_at from {schema}.message m
+    select m.id, m.topic, m.epoch, m.due_at, coalesce(m.priority, 0::smallint) as priority from {schema}.message m
     where m.id > $2
     order by m.id
     limit $3
 ),
 fan as materialized (
-    select f.id as message, f.due_at, pg_catalog.nextval('{schema}.delivery_id') as delivery
+    select f.id as message, f.due_at, f.priority, pg_catalog.nextval('{schema}.delivery_id') as delivery
     from (
-        select p.id, p.due_at from page p cross join wanted s
+        select p.id, p.due_at, p.priority from page p cross join wanted s
         where p.epoch < s.scan_epoch and p.topic ~ s.scan_matcher
             and (s.start_at is null or {schema}.minted_at(p.id) >= s.start_at)
         order by p.id
@@ -24,12 +24,12 @@ kept as (
 ),
 readied as (
     insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
-    select $1, 0, (f.delivery >> 20) & 3::bigint, f.delivery, f.delivery, f.message, 0, 0, 0 from fan f
+    select $1, f.priority, (f.delivery >> 20) & 3::bigint, f.delivery, f.delivery, f.message, 0, 0, 0 from fan f
     where f.due_at is null or f.due_at <= pg_catalog.clock_timestamp()
 ),
 later as (
     insert into {schema}.scheduled (delivery, due_at, subscription, priority, message, attempt, lost, rev)
-    select f.delivery, f.due_at, $1, 0, f.message, 0, 0, 0 from fan f
+    select f.delivery, f.due_at, $1, f.priority, f.message, 0, 0, 0 from fan f
     where f.due_at > pg_catalog.clock_timestamp()
 )
 select p.id as last from page p order by p.id desc limit 1

@@ -8,7 +8,7 @@ select d.delivery, d.state, d.rev, d.message, coalesce(m.topic, '(gone)') as top
     d.note, e.error as last_error,
     (extract(epoch from e.finished_at) * 1000000::numeric)::bigint as last_error_us,
     coalesce(w.name, d.worker::pg_catalog.text) as worker,
-    l.replay_of
+    coalesce(m.priority, d.priority) as priority, l.replay_of
 from ({places}) d
 join {schema}.subscription s on s.id = d.subscription
 left join {schema}.message m on m.id = d.message

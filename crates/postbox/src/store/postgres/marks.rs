@@ -5,12 +5,16 @@
 //! back. Those a little below are found at once, because a claim begins [`SLACK`] places below its mark;
 //! the others by a sweep from the start, every [`SWEEP`] or twenty times as long as the last one took,
 //! and at least every [`SWEEP_MOST`].
+//!
+//! Each level of priority has a mark of its own: a high one that comes while low ones are being claimed is
+//! above the mark of its level, and found by the next claim.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::planted::planted;
+use crate::priority::Priority;
 use crate::store::SubscriptionId;
 
 /// How far below its mark a claim begins.
@@ -20,19 +24,17 @@ const SWEEP: Duration = Duration::from_secs(1);
 const SWEEP_SHARE: u32 = 20;
 const SWEEP_MOST: Duration = Duration::from_secs(30);
 
-/// A place in the ready order of a subscription.
-pub(super) type Place = (i16, i64);
 /// Before all places.
-const START: Place = (i16::MIN, i64::MIN);
+const START: i64 = i64::MIN;
 
-/// One for each subscription, for all who claim in this process. Priorities share it: all are 0 so far.
+/// One for each subscription and level, for all who claim in this process.
 #[derive(Debug, Default)]
-pub(super) struct Marks(Mutex<HashMap<SubscriptionId, Mark>>);
+pub(super) struct Marks(Mutex<HashMap<(SubscriptionId, Priority), Mark>>);
 
 #[derive(Debug)]
 struct Mark {
     /// The last that was claimed, with nothing left before it that could be seen.
-    place: Place,
+    place: i64,
     swept: Option<Instant>,
     /// How long the last sweep took.
     took: Duration,
@@ -42,36 +44,38 @@ struct Mark {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct From {
     /// It takes what comes after this.
-    pub(super) after: Place,
+    pub(super) after: i64,
     /// It begins at the start.
     pub(super) sweeps: bool,
 }
 
 impl Marks {
-    /// Where the next claim of a subscription begins.
-    pub(super) fn from(&self, subscription: SubscriptionId, now: Instant) -> From {
-        let Ok(marks) = self.0.lock() else { return From { after: START, sweeps: true } };
-        match marks.get(&subscription) {
-            Some(mark) if !mark.is_due(now) => {
-                let (priority, pos) = mark.place;
-                From { after: (priority, pos.saturating_sub(SLACK)), sweeps: false }
-            }
+    /// Where the next claim of a subscription begins, for each level.
+    pub(super) fn from(&self, subscription: SubscriptionId, now: Instant) -> [From; 3] {
+        let Ok(marks) = self.0.lock() else { return [From { after: START, sweeps: true }; 3] };
+        Priority::ALL.map(|level| match marks.get(&(subscription, level)) {
+            Some(mark) if !mark.is_due(now) => From { after: mark.place.saturating_sub(SLACK), sweeps: false },
             _ => From { after: START, sweeps: true },
-        }
+        })
     }
 
-    /// What a claim found that began there: the last place it took, and whether it took all it might.
+    /// What a claim found of a level that began there: the last place it took, and whether it took all it might
+    /// of the subscription.
     pub(super) fn found(
         &self,
-        subscription: SubscriptionId,
+        of: (SubscriptionId, Priority),
         from: From,
-        last: Option<Place>,
+        last: Option<i64>,
         full: bool,
         begun: Instant,
         took: Duration,
     ) {
+        // Those above have left it no room: it was not looked at.
+        if full && last.is_none() {
+            return;
+        }
         let Ok(mut marks) = self.0.lock() else { return };
-        let mark = marks.entry(subscription).or_insert(Mark { place: START, swept: None, took: Duration::ZERO });
+        let mark = marks.entry(of).or_insert(Mark { place: START, swept: None, took: Duration::ZERO });
         match last {
             // A sweep that stopped early has not seen what comes after.
             Some(last) if full && from.sweeps => mark.place = last,
@@ -104,41 +108,63 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
+    fn from(marks: &Marks, subscription: SubscriptionId, now: Instant) -> From {
+        marks.from(subscription, now)[1]
+    }
+
+    fn found(marks: &Marks, from: From, last: Option<i64>, full: bool, begun: Instant, took: Duration) {
+        marks.found((1, Priority::Normal), from, last, full, begun, took);
+    }
+
     #[test]
     fn a_claim_begins_a_little_below_what_was_claimed() {
         let (marks, now) = (Marks::default(), Instant::now());
-        let from = marks.from(1, now);
-        assert!(from.sweeps && from.after == START, "nothing is known yet");
-        marks.found(1, from, Some((0, 9_000)), true, now, MS);
-        assert_eq!(marks.from(1, now), From { after: (0, 8_500), sweeps: false });
-        assert!(marks.from(2, now).sweeps, "another one has a mark of its own");
-        marks.found(1, marks.from(1, now), None, false, now, MS);
-        assert_eq!(marks.from(1, now).after, (0, 8_500), "nothing found, nothing learnt");
+        let first = from(&marks, 1, now);
+        assert!(first.sweeps && first.after == START, "nothing is known yet");
+        found(&marks, first, Some(9_000), true, now, MS);
+        assert_eq!(from(&marks, 1, now), From { after: 8_500, sweeps: false });
+        assert!(from(&marks, 2, now).sweeps, "another one has a mark of its own");
+        found(&marks, from(&marks, 1, now), None, false, now, MS);
+        assert_eq!(from(&marks, 1, now).after, 8_500, "nothing found, nothing learnt");
+    }
+
+    #[test]
+    fn each_level_has_its_own() {
+        let (marks, now) = (Marks::default(), Instant::now());
+        found(&marks, from(&marks, 1, now), Some(9_000), true, now, MS);
+        let [high, normal, low] = marks.from(1, now);
+        assert!(high.after == START && high.sweeps, "what comes there is found, wherever the others are");
+        assert!(low.after == START && low.sweeps && normal.after == 8_500);
+        // There was no room for low ones: nothing is known of them, and the sweep is still to be made.
+        marks.found((1, Priority::Low), low, None, true, now, MS);
+        assert!(marks.from(1, now)[2].sweeps);
+        marks.found((1, Priority::Low), low, None, false, now, MS);
+        assert!(!marks.from(1, now)[2].sweeps);
     }
 
     #[test]
     fn a_sweep_that_stops_early_takes_the_mark_back() {
         let (marks, now) = (Marks::default(), Instant::now());
-        marks.found(1, marks.from(1, now), Some((0, 9_000)), true, now, MS);
+        found(&marks, from(&marks, 1, now), Some(9_000), true, now, MS);
         let later = now + SWEEP + MS;
-        let from = marks.from(1, later);
-        assert!(from.sweeps);
+        let sweep = from(&marks, 1, later);
+        assert!(sweep.sweeps);
         // A late commit left many below: the next claim goes on behind the last that was taken.
-        marks.found(1, from, Some((0, 700)), true, later, MS);
-        assert_eq!(marks.from(1, later).after, (0, 200));
-        marks.found(1, marks.from(1, later), Some((0, 800)), false, later, MS);
-        assert_eq!(marks.from(1, later).after, (0, 300));
+        found(&marks, sweep, Some(700), true, later, MS);
+        assert_eq!(from(&marks, 1, later).after, 200);
+        found(&marks, from(&marks, 1, later), Some(800), false, later, MS);
+        assert_eq!(from(&marks, 1, later).after, 300);
     }
 
     #[test]
     fn sweeps_come_more_seldom_when_they_take_long_but_do_come() {
         let (marks, now) = (Marks::default(), Instant::now());
-        marks.found(1, marks.from(1, now), Some((0, 9_000)), false, now, 100 * MS);
+        found(&marks, from(&marks, 1, now), Some(9_000), false, now, 100 * MS);
         let done = now + 100 * MS;
-        assert!(!marks.from(1, done + 1_999 * MS).sweeps);
-        assert!(marks.from(1, done + 2_000 * MS).sweeps);
-        marks.found(1, marks.from(1, done + 2_000 * MS), None, false, done, Duration::from_secs(100));
+        assert!(!from(&marks, 1, done + 1_999 * MS).sweeps);
+        assert!(from(&marks, 1, done + 2_000 * MS).sweeps);
+        found(&marks, from(&marks, 1, done + 2_000 * MS), None, false, done, Duration::from_secs(100));
         let done = done + Duration::from_secs(100);
-        assert!(!marks.from(1, done + SWEEP_MOST - MS).sweeps && marks.from(1, done + SWEEP_MOST).sweeps);
+        assert!(!from(&marks, 1, done + SWEEP_MOST - MS).sweeps && from(&marks, 1, done + SWEEP_MOST).sweeps);
     }
 }

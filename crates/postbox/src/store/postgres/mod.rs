@@ -8,6 +8,7 @@ mod limits;
 mod marks;
 mod migrate;
 mod operate;
+mod pause;
 #[cfg(feature = "planted-bugs")]
 mod planted;
 mod promote;
@@ -46,10 +47,11 @@ use crate::message::{Draft, Envelope};
 use crate::retention::Retention;
 use crate::schedule::{ScheduleRow, Scheduled, Wish};
 use crate::settings::Settings;
+use crate::store::turns::Turns;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, HandlerTx,
-    LeaseRef, Loss, Move, Observation, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle, Store,
-    Stored, Stranded, SubscriptionId, TakenOver, Ticked,
+    LeaseRef, Loss, Move, Observation, Pause, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle,
+    Store, Stored, Stranded, SubscriptionId, TakenOver, Ticked,
 };
 
 pub use migrate::{migrations_down_sql, migrations_sql};
@@ -78,7 +80,7 @@ macro_rules! statements {
 }
 statements! {
     audit, beat, claim = claim without "many", claim_many = claim without "few", complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
-    look, moves, permits, tokens, only_moves = moves without "ended", next_due, part_exists, promote, publish, publish_checked,
+    look, moves, permits, tokens, only_moves = moves without "ended", next_due, part_exists, paused, promote, publish, publish_checked,
     publish_one = publish_one without "several", publish_several = publish_one without "one", pull, replay, resolution, retain_preview, roles,
     schedules_due, schedules_look,
     held_back, settle_open, settle_part, suspects, unrouted,
@@ -125,6 +127,7 @@ pub struct PgStore {
     through_function: bool,
     bell: Arc<Bell>,
     marks: Arc<Marks>,
+    turns: Arc<Turns>,
     fans: Arc<Fans>,
     promoted: Arc<Promoted>,
     /// The last claim found nothing, and nobody has rung since.
@@ -244,11 +247,6 @@ const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off";
 const BEGIN_CLAIM: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off; SET LOCAL enable_seqscan = off; \
      SET LOCAL plan_cache_mode = force_generic_plan";
 
-/// The same for a worker, whose claim need not be on the disk: whatever its attempts write is committed after it, and
-/// takes it along; if the server stops before that, what was claimed is ready again, as it was (decision 0026).
-const BEGIN_LIGHT_CLAIM: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off; SET LOCAL enable_seqscan = off; \
-     SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL synchronous_commit = off";
-
 /// A claim that locks nothing before it deletes waits for whoever deletes the same at this moment: not for long.
 const LOCK_NOT_LONG: &str = "SET LOCAL lock_timeout = '1s'";
 
@@ -271,10 +269,6 @@ impl PgStore {
 
     async fn work(&self) -> Result<Work, sqlx::Error> {
         Work::begin(&self.pool, BEGIN).await
-    }
-
-    async fn claiming_lightly(&self) -> Result<Work, sqlx::Error> {
-        Work::begin(&self.pool, BEGIN_LIGHT_CLAIM).await
     }
 
     async fn claiming(&self) -> Result<Work, sqlx::Error> {
@@ -385,6 +379,7 @@ impl Store for PgStore {
             through_function: settings.publish_through_function()?,
             bell: Arc::default(),
             marks: Arc::default(),
+            turns: Arc::default(),
             fans: Arc::default(),
             promoted: Arc::default(),
             calm: Arc::default(),
@@ -727,6 +722,14 @@ impl Store for PgStore {
         reason: &str,
     ) -> Result<AuditEntry, Error> {
         admin::remove_subscription(self, application, name, actor, reason).await
+    }
+
+    async fn pause(&self, application: &str, name: &str, pause: &Pause<'_>) -> Result<AuditEntry, Error> {
+        pause::pause(self, application, name, pause).await
+    }
+
+    async fn paused(&self, subscriptions: &[SubscriptionId]) -> Result<Vec<SubscriptionId>, Error> {
+        pause::paused(self, subscriptions).await
     }
 
     async fn stranded(&self) -> Result<Vec<Stranded>, Error> {

@@ -35,7 +35,8 @@ async fn pull(store: &PgStore, work: &mut Work, delivery: DeliveryId) -> Result<
                 Some(State::Pending),
                 format!(
                     "delete from {schema}.ready where (subscription, priority, pos) in
-                        (select s.id, 0::smallint, $1::bigint from {schema}.subscription s) and delivery = $1 returning {columns}, lost"
+                        (select s.id, l.priority, $1::bigint from {schema}.subscription s
+                            cross join (values (-1::smallint), (0::smallint), (1::smallint)) as l(priority)) and delivery = $1 returning {columns}, lost"
                 ),
             ),
         ] {

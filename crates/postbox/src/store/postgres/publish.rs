@@ -10,6 +10,7 @@ use super::{PgStore, micros, millis};
 use crate::error::PublishError;
 use crate::message::{Draft, Due};
 use crate::planted::planted;
+use crate::priority::Priority;
 use crate::store::Stored;
 
 /// The columns of a batch, as `publish.sql` takes them.
@@ -31,6 +32,7 @@ struct Columns<'a> {
     dedup_ms: Vec<Option<i64>>,
     bodies: Vec<Option<&'a [u8]>>,
     content_types: Vec<Option<&'a str>>,
+    priorities: Vec<Option<i16>>,
 }
 
 impl<'a> Columns<'a> {
@@ -65,6 +67,7 @@ impl<'a> Columns<'a> {
             columns.dedup_ms.push(draft.dedup.as_ref().map(|d| micros(d.window) / 1000));
             columns.bodies.push(draft.payload.typed().map(|b| &**b));
             columns.content_types.push(draft.payload.typed().map(|b| b.content_type()));
+            columns.priorities.push(draft.priority.stored());
         }
         Ok(columns)
     }
@@ -114,6 +117,7 @@ pub(super) async fn publish(
             .bind(some(columns.dedup_ms))
             .bind(some(columns.bodies))
             .bind(some(columns.content_types))
+            .bind(some(columns.priorities))
             .fetch_all(&mut *connection)
             .await?;
         for row in rows {
@@ -180,13 +184,13 @@ impl Fans {
     }
 }
 
-/// One message that is due now, where what its topic fans out to is stored: a statement a third as long.
+/// One message that is due now and has no priority, where what its topic fans out to is stored: a statement a third as long.
 async fn short_way(
     connection: &mut PgConnection,
     store: &PgStore,
     draft: &Draft,
 ) -> Result<Option<Stored>, PublishError> {
-    if draft.dedup.is_some() || draft.due != Due::Now {
+    if draft.dedup.is_some() || draft.due != Due::Now || draft.priority != Priority::Normal {
         return Ok(None);
     }
     let columns = Columns::of(std::iter::once(draft))?;
@@ -255,6 +259,7 @@ async fn through_function(
             .bind(columns.occurred_us[i])
             .bind(columns.bodies[i])
             .bind(columns.content_types[i])
+            .bind(columns.priorities[i].map(|level| Priority::of(level).as_str()))
             .fetch_one(&mut *connection)
             .await?;
         let id: Uuid = row.try_get("id")?;

@@ -23,9 +23,10 @@ input as materialized (
         end as due_at
     from unnest($1::pg_catalog.text[], $2::pg_catalog.text[], $3::pg_catalog.text[], $4::pg_catalog.text[], $5::bigint[],
         $6::pg_catalog.text[], $7::pg_catalog.text[], $8::pg_catalog.text[], $9::pg_catalog.text[], $10::int[],
-        $11::bigint[], $12::bigint[], $13::pg_catalog.text[], $14::bigint[], $15::pg_catalog.bytea[], $16::pg_catalog.text[])
+        $11::bigint[], $12::bigint[], $13::pg_catalog.text[], $14::bigint[], $15::pg_catalog.bytea[], $16::pg_catalog.text[],
+        $17::smallint[])
         with ordinality as i(topic, key, payload, headers, occurred_us, source, external_id, correlation_id,
-            causation_id, max_attempts, delay_ms, due_us, dedup_key, dedup_ms, body, content_type, ord)
+            causation_id, max_attempts, delay_ms, due_us, dedup_key, dedup_ms, body, content_type, priority, ord)
 ),
 fresh as (
     insert into {schema}.dedup as d (topic, key, message, body_hash, expires_at)
@@ -59,23 +60,23 @@ fan as materialized (
 ),
 stored as (
     insert into {schema}.message (id, epoch, topic, key, payload, headers, occurred_at, due_at, source,
-        external_id, correlation_id, causation_id, max_attempts, delivery, deliveries, body, content_type)
+        external_id, correlation_id, causation_id, max_attempts, delivery, deliveries, body, content_type, priority)
     select f.id, (select r.epoch from routing r), f.topic, f.key, f.payload::pg_catalog.json, f.headers::pg_catalog.json,
         pg_catalog.to_timestamp(f.occurred_us::double precision / 1000000::double precision), f.due_at, f.source,
         f.external_id, f.correlation_id, f.causation_id, f.max_attempts,
         case when pg_catalog.cardinality(f.deliveries) = 1 then f.deliveries[1] end,
-        case when pg_catalog.cardinality(f.deliveries) > 1 then f.deliveries end, f.body, f.content_type
+        case when pg_catalog.cardinality(f.deliveries) > 1 then f.deliveries end, f.body, f.content_type, nullif(f.priority, 0)
     from fan f
 ),
 readied as (
     insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
-    select d.subscription, 0, (d.delivery >> 20) & 3::bigint, d.delivery, d.delivery, f.id, 0, 0, 0
+    select d.subscription, coalesce(f.priority, 0), (d.delivery >> 20) & 3::bigint, d.delivery, d.delivery, f.id, 0, 0, 0
     from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
     where f.due_at is null
 ),
 later as (
     insert into {schema}.scheduled (delivery, due_at, subscription, priority, message, attempt, lost, rev)
-    select d.delivery, f.due_at, d.subscription, 0, f.id, 0, 0, 0
+    select d.delivery, f.due_at, d.subscription, coalesce(f.priority, 0), f.id, 0, 0, 0
     from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
     where f.due_at is not null
 ),

@@ -9,6 +9,7 @@ use super::read::Items;
 use super::{PgStore, promote};
 use crate::error::Error;
 use crate::lifecycle::Kind;
+use crate::priority::Priority;
 use crate::store::{Completion, Fate, LeaseRef, Move, PullRequest, PulledOne, SubscriptionId, policy_of};
 
 pub(super) async fn stored(
@@ -29,8 +30,9 @@ pub(super) async fn stored(
 
 pub(super) async fn waiting(store: &PgStore, subscription: SubscriptionId) -> Result<(bool, Option<Duration>), Error> {
     let mut work = store.work().await?;
-    let row = store.query(store.sql.waiting).bind(subscription).fetch_one(work.on()).await?;
+    let row = store.query(store.sql.waiting).bind(subscription).fetch_optional(work.on()).await?;
     work.rollback().await?;
+    let Some(row) = row else { return Ok((false, None)) };
     let wait: Option<i64> = row.try_get("wait_ms")?;
     let due = wait.is_some_and(|ms| ms <= 0);
     Ok((row.try_get::<bool, _>("ready")? || due, wait.map(|ms| Duration::from_millis(ms.max(0) as u64))))
@@ -51,11 +53,13 @@ pub(super) async fn admit(caller: &mut PgConnection) -> Result<(), Error> {
 pub(super) async fn pull(store: &PgStore, request: PullRequest) -> Result<Option<PulledOne>, Error> {
     let mut work = store.claiming().await?;
     promote::promote(store, &mut work).await?;
+    let share = store.turns.share(request.subscription, 1);
     let row = store
         .query(store.sql.pull)
         .bind(request.worker)
         .bind(request.token)
         .bind(request.subscription)
+        .bind((share.most > 0).then(|| share.level.level()))
         .fetch_optional(work.on())
         .await?;
     let Some(row) = row else {
@@ -69,6 +73,7 @@ pub(super) async fn pull(store: &PgStore, request: PullRequest) -> Result<Option
         return if lives { Ok(None) } else { Err(taken_over()) };
     };
     work.commit().await?;
+    store.turns.took(request.subscription, share, 1, Priority::of(row.try_get("priority")?));
     let kind: Kind = row.try_get::<String, _>("kind")?.parse().map_err(Error::Refused)?;
     Ok(Some(PulledOne {
         lease: LeaseRef { worker: request.worker, batch: row.try_get("batch")?, token: request.token },

@@ -1,5 +1,5 @@
 -- Leases one delivery to a puller, with its attempt on record as begun.
--- $1 worker, $2 token, $3 subscription.
+-- $1 worker, $2 token, $3 subscription, $4 a lower level that goes first this time, or null.
 with alive as materialized (
     -- The share lock keeps a takeover from missing this lease.
     select w.id from {schema}.worker w
@@ -10,13 +10,18 @@ picked as materialized (
     select p.slot, p.place
     from alive
     -- An operation's attempt needs a handler that the engine calls.
-    join {schema}.subscription s on s.id = $3 and s.kind <> 'operation'
+    join {schema}.subscription s on s.id = $3 and s.kind <> 'operation' and s.paused_at is null
     cross join lateral (
-        select r.tableoid as slot, r.ctid as place from {schema}.ready r
-        where r.subscription = s.id
-        order by r.priority, r.pos
+        select q.slot, q.place
+        from (values ($4::smallint), (-1), (0), (1)) as l(priority)
+        cross join lateral (
+            select r.tableoid as slot, r.ctid as place from {schema}.ready r
+            where r.subscription = s.id and r.priority = l.priority
+            order by r.pos
+            limit 1
+            for update skip locked
+        ) q
         limit 1
-        for update skip locked
     ) p
 ),
 gone as (

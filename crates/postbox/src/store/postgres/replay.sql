@@ -15,7 +15,8 @@ kept as (
 ),
 readied as (
     insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
-    select m.subscription, 0, (m.fresh >> 20) & 3::bigint, m.fresh, m.fresh, m.message, 0, 0, 0 from made m
+    select m.subscription, coalesce(g.priority, 0::smallint), (m.fresh >> 20) & 3::bigint, m.fresh, m.fresh, m.message, 0, 0, 0
+    from made m left join {schema}.message g on g.id = m.message
 ),
 told as materialized (
     -- An operator has no other way into the audit; each call sees the number of the one before.

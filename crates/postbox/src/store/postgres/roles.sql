@@ -82,7 +82,7 @@ begin
             'select on {schema}.migration, {schema}.leased',
             'usage on sequence {schema}.delivery_id, {schema}.batch_id',
             'select, update on {schema}.routing',
-            'select, insert, update on {schema}.subscription',
+            'select, insert on {schema}.subscription',
             'select, insert, delete on {schema}.route, {schema}.unrouted',
             'select, insert, update, delete on {schema}.dedup, {schema}.worker, {schema}.doubt',
             'select, insert on {schema}.message, {schema}.late_delivery, {schema}.dead_letter',
@@ -98,6 +98,14 @@ begin
         if pg_catalog.to_regclass('{schema}.schedule') is not null then
             given := pg_catalog.array_append(given, 'select, insert, update on {schema}.schedule');
         end if;
+        -- A subscription may be declared anew; whether it is paused is an operator's word.
+        execute pg_catalog.format('revoke update on {schema}.subscription from %I', '{schema}_worker');
+        select pg_catalog.concat('update (', pg_catalog.string_agg(pg_catalog.quote_ident(a.attname), ', '), ') on {schema}.subscription')
+        into thing
+        from pg_catalog.pg_attribute a
+        where a.attrelid = '{schema}.subscription'::pg_catalog.regclass::pg_catalog.oid and a.attnum > 0
+            and not a.attisdropped and a.attname <> 'paused_at'::pg_catalog.name;
+        given := pg_catalog.array_append(given, thing);
         -- The record: written once.
         foreach thing in array records loop
             given := pg_catalog.array_append(given, pg_catalog.concat('select, insert on {schema}.', thing));
@@ -124,6 +132,13 @@ begin
         loop
             execute pg_catalog.format('grant %s to %I', thing, '{schema}_operator');
         end loop;
+        if exists (
+            select from pg_catalog.pg_attribute a
+            where a.attrelid = '{schema}.subscription'::pg_catalog.regclass::pg_catalog.oid
+                and a.attname = 'paused_at'::pg_catalog.name and not a.attisdropped
+        ) then
+            execute pg_catalog.format('grant update (paused_at) on {schema}.subscription to %I', '{schema}_operator');
+        end if;
     end if;
 
     -- Reading everything.

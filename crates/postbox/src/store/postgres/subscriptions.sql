@@ -1,6 +1,7 @@
 -- The subscriptions with their counts; what waits is counted up to 100001.
 select s.id, s.application, s.name, s.pattern, s.kind, s.idempotent, s.max_attempts, not s.backfilled and s.removed_at is null as backfilling,
     (extract(epoch from s.removed_at) * 1000000::numeric)::bigint as removed_us,
+    (extract(epoch from s.paused_at) * 1000000::numeric)::bigint as paused_us,
     (select pg_catalog.count(*) from {schema}.worker w
         where s.id = any (w.subscriptions) and w.expires_at > pg_catalog.statement_timestamp()) as workers,
     (select pg_catalog.count(*) from (select from {schema}.ready r where r.subscription = s.id limit 100001) r)
@@ -10,8 +11,12 @@ select s.id, s.application, s.name, s.pattern, s.kind, s.idempotent, s.max_attem
     (select pg_catalog.count(*) from {schema}.doubt d where d.subscription = s.id) as in_doubt,
     (select pg_catalog.count(*) from {schema}.dead_letter d where d.subscription = s.id and d.state = 'dead') as dead,
     coalesce(o.succeeded, 0) + coalesce(p.succeeded, 0) + coalesce(x.succeeded, 0) as succeeded_last_hour,
-    (select extract(epoch from pg_catalog.statement_timestamp() - {schema}.minted_at(r.message))::double precision
-        from {schema}.ready r where r.subscription = s.id order by r.priority, r.pos limit 1) as oldest_age_s
+    (select extract(epoch from pg_catalog.statement_timestamp() - {schema}.minted_at(pg_catalog.min(f.message::pg_catalog.text)::pg_catalog.uuid))::double precision
+        from (values (-1), (0), (1)) as l(priority)
+        cross join lateral (
+            select r.message from {schema}.ready r where r.subscription = s.id and r.priority = l.priority
+            order by r.pos limit 1
+        ) f) as oldest_age_s
 from {schema}.subscription s
 left join (
     select d.subscription,

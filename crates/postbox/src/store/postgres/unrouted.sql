@@ -24,7 +24,7 @@ gone as (
     returning u.message, u.topic, p.taker_epoch
 ),
 fan as materialized (
-    select f.message, f.subscription, m.due_at, pg_catalog.nextval('{schema}.delivery_id') as delivery
+    select f.message, f.subscription, m.due_at, coalesce(m.priority, 0::smallint) as priority, pg_catalog.nextval('{schema}.delivery_id') as delivery
     from (
         select g.message, s.id as subscription
         from gone g join {schema}.subscription s
@@ -39,12 +39,12 @@ kept as (
 ),
 readied as (
     insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
-    select f.subscription, 0, (f.delivery >> 20) & 3::bigint, f.delivery, f.delivery, f.message, 0, 0, 0 from fan f
+    select f.subscription, f.priority, (f.delivery >> 20) & 3::bigint, f.delivery, f.delivery, f.message, 0, 0, 0 from fan f
     where f.due_at is null or f.due_at <= pg_catalog.clock_timestamp()
 ),
 later as (
     insert into {schema}.scheduled (delivery, due_at, subscription, priority, message, attempt, lost, rev)
-    select f.delivery, f.due_at, f.subscription, 0, f.message, 0, 0, 0 from fan f
+    select f.delivery, f.due_at, f.subscription, f.priority, f.message, 0, 0, 0 from fan f
     where f.due_at > pg_catalog.clock_timestamp()
 )
 select pg_catalog.count(*) as moved from gone

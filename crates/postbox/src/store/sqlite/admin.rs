@@ -9,7 +9,7 @@ use super::{SqliteStore, doubt, timestamp};
 use crate::admin::{AuditEntry, Resolution, no_delivery};
 use crate::error::Error;
 use crate::lifecycle::{Answer, State};
-use crate::store::{Answered, DeliveryId, Speaker, SubscriptionId, Word};
+use crate::store::{Answered, DeliveryId, Speaker, SubscriptionId, Word, no_subscription};
 
 /// What an operator's action is recorded with.
 pub(super) struct Action<'a> {
@@ -218,9 +218,7 @@ pub(super) async fn remove_subscription(
     .await?;
     let Some(id) = removed else {
         work.rollback().await?;
-        return Err(Error::NotFound(format!(
-            "application `{application}` has no subscription `{name}`; `postbox subscriptions` shows what there is"
-        )));
+        return Err(no_subscription(application, name));
     };
     sqlx::query("update postbox_routing set epoch = epoch + 1").execute(work.on()).await?;
     let action = Action {

@@ -1,10 +1,11 @@
 -- Fans out older messages to new subscriptions: those from seq ?1 (not included) to ?2 that match,
 -- of an epoch below ?3, with an id of at least ?4; for the subscriptions in the JSON array ?5. With ?6,
 -- only those that nobody was subscribed to. With ?7, by what they scan for.
-insert into postbox_delivery (id, message, subscription, state, pos, due_at, since)
-select f.id, f.message, f.subscription, 'pending', f.id, f.due_at, f.now
+insert into postbox_delivery (id, message, subscription, state, priority, pos, due_at, since)
+select f.id, f.message, f.subscription, 'pending', f.priority, f.id, f.due_at, f.now
 from (
     select x.message, x.subscription, c.now,
+        coalesce((select m.priority from postbox_message m where m.seq = x.seq), 0) as priority,
         -- A message's own due time holds here too.
         case when x.due_at > c.now then x.due_at end as due_at,
         (select delivery from postbox_last) + row_number() over (order by x.seq, x.subscription) as id

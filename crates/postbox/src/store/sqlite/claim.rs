@@ -1,5 +1,6 @@
 //! Claiming: promote what is due, lease a batch.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,8 @@ use crate::content::Content;
 use crate::error::Error;
 use crate::message::{Envelope, minted_at};
 use crate::planted::planted;
+use crate::priority::Priority;
+use crate::store::turns::Turns;
 use crate::store::{ClaimRequest, Claimed, DeliveryId, Item, SubscriptionId};
 
 /// What becomes due in one claim at most.
@@ -42,7 +45,7 @@ pub(super) async fn claim(store: &SqliteStore, request: &ClaimRequest) -> Result
         work.rollback().await?;
         return Ok(claimed);
     }
-    let mut claimed = claim_in(&mut work, request, Keep::InLease).await?;
+    let mut claimed = claim_in(&mut work, &store.shared.turns, request, Keep::InLease).await?;
     let (_, wait): (bool, Option<i64>) =
         sqlx::query_as(include_str!("due.sql")).bind(&wanted).fetch_one(work.on()).await?;
     claimed.next_due = wait.map(wait_of);
@@ -60,31 +63,50 @@ pub(super) enum Keep {
 }
 
 /// The claim itself, in a transaction that holds the write lock.
-pub(super) async fn claim_in(work: &mut Work, request: &ClaimRequest, keep: Keep) -> Result<Claimed, Error> {
+pub(super) async fn claim_in(
+    work: &mut Work,
+    turns: &Turns,
+    request: &ClaimRequest,
+    keep: Keep,
+) -> Result<Claimed, Error> {
     let wanted: Vec<SubscriptionId> = request.wanted.iter().filter(|(_, room)| *room > 0).map(|(id, _)| *id).collect();
     let wanted = json_of(&wanted)?;
     let mut claimed = Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None, dry: Vec::new() };
     sqlx::query(include_str!("promote.sql")).bind(&wanted).bind(PROMOTED).execute(work.on()).await?;
     let tokens = limits::take(work.on(), request).await?;
-    let plain: Vec<SubscriptionId> = match keep {
-        Keep::InRow => Vec::new(),
-        Keep::InLease => {
-            let plain =
-                "select id from postbox_subscription where kind = 'plain' and id in (select value from json_each(?1))";
-            sqlx::query_scalar(plain).bind(&wanted).fetch_all(work.on()).await?
-        }
-    };
+    // Looked at here, so that a pause holds at once for all.
+    let open = "select id, kind = 'plain' from postbox_subscription
+         where paused_at is null and id in (select value from json_each(?1))";
+    let open: HashMap<SubscriptionId, bool> =
+        sqlx::query_as(open).bind(&wanted).fetch_all(work.on()).await?.into_iter().collect();
     let mut picked = Vec::new();
     for (subscription, room) in &request.wanted {
-        let straight = plain.contains(subscription);
-        let rows = sqlx::query(include_str!("claim.sql"))
-            .bind(subscription)
-            .bind(tokens.room(*subscription, *room))
-            .fetch_all(work.on())
-            .await?;
-        for row in rows {
-            picked.push(Picked::read(&row, *subscription, straight)?);
+        let Some(plain) = open.get(subscription) else { continue };
+        let straight = *plain && keep == Keep::InLease;
+        // A lower level has its share first; what it had comes again among all.
+        let room = tokens.room(*subscription, *room);
+        let share = turns.share(*subscription, room);
+        let mut own: Vec<Picked> = Vec::new();
+        for (most, level) in [(share.most, Some(share.level)), (room, None)].into_iter().filter(|(most, _)| *most > 0) {
+            let sql = include_str!("claim.sql");
+            let sql = sql.replace("{level}", if level.is_some() { "and d.priority = ?3" } else { "" });
+            let query = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(subscription).bind(most);
+            let query = match level {
+                Some(level) => query.bind(level.level()),
+                None => query,
+            };
+            let shared = own.len();
+            for row in query.fetch_all(work.on()).await? {
+                let one = Picked::read(&row, *subscription, straight)?;
+                if own.len() < room as usize && own[..shared].iter().all(|p| p.item.delivery != one.item.delivery) {
+                    own.push(one);
+                }
+            }
         }
+        if let Some(top) = own.iter().map(|p| p.item.priority).min() {
+            turns.took(*subscription, share, own.len() as u32, Priority::of(top));
+        }
+        picked.extend(own);
     }
     let used = |id| picked.iter().filter(|p: &&Picked| p.item.subscription == id).count() as u32;
     tokens.give_back(work.on(), used).await?;

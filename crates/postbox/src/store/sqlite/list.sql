@@ -7,7 +7,8 @@ select d.id, d.rev, d.message, coalesce(m.topic, '(gone)') as topic, m.key, m.ex
     -- An operation that has not begun has not started: it waits in its worker's hands.
     case when d.state = 'running' and s.kind = 'operation' and not d.begun then 'pending' else d.state end as state,
     case when d.state = 'running' and s.kind = 'operation' and not d.begun then 'claimed, not begun' else d.note end as note,
-    e.error as last_error, e.finished_at as last_error_at, d.replay_of
+    e.error as last_error, e.finished_at as last_error_at, d.replay_of,
+    coalesce(m.priority, d.priority) as priority
 from {from} d
 join postbox_subscription s on s.id = d.subscription
 left join postbox_message m on m.id = d.message

@@ -28,6 +28,7 @@ mod doubt;
 mod held;
 mod limits;
 mod operate;
+mod pause;
 mod publish;
 mod pull;
 mod register;
@@ -59,10 +60,11 @@ use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};
 use crate::retention::Retention;
 use crate::schedule::{ScheduleRow, Scheduled, Wish};
 use crate::settings::Settings;
+use crate::store::turns::Turns;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, LeaseRef,
-    Loss, Move, Observation, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle, Store, Stored,
-    Stranded, SubscriptionId, TakenOver, Ticked,
+    Loss, Move, Observation, Pause, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle, Store,
+    Stored, Stranded, SubscriptionId, TakenOver, Ticked,
 };
 
 pub use connect::migrations_sql;
@@ -86,6 +88,7 @@ pub struct SqliteStore {
 struct Shared {
     alive: alive::Alive,
     bell: wake::Bell,
+    turns: Turns,
     options: sqlx::sqlite::SqliteConnectOptions,
     busy: Duration,
 }
@@ -173,6 +176,7 @@ impl Store for SqliteStore {
             shared: Arc::new(Shared {
                 alive: alive::Alive::new(opened.file),
                 bell: wake::Bell::new(opened.options.clone(), settings.wake_ups()?),
+                turns: Turns::default(),
                 options: opened.options,
                 busy: opened.busy,
             }),
@@ -478,6 +482,14 @@ impl Store for SqliteStore {
         reason: &str,
     ) -> Result<AuditEntry, Error> {
         admin::remove_subscription(self, application, name, actor, reason).await
+    }
+
+    async fn pause(&self, application: &str, name: &str, pause: &Pause<'_>) -> Result<AuditEntry, Error> {
+        pause::pause(self, application, name, pause).await
+    }
+
+    async fn paused(&self, subscriptions: &[SubscriptionId]) -> Result<Vec<SubscriptionId>, Error> {
+        pause::paused(self, subscriptions).await
     }
 
     async fn stranded(&self) -> Result<Vec<Stranded>, Error> {

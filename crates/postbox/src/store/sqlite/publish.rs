@@ -42,6 +42,8 @@ struct Input<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     body_hash: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    priority: Option<i16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     content_type: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     payload: Option<&'a str>,
@@ -53,7 +55,7 @@ struct Input<'a> {
 /// A column of `postbox_publish`, how it is read, and whether a message has it.
 type Column = (&'static str, &'static str, fn(&Input<'_>) -> bool);
 
-const COLUMNS: [Column; 18] = [
+const COLUMNS: [Column; 19] = [
     ("id", "unhex(value ->> 'id')", |_| true),
     ("topic", "value ->> 'topic'", |_| true),
     ("key", "value ->> 'key'", |i| i.key.is_some()),
@@ -69,6 +71,7 @@ const COLUMNS: [Column; 18] = [
     ("dedup_key", "value ->> 'dedup_key'", |i| i.dedup_key.is_some()),
     ("dedup_ms", "value ->> 'dedup_ms'", |i| i.dedup_ms.is_some()),
     ("body_hash", "unhex(value ->> 'body_hash')", |i| i.body_hash.is_some()),
+    ("priority", "value ->> 'priority'", |i| i.priority.is_some()),
     ("content_type", "value ->> 'content_type'", |i| i.content_type.is_some()),
     ("payload", "value ->> 'payload'", |i| i.payload.is_some()),
     ("body", "unhex(value ->> 'body')", |i| i.body.is_some()),
@@ -116,6 +119,7 @@ impl<'a> Input<'a> {
             dedup_key: dedup.map(|d| d.key.as_str()),
             dedup_ms: dedup.map(|d| millis_up(d.window)),
             body_hash: dedup.map(|_| hex(&body::hash(draft.key.as_deref(), &draft.payload))),
+            priority: draft.priority.stored(),
             content_type: draft.payload.typed().map(|bytes| bytes.content_type()),
             payload: draft.payload.json(),
             body: draft.payload.typed().map(|bytes| hex(bytes)),

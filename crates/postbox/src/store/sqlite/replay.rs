@@ -53,8 +53,9 @@ async fn make(
     action: &str,
 ) -> Result<(DeliveryId, AuditEntry), Error> {
     let fresh: DeliveryId = sqlx::query_scalar(
-        "insert into postbox_delivery (id, message, subscription, state, pos, since, replay_of)
-         select l.delivery + 1, ?1, ?2, 'pending', l.delivery + 1, c.now, ?3
+        "insert into postbox_delivery (id, message, subscription, state, priority, pos, since, replay_of)
+         select l.delivery + 1, ?1, ?2, 'pending', coalesce((select m.priority from postbox_message m where m.id = ?1), 0),
+             l.delivery + 1, c.now, ?3
          from postbox_last l cross join postbox_clock c
          returning id",
     )

@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::lifecycle::State;
 use crate::message::{Envelope, first_id_at, minted_at};
 use crate::operation::idempotency_key;
+use crate::priority::Priority;
 use crate::store::{DeliveryId, Stranded, SubscriptionId};
 
 /// A list as a JSON array; an empty one asks for nothing.
@@ -97,6 +98,7 @@ fn delivery_row(row: &SqliteRow) -> Result<DeliveryRow, Error> {
         recorded_at: minted_at(message),
         since: time("since")?,
         note: row.try_get("note")?,
+        priority: Priority::of(row.try_get("priority")?),
         replay_of: row.try_get("replay_of")?,
     })
 }
@@ -216,6 +218,7 @@ fn subscription_row(row: &SqliteRow) -> Result<SubscriptionRow, Error> {
         succeeded_last_hour: row.try_get("succeeded_last_hour")?,
         oldest_age_s: Some(row.try_get::<f64, _>("oldest_age_s")?).filter(|age| *age >= 0.0),
         removed_at: row.try_get::<Option<i64>, _>("removed_at")?.map(timestamp),
+        paused_at: row.try_get::<Option<i64>, _>("paused_at")?.map(timestamp),
         backfilling: row.try_get("backfilling")?,
     })
 }
@@ -226,11 +229,12 @@ fn shown(rows: Vec<SubscriptionRow>) -> Vec<SubscriptionRow> {
     rows.into_iter().filter(|s| s.removed_at.is_none() || holds(s)).collect()
 }
 
-/// Deliveries that are due and not at an end, and that no live worker stands behind.
+/// Deliveries that are due and not at an end, and that no live worker stands behind. What waits behind a
+/// pause waits for its end.
 fn left_alone(rows: &[SubscriptionRow]) -> Vec<Stranded> {
     let waiting = |s: &SubscriptionRow| (s.pending + s.running + s.in_doubt).min(100_001);
     rows.iter()
-        .filter(|s| s.workers == 0 && waiting(s) > 0)
+        .filter(|s| s.workers == 0 && s.paused_at.is_none() && waiting(s) > 0)
         .map(|s| Stranded {
             application: s.application.clone(),
             subscription: s.name.clone(),

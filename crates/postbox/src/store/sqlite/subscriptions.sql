@@ -1,7 +1,7 @@
 -- The subscriptions with their counts; what there can be much of is counted up to 100001. Live
 -- workers are in the JSON array ?1, as arrays of the subscriptions that they stand behind.
 with held as materialized (select subscription, count(*) as deliveries from postbox_held group by 1)
-select s.id, s.application, s.name, s.pattern, s.kind, s.idempotent, s.max_attempts, s.removed_at,
+select s.id, s.application, s.name, s.pattern, s.kind, s.idempotent, s.max_attempts, s.removed_at, s.paused_at,
     not s.backfilled and s.removed_at is null as backfilling,
     (select count(*) from json_each(?1) w where s.id in (select value from json_each(w.value))) as workers,
     (select count(*) from (select 1 from postbox_delivery d

@@ -74,24 +74,24 @@ impl Core {
             return None;
         }
         let dry = self.lanes.values().filter_map(|(_, load)| load.allowance.dry_until).min();
-        let ask = (!self.asking.under_way && self.limited().next().is_some()).then(|| self.ask_at());
+        let ask = (!self.sharing.under_way && self.limited().next().is_some()).then(|| self.ask_at());
         dry.into_iter().chain(ask).min()
     }
 
     fn ask_at(&self) -> Duration {
         let any = |is: fn(&Load) -> bool| self.limited().any(|(_, load)| is(load));
-        let pause = match self.asking.generous && any(|load| load.allowance.short) {
+        let pause = match self.sharing.generous && any(|load| load.allowance.short) {
             true => EAGER,
             false if any(|load| load.running + load.queued > 0 || load.allowance.fair.is_some()) => BUSY,
             false => IDLE,
         };
-        self.asking.answered.map_or(Duration::ZERO, |at| at + pause)
+        self.sharing.answered.map_or(Duration::ZERO, |at| at + pause)
     }
 
     /// Asks for permits, when it is time to.
     pub(super) fn ask_for_permits(&mut self, now: Duration, commands: &mut Vec<Command>) {
         if self.phase != Phase::Working
-            || self.asking.under_way
+            || self.sharing.under_way
             || self.limited().next().is_none()
             || now < self.ask_at()
         {
@@ -117,13 +117,13 @@ impl Core {
             wishes.push(PermitWish { subscription: lane.id, wanted: clamp(wanted), keep: clamp(keep) });
         }
         wishes.sort_unstable_by_key(|wish| wish.subscription);
-        self.asking.under_way = true;
+        self.sharing.under_way = true;
         commands.push(Command::Permits(self.setup.worker, wishes));
     }
 
     /// How permits stand; `None`: the answer was lost, and what was kept is still ours.
     pub(super) fn permitted(&mut self, worker: uuid::Uuid, permits: Option<Vec<Permits>>, now: Duration) {
-        self.asking = Asking { answered: Some(now), under_way: false, generous: permits.is_some() };
+        self.sharing = Asking { answered: Some(now), under_way: false, generous: permits.is_some() };
         // An earlier incarnation's are nobody's.
         let Some(permits) = permits.filter(|_| worker == self.setup.worker) else { return };
         for Permits { subscription, granted, fair } in permits {
@@ -135,7 +135,7 @@ impl Core {
             load.allowance.fair = fair.map(|fair| fair as usize);
             // Otherwise nothing more is to be had at once.
             let Allowance { asked, .. } = load.allowance;
-            self.asking.generous &= fair.is_none() && granted >= asked && asked < own;
+            self.sharing.generous &= fair.is_none() && granted >= asked && asked < own;
         }
     }
 
@@ -144,7 +144,7 @@ impl Core {
         for (_, load) in self.lanes.values_mut() {
             load.allowance = Allowance { dry_until: load.allowance.dry_until, ..Allowance::default() };
         }
-        self.asking = Asking::default();
+        self.sharing = Asking::default();
     }
 
     /// These got fewer tokens than were wanted.

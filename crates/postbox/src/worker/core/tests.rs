@@ -249,6 +249,10 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
                 }
                 Command::Observe(_) => panic!("nobody fences this worker"),
                 Command::Asleep(_) => inbox.push(Event::Woken),
+                Command::AskPaused(mut queued) => {
+                    queued.retain(|_| dice.bool());
+                    inbox.push(Event::Paused(queued));
+                }
             }
         }
         if core.is_done(now) {
@@ -395,4 +399,47 @@ fn a_stop_now_gives_up_in_the_end() {
     assert_eq!(core.next_tick(), Some(LAST_WAIT));
     assert!(core.is_done(LAST_WAIT), "the database does not answer: a takeover will");
     assert_eq!(core.left(), 1);
+}
+
+/// A worker that has claimed these.
+fn claimed(core: &mut Core, model: &mut Model, items: impl IntoIterator<Item = Item>) -> Vec<Command> {
+    model.ready.extend(items);
+    let commands = core.step([Event::Tick], Duration::ZERO);
+    let [Command::Claim(request)] = commands.as_slice() else { panic!("{commands:?}") };
+    let claimed = model.claim(request);
+    core.step([Event::Claimed(request.token, Some(claimed))], Duration::ZERO)
+}
+
+fn settled(commands: &[Command]) -> Option<Arc<Settle>> {
+    commands.iter().find_map(|c| if let Command::Settle(settle) = c { Some(settle.clone()) } else { None })
+}
+
+#[test]
+fn what_was_not_started_goes_back_when_its_subscription_is_paused() {
+    let (mut core, mut model) = (core(1, 2), Model::default());
+    let items = (1..=4).map(|n| item(n, PLAIN, 0)).chain([item(5, IDEMPOTENT, 0)]);
+    let commands = claimed(&mut core, &mut model, items);
+    let running = commands.iter().filter(|c| matches!(c, Command::Run(..))).count();
+    assert_eq!(running, 2, "{commands:?}");
+    assert!(!commands.iter().any(|c| matches!(c, Command::AskPaused(_))), "not at once");
+    let at = core.next_tick().expect("a tick");
+    assert!(at <= PAUSES, "{at:?}");
+    let commands = core.step([Event::Tick], PAUSES);
+    let asked = commands.iter().find_map(|c| if let Command::AskPaused(ids) = c { Some(ids.clone()) } else { None });
+    assert_eq!(asked.expect("it asks"), [PLAIN, IDEMPOTENT]);
+    assert!(!core.step([Event::Tick], PAUSES * 3).iter().any(|c| matches!(c, Command::AskPaused(_))), "one at a time");
+    let commands = core.step([Event::Paused(vec![PLAIN])], PAUSES * 3);
+    let settle = settled(&commands).expect("what has not started is handed back at once");
+    let released: Vec<i64> = settle.released.iter().map(|i| i.delivery).collect();
+    assert_eq!(released, [3, 4], "what runs goes on, and so does the other subscription");
+    assert!(settle.successes.is_empty() && settle.moves.is_empty(), "uncounted");
+    assert_eq!(core.next_tick().map(|at| at > PAUSES * 3), Some(true));
+}
+
+#[test]
+fn nobody_asks_for_pauses_while_nothing_lies_ready() {
+    let (mut core, mut model) = (core(1, 4), Model::default());
+    claimed(&mut core, &mut model, [item(1, PLAIN, 0), item(2, PLAIN, 0)]);
+    let commands = core.step([Event::Tick], PAUSES * 2);
+    assert!(!commands.iter().any(|c| matches!(c, Command::AskPaused(_))), "both run: {commands:?}");
 }

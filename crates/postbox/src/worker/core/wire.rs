@@ -111,6 +111,8 @@ pub(crate) enum Event {
     Pulse(Duration, Vec<Uuid>),
     /// The worker was taken over; it goes on as this one.
     Reborn(Uuid),
+    /// Of what lies ready, these subscriptions are paused.
+    Paused(Vec<SubscriptionId>),
     /// No new claims, and nothing new starts.
     Stop,
     /// What still runs is cancelled.
@@ -139,4 +141,6 @@ pub(crate) enum Command {
     Cancel(Hold, Cancel),
     Observe(Vec<Observation>),
     Asleep(bool),
+    /// Tell which of these are paused.
+    AskPaused(Vec<SubscriptionId>),
 }

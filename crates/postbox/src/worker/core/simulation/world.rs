@@ -18,7 +18,7 @@ use crate::lifecycle::{End, Kind};
 use crate::store::{DeliveryId, Doubtful, Item, LeaseRef, SubscriptionId};
 
 /// What must have happened in some seed.
-pub(super) const FAULTS: [&str; 22] = [
+pub(super) const FAULTS: [&str; 23] = [
     "crash",
     "pause before the call",
     "pause past the lease",
@@ -41,6 +41,7 @@ pub(super) const FAULTS: [&str; 22] = [
     "followed",
     "followed by evidence",
     "followed by an answer",
+    "paused",
 ];
 
 /// A worker process: its place and its life.

@@ -115,6 +115,14 @@ impl World {
                 self.nodes[at.0].asleep = asleep;
                 self.after(0..5, Happening::Tell(at, Event::Woken));
             }
+            Command::AskPaused(mut queued) => {
+                // Somebody pauses and resumes all the time; what is handed back comes again.
+                queued.retain(|_| self.chance(10));
+                if !queued.is_empty() {
+                    self.hit("paused");
+                }
+                self.after(0..50, Happening::Tell(at, Event::Paused(queued)));
+            }
             Command::Run(hold, lease, item, number) => self.attempt(at, hold, lease, *item, number)?,
             Command::Cancel(hold, why) => self.cancel(at, hold, why),
         }
