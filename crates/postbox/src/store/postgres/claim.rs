@@ -41,7 +41,7 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     let froms: Vec<[From; 3]> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
     let shares: Vec<Share> = wanted.iter().map(|(id, room)| store.turns.share(*id, *room)).collect();
     let many = rooms.iter().map(|room| i64::from(*room)).sum::<i64>() >= MANY
-        && froms.iter().flatten().all(|from| !from.sweeps);
+        && froms.iter().all(|[_, normal, _]| !normal.sweeps);
     if many {
         sqlx::raw_sql(LOCK_NOT_LONG).execute(work.on()).await?;
     }
@@ -87,7 +87,9 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         wanted.iter().zip(froms).zip(shares).filter(|(((_, room), _), _)| *room > 0)
     {
         let taken = last.remove(subscription).unwrap_or_default();
-        for ((level, from), furthest) in Priority::ALL.into_iter().zip(froms).zip(taken.furthest) {
+        // A sweep finds what a claim without row locks passes over: that is none of this level.
+        let levels = Priority::ALL.into_iter().zip(froms).zip(taken.furthest);
+        for ((level, from), furthest) in levels.filter(|((_, from), _)| !(many && from.sweeps)) {
             store.marks.found((*subscription, level), from, furthest, taken.count >= *room, begun, took);
         }
         if let Some(top) = taken.top() {
