@@ -22,8 +22,14 @@ pub fn point(name: &str) {
 pub(crate) fn point(_name: &str) {}
 
 /// Whether this process is to be killed at a point.
+#[cfg(feature = "crash-points")]
 pub(crate) fn is_armed() -> bool {
-    cfg!(feature = "crash-points") && std::env::var_os("POSTBOX_CRASH_POINT").is_some()
+    std::env::var_os("POSTBOX_CRASH_POINT").is_some()
+}
+
+#[cfg(not(feature = "crash-points"))]
+pub(crate) fn is_armed() -> bool {
+    false
 }
 
 /// Whether this is the wanted point, for the wanted time.
