@@ -135,6 +135,7 @@ fn the_pure_modules_are_pure() {
         "worker/core.rs",
         "worker/core/wire.rs",
         "worker/core/flush.rs",
+        "worker/core/limits.rs",
         "store/decide.rs",
     ] {
         let text = code(&std::fs::read_to_string(root.join(name)).expect("a source"));

@@ -45,8 +45,8 @@ picked as materialized (
     where (select s.paused_at is null from {schema}.subscription s where s.id = w.subscription)
 ),
 gone as (
-    -- By their places: rows of ready are never updated, these are locked, and no plan can read the whole
-    -- table for them. `is true` keeps the look-up a look-up: as a join it may become one of all with all, by
+    -- By their places: rows of ready are never updated, so a place is its row's or nobody's, and no plan can
+    -- read the whole table for them. `is true` keeps the look-up a look-up: as a join it may become one of all with all, by
     -- a plan that was made when the table was empty.
     delete from {schema}.ready r
     where r.ctid = any (array(select p.place from picked p))
