@@ -295,7 +295,7 @@ impl World {
             }
             2 => self.through_bouncer(&mut plan),
             3 if self.wants(Fault::F14) && hostile => plan.tag = Some(Fault::F14),
-            _ if self.is_hasty(plan::Child::Worker(slot)) => self.in_haste(plan.life.is_multiple_of(2), &mut plan),
+            _ if self.is_hasty(plan::Child::Worker(slot)) => self.in_haste(!plan.life.is_multiple_of(2), &mut plan),
             _ => {}
         }
         plan
@@ -305,7 +305,7 @@ impl World {
         match (self.kind, slot) {
             (Kind::Postgres, 0) => self.through_proxy(&mut plan),
             (Kind::Postgres, _) if self.is_hasty(plan::Child::Publisher(slot)) => {
-                self.in_haste(!plan.life.is_multiple_of(2), &mut plan);
+                self.in_haste(plan.life.is_multiple_of(2), &mut plan);
             }
             (Kind::Postgres, _) => self.through_bouncer(&mut plan),
             _ => {}

@@ -247,8 +247,10 @@ const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off";
 const BEGIN_CLAIM: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off; SET LOCAL enable_seqscan = off; \
      SET LOCAL plan_cache_mode = force_generic_plan";
 
-/// A claim that locks nothing before it deletes waits for whoever deletes the same at this moment: not for long.
-const LOCK_NOT_LONG: &str = "SET LOCAL lock_timeout = '1s'";
+/// A claim that locks nothing before it deletes waits for whoever deletes the same at this moment: not for long,
+/// and not for longer than the login may.
+const LOCK_NOT_LONG: &str = "SELECT pg_catalog.set_config('lock_timeout', '1s', true) WHERE \
+     pg_catalog.current_setting('lock_timeout')::interval NOT BETWEEN interval '1 microsecond' AND interval '1 second'";
 
 /// Irreversible effects hang on these commits: asynchronous ones are raised to `on`. Compiling these
 /// short statements would take longer than running them, whatever the planner's estimate says. One SELECT
