@@ -440,6 +440,8 @@ async fn a_taken_over_worker_is_told<Db: Testable>() {
         token: Uuid::now_v7(),
         wanted: subscriptions.iter().map(|s| (*s, 9)).collect(),
         metered: Vec::new(),
+        by_key: Vec::new(),
+        full: Vec::new(),
     };
     let claimed = fresh.postbox.store().claim(&request).await.expect("claim");
     assert!(claimed.items.is_empty(), "who is not registered gets nothing");

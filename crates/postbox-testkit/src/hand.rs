@@ -20,6 +20,8 @@ pub struct Hand<Db: Testable> {
     pub worker: Uuid,
     /// What it stands behind, in the order in which it was declared.
     pub subscriptions: Vec<SubscriptionId>,
+    /// Those of them that deliver by key.
+    pub by_key: Vec<SubscriptionId>,
 }
 
 /// A subscription with nothing special about it.
@@ -36,6 +38,7 @@ pub fn declared(name: &str, pattern: &str, kind: Kind) -> Declared {
         start: Start::Unrouted,
         keep: Keep::default(),
         limits: Limits::default(),
+        keys: None,
     }
 }
 
@@ -66,7 +69,9 @@ impl<Db: Testable> Hand<Db> {
     pub async fn registered(fresh: &Fresh<Db>, registration: &Registration) -> Self {
         let postbox: Postbox<Db> = Postbox::open(fresh.settings.clone()).await.expect("a second postbox");
         let subscriptions = postbox.store().register(registration).await.expect("register");
-        Hand { postbox, worker: registration.worker, subscriptions }
+        let declared = registration.subscriptions.iter().zip(&subscriptions);
+        let by_key = declared.filter(|(declared, _)| declared.keys.is_some()).map(|(_, id)| *id).collect();
+        Hand { postbox, worker: registration.worker, subscriptions, by_key }
     }
 
     /// Its verbs.
@@ -86,8 +91,14 @@ impl<Db: Testable> Hand<Db> {
 
     /// Leases up to so many of each of these.
     pub async fn claim_of(&self, subscriptions: &[SubscriptionId], room: u32) -> Claimed {
-        let wanted = subscriptions.iter().map(|id| (*id, room)).collect();
-        let request = ClaimRequest { worker: self.worker, token: Uuid::now_v7(), wanted, metered: Vec::new() };
+        let request = ClaimRequest {
+            worker: self.worker,
+            token: Uuid::now_v7(),
+            wanted: subscriptions.iter().map(|id| (*id, room)).collect(),
+            metered: Vec::new(),
+            by_key: self.by_key.clone(),
+            full: Vec::new(),
+        };
         self.store().claim(&request).await.expect("claim")
     }
 
@@ -174,5 +185,6 @@ pub fn ended(item: &Item, kind: Kind, end: End, begun: bool) -> Move {
             ran: Duration::from_millis(3),
             ago: Duration::ZERO,
         }),
+        leads: next.standing.state != State::Succeeded || item.leads,
     }
 }

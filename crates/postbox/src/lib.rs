@@ -47,6 +47,7 @@ mod crash;
 mod error;
 mod handler;
 mod json;
+mod keys;
 mod limits;
 mod message;
 mod operation;
@@ -88,6 +89,7 @@ pub use handler::{
 };
 pub use json::{JsonError, MAX_JSON_DEPTH};
 #[doc(hidden)]
+pub use keys::{Keys, OnDead};
 pub use limits::{Limits, Rate};
 pub use message::{
     DecodeError, Draft, Envelope, IntoDraft, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, MAX_WAIT, Message, MessageKey,

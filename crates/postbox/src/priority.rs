@@ -49,8 +49,9 @@ impl Priority {
     pub(crate) fn of(level: i16) -> Priority {
         match level {
             ..0 => Priority::High,
-            0 => Priority::Normal,
-            1.. => Priority::Low,
+            1 => Priority::Low,
+            // Lanes have none.
+            0 | 2.. => Priority::Normal,
         }
     }
 }

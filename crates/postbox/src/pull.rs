@@ -184,6 +184,7 @@ impl<Db: Database> PullSubscription<Db> {
             start: self.start,
             keep: Keep::default(),
             limits: Limits::default(),
+            keys: None,
         };
         let store = self.postbox.store();
         let ids = store.declare(&self.of()?, &[declared]).await?;

@@ -12,6 +12,7 @@ use crate::handler::{
     Together, Tx,
 };
 use crate::lifecycle::{Kind, Policy};
+use crate::keys::{Keys, OnDead};
 use crate::limits::{Limits, Rate};
 use crate::message::{Envelope, Message};
 use crate::operation::{FollowUps, OperationFailure, Receipt, Reconciled};
@@ -136,6 +137,7 @@ struct Options {
     quiet: Duration,
     concurrency: Option<usize>,
     limits: Limits,
+    keys: Option<Keys>,
     start: Start,
     idempotent: bool,
     keep: Keep,
@@ -151,6 +153,7 @@ impl Default for Options {
             quiet: Duration::from_secs(60),
             concurrency: None,
             limits: Limits::default(),
+            keys: None,
             start: Start::default(),
             idempotent: false,
             keep: Keep::default(),
@@ -263,6 +266,56 @@ macro_rules! options {
                 Some(rate) => *rate = rate.with_burst(at_once),
                 None => panic!("a burst belongs to a rate: `.rate(100, SECOND).burst({at_once})`"),
             }
+            self
+        }
+
+        /// Delivers in order: of one key one at a time across all workers, in the order in which they were
+        /// published (committed before the next was begun). One that has not succeeded holds back the others of
+        /// its key, and nobody else's; see [`on_dead`](Self::on_dead). Messages without a key are in no order.
+        ///
+        /// # Panics
+        /// With [`limit_per_key`](Self::limit_per_key): in order means one at a time.
+        #[track_caller]
+        #[must_use]
+        pub fn ordered(mut self) -> Self {
+            assert!(
+                !matches!(self.options.keys, Some(Keys::AtOnce(_))),
+                "a subscription in order runs one of a key at a time: leave `limit_per_key` out"
+            );
+            let on_dead = self.options.keys.and_then(Keys::on_dead).unwrap_or_default();
+            self.options.keys = Some(Keys::Ordered(on_dead));
+            self
+        }
+
+        /// What becomes of a key in order when one of its deliveries has died. Default
+        /// [`Block`](OnDead::Block): the others wait until somebody decides.
+        ///
+        /// # Panics
+        /// Without [`ordered`](Self::ordered) before it.
+        #[track_caller]
+        #[must_use]
+        pub fn on_dead(mut self, on_dead: OnDead) -> Self {
+            match &mut self.options.keys {
+                Some(Keys::Ordered(one)) => *one = on_dead,
+                _ => panic!("only deliveries in order hold others back: `.ordered().on_dead(…)`"),
+            }
+            self
+        }
+
+        /// How many attempts of one key run at once across all workers of the database. Messages without a key do
+        /// not count.
+        ///
+        /// # Panics
+        /// Zero, or with [`ordered`](Self::ordered), which runs one at a time.
+        #[track_caller]
+        #[must_use]
+        pub fn limit_per_key(mut self, at_once: u32) -> Self {
+            assert!(at_once > 0, "the limit of a key must be at least 1");
+            assert!(
+                !matches!(self.options.keys, Some(Keys::Ordered(_))),
+                "a subscription in order runs one of a key at a time: leave `limit_per_key` out"
+            );
+            self.options.keys = Some(Keys::AtOnce(at_once));
             self
         }
 
@@ -609,6 +662,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
                 start: options.start,
                 keep: options.keep,
                 limits: options.limits,
+                keys: options.keys,
                 timeout: options.timeout,
                 quiet: options.quiet,
             },

@@ -6,7 +6,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::{Answered, DeliveryId, Item, Move, Observation, OutcomeRecord, Speaker, SubscriptionId};
-use crate::lifecycle::{Answer, Event, Policy, Refused, Standing, State, transition};
+use crate::lifecycle::{Answer, Event, Kind, Policy, Refused, Standing, State, transition};
 use crate::operation::Reconciled;
 use crate::planted::planted;
 
@@ -40,7 +40,9 @@ pub(crate) fn lost(left: &Left, worker: &str, draw: f64) -> Result<Move, Refused
         ran: left.ran,
         ago: Duration::ZERO,
     });
-    Ok(Move { note: words, quiet: left.quiet, outcome, delay: next.delay, ..left.to(next.standing) })
+    // What may have begun comes first of its key, whatever has been published since: in the same order again.
+    let leads = left.standing.begun || left.policy.kind != Kind::Operation;
+    Ok(Move { note: words, quiet: left.quiet, outcome, delay: next.delay, leads, ..left.to(next.standing) })
 }
 
 /// Whether nobody knows if a lost delivery had started: that is kept as an observation.
@@ -78,6 +80,7 @@ pub(crate) fn released(item: &Item) -> Move {
         quiet: Duration::ZERO,
         note: String::new(),
         outcome: None,
+        leads: false,
     }
 }
 
@@ -94,6 +97,7 @@ impl Left {
             quiet: Duration::ZERO,
             note: String::new(),
             outcome: None,
+            leads: false,
         }
     }
 }
@@ -130,6 +134,7 @@ pub(crate) fn end_of_doubt(doubt: &Doubt, answered: &Answered) -> Result<Move, R
         quiet: Duration::ZERO,
         note,
         outcome: None,
+        leads: true,
     })
 }
 

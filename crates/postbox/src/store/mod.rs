@@ -16,6 +16,7 @@ use crate::admin::{
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::{Answer, Kind, Policy, State};
+use crate::keys::Keys;
 use crate::limits::Limits;
 use crate::message::{Draft, Envelope};
 use crate::pattern::Pattern;
@@ -144,6 +145,8 @@ pub struct Declared {
     pub keep: Keep,
     /// How fast they run, over all workers.
     pub limits: Limits,
+    /// What holds for those of one key.
+    pub keys: Option<Keys>,
 }
 
 /// A worker that wants to start.
@@ -210,6 +213,10 @@ pub struct ClaimRequest {
     pub wanted: Vec<(SubscriptionId, u32)>,
     /// Those of them whose attempts take a token each.
     pub metered: Vec<SubscriptionId>,
+    /// Those of them that deliver by key, through lanes.
+    pub by_key: Vec<SubscriptionId>,
+    /// Lanes of those that nothing more is wanted of.
+    pub full: Vec<(SubscriptionId, i16)>,
 }
 
 /// A wish for permits of a subscription that has a limit.
@@ -251,6 +258,8 @@ pub struct Item {
     pub lost: u32,
     /// Its revision while leased.
     pub rev: i32,
+    /// Others of its key wait for its success.
+    pub leads: bool,
     /// The message; `None` if it is gone, which makes the delivery dead.
     pub envelope: Option<Arc<Envelope>>,
 }
@@ -381,6 +390,8 @@ pub struct Move {
     pub note: String,
     /// The attempt that ended with it, if one did; without one it leaves its lease uncounted.
     pub outcome: Option<OutcomeRecord>,
+    /// In an ordered subscription: the others of its key wait for it, or have waited for this success.
+    pub leads: bool,
 }
 
 /// A plain handler's success at its first attempt.

@@ -237,6 +237,7 @@ impl<Db: Database> Attempt<Db> {
                 ran: started.elapsed(),
                 ago: Duration::ZERO,
             }),
+            leads: self.item.leads,
         };
         let settled = Ended { settled: true, ..Ended::new(End::Succeeded, None) };
         let fenced =

@@ -6,6 +6,7 @@
 
 mod batch;
 mod flush;
+mod keys;
 mod limits;
 mod wire;
 
@@ -17,6 +18,7 @@ use uuid::Uuid;
 
 use self::batch::{Batch, Entry, Slot};
 use self::flush::{due_flush, is_withheld, observation};
+use self::keys::{Lines, Place, in_lines};
 use self::limits::{Allowance, Asking};
 pub(crate) use self::wire::{Cancel, Command, Ended, Event, Flushed, Hold, Lane, Setup};
 use crate::lifecycle::{End, Kind};
@@ -75,6 +77,7 @@ pub(crate) struct Core {
     lanes: HashMap<SubscriptionId, (Lane, Load)>,
     batches: BTreeMap<Uuid, Batch>,
     queue: VecDeque<Hold>,
+    lines: Lines,
     /// Who holds a permit; more than run, while a cancelled handler does not let go.
     permits: HashMap<Hold, SubscriptionId>,
     suspect: Option<Hold>,
@@ -106,6 +109,7 @@ impl Core {
             lanes,
             batches: BTreeMap::new(),
             queue: VecDeque::new(),
+            lines: Lines::default(),
             permits: HashMap::new(),
             suspect: None,
             claiming: BTreeMap::new(),
@@ -273,6 +277,7 @@ impl Core {
         let asked = self.claiming.remove(&token);
         self.deep = claimed.as_ref().is_some_and(|c| asked.is_some_and(|asked| c.items.len() >= asked as usize));
         let Some(claimed) = claimed else {
+            self.lines.returned(token);
             self.lost_claims.insert(token, None);
             commands.push(Command::Disown(token));
             self.poll_at = now + self.pause;
@@ -282,6 +287,7 @@ impl Core {
         self.pause = FIRST_PAUSE;
         self.dry(claimed.dry, now);
         if claimed.items.is_empty() {
+            self.lines.returned(token);
             if self.asleep {
                 let wait = claimed.next_due.map_or(self.poll_wait, |due| due.min(self.poll_wait));
                 self.poll_at = now + wait.max(Duration::from_millis(1));
@@ -304,13 +310,25 @@ impl Core {
         let mut entries = Vec::with_capacity(claimed.items.len());
         for (index, item) in claimed.items.into_iter().enumerate() {
             let mut operation = false;
+            let mut place = Place::Queue;
             if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
-                load.enter(lane, &item);
+                place = self.lines.enter(lane, &item, (token, index));
+                if place == Place::Queue {
+                    load.enter(lane, &item);
+                }
                 operation = lane.policy.kind == Kind::Operation;
             }
-            self.queue.push_back((token, index));
-            entries.push(Entry { item, operation, slot: Slot::Queued });
+            let slot = match place {
+                Place::Queue => Slot::Queued,
+                Place::Behind => Slot::Behind,
+                Place::Back => Slot::Released,
+            };
+            if place == Place::Queue {
+                self.queue.push_back((token, index));
+            }
+            entries.push(Entry { item, operation, slot });
         }
+        self.lines.returned(token);
         self.batches.insert(token, Batch::new(lease, entries, now));
         if self.phase != Phase::Working {
             self.release_queued();
@@ -324,6 +342,8 @@ impl Core {
 
     /// The same of some subscriptions.
     fn release(&mut self, which: impl Fn(SubscriptionId) -> bool) {
+        self.lines.empty(&which);
+        let mut released: Vec<Item> = Vec::new();
         let mut kept = VecDeque::new();
         for (token, index) in std::mem::take(&mut self.queue) {
             if let Some(batch) = self.batches.get_mut(&token) {
@@ -337,6 +357,9 @@ impl Core {
                 }
                 if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
                     load.leave(lane, item);
+                    if lane.keys.is_some() {
+                        released.push(item.clone());
+                    }
                 }
                 batch.put(index, Slot::Released);
             }
@@ -348,13 +371,21 @@ impl Core {
                 Slot::Reserved if which(entry.item.subscription) => {
                     entry.slot = Slot::Released;
                     freed.push((*token, index));
+                    released.push(entry.item.clone());
                 }
-                Slot::Paused(_) if which(entry.item.subscription) => entry.slot = Slot::Released,
+                Slot::Paused(_) if which(entry.item.subscription) => {
+                    entry.slot = Slot::Released;
+                    released.push(entry.item.clone());
+                }
+                Slot::Behind if which(entry.item.subscription) => entry.slot = Slot::Released,
                 _ => {}
             });
         }
         for hold in freed {
             self.free(hold);
+        }
+        for item in released {
+            self.passed(item.subscription, &item);
         }
     }
 
@@ -380,7 +411,9 @@ impl Core {
             }
             Slot::CutOff(_) => {
                 if let Slot::CutOff(ended) = batch.put(hold.1, Slot::Settled) {
+                    let succeeded = ended.end == End::Succeeded;
                     batch.put(hold.1, Slot::Ended(ended, now));
+                    self.through(hold, succeeded);
                 }
             }
             _ => {}
@@ -408,6 +441,7 @@ impl Core {
             if is_withheld(item, lane) {
                 load.leave(lane, item);
                 batch.put(hold.1, Slot::Withheld);
+                self.through(hold, false);
                 continue;
             }
             // A message whose worker died may have killed it: such ones run one at a time, on record.
@@ -518,6 +552,7 @@ impl Core {
         }
         if ended.settled {
             batch.put(hold.1, Slot::Settled);
+            self.through(hold, true);
             self.forget_if_over(hold.0);
         } else if ended.cut_off && operation && !batch.fenced && self.permits.contains_key(&hold) {
             // Nothing is said about it while it may still do its work.
@@ -537,7 +572,9 @@ impl Core {
             }
             self.forget_if_over(hold.0);
         } else {
+            let succeeded = ended.end == End::Succeeded;
             batch.put(hold.1, Slot::Ended(ended, now));
+            self.through(hold, succeeded);
         }
     }
 
@@ -551,6 +588,7 @@ impl Core {
         batch.fenced = true;
         batch.flight = None;
         batch.again_at = None;
+        let in_lines = in_lines(batch, &self.lanes);
         let mut seen = Vec::new();
         let mut freed = Vec::new();
         let worker = batch.lease.worker;
@@ -578,7 +616,7 @@ impl Core {
                     *cancelled = true;
                     commands.push(Command::Cancel((token, index), Cancel::Fenced));
                 }
-                Slot::Released | Slot::Withheld | Slot::Paused(_) | Slot::Settling(None) => *slot = Slot::Settled,
+                Slot::Behind | Slot::Released | Slot::Withheld | Slot::Paused(_) | Slot::Settling(None) => *slot = Slot::Settled,
                 Slot::Running { .. } | Slot::Settled => {}
             }
         });
@@ -589,6 +627,7 @@ impl Core {
             commands.push(Command::Observe(seen));
         }
         self.queue.retain(|(t, _)| *t != token);
+        self.lines_lost(token, in_lines);
         self.forget_if_over(token);
     }
 
@@ -660,6 +699,10 @@ impl Core {
                         entry.slot = Slot::Settled;
                     }
                 });
+                if !self.lines.is_empty() {
+                    let settled = |index: usize| matches!(batch.entries()[index].slot, Slot::Settled);
+                    self.lines.on_record(token, settled, &self.claiming.keys().copied().collect());
+                }
                 run_started(batch, &self.lanes, now, commands);
                 if close {
                     self.batches.remove(&token);
@@ -733,7 +776,14 @@ impl Core {
             self.hungry = false;
             let metered = wanted.iter().map(|(id, _)| *id);
             let metered = metered.filter(|id| self.lanes.get(id).is_some_and(|(lane, _)| lane.metered)).collect();
-            commands.push(Command::Claim(ClaimRequest { worker: self.setup.worker, token, wanted, metered }));
+            commands.push(Command::Claim(ClaimRequest {
+                worker: self.setup.worker,
+                token,
+                by_key: self.by_key(&wanted),
+                full: self.lines.full(),
+                wanted,
+                metered,
+            }));
         }
     }
 

@@ -405,6 +405,7 @@ impl<Db: Database> Engine<Db> {
             quiet: route.declared.quiet,
             late: route.declared.quiet.saturating_add(route.declared.timeout).saturating_add(registration.lease),
             concurrency: route.concurrency,
+            keys: route.declared.keys,
             limited: route.declared.limits.at_once.is_some(),
             metered: route.declared.limits.rate.is_some(),
         });

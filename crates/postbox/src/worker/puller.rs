@@ -457,6 +457,7 @@ fn moved(one: &PulledOne, next: Next, note: String, outcome: OutcomeRecord) -> M
         quiet: Duration::ZERO,
         note,
         outcome: Some(outcome),
+        leads: false,
     }
 }
 

@@ -6,6 +6,7 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
+use super::lanes::LEVELS;
 use super::read::envelope;
 use super::{PgStore, Work, doubt, timestamp};
 use crate::admin::{
@@ -218,8 +219,8 @@ pub(super) async fn find(
     parts.push(by(&format!("{} where r.pos <> r.delivery", PLACES[0].1), "p.delivery = $2"));
     let at_home = "where (r.subscription, r.priority, r.pos) in (
         select s.id, l.priority, $2 from {schema}.subscription s
-        cross join (values (-1::smallint), (0::smallint), (1::smallint)) as l(priority))";
-    parts.push(by(&format!("{} {at_home}", PLACES[0].1), "p.delivery = $2"));
+        cross join lateral {levels} as l(priority))";
+    parts.push(by(&format!("{} {}", PLACES[0].1, at_home.replace("{levels}", LEVELS)), "p.delivery = $2"));
     let places = parts.join("\nunion all\n").replace("{schema}", &store.schema);
     let sql = store.sql.list.replace("{places}", &places);
     let rows = store.dynamic(sql).bind(1_i64).bind(delivery).fetch_all(work.on()).await?;

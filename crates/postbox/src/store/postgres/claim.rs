@@ -8,7 +8,7 @@ use sqlx::{Column, Row};
 
 use super::marks::From;
 use super::read::Items;
-use super::{LOCK_NOT_LONG, PgStore, limits, promote};
+use super::{LOCK_NOT_LONG, PgStore, lanes, limits, promote};
 use crate::error::Error;
 use crate::priority::Priority;
 use crate::store::turns::Share;
@@ -21,9 +21,8 @@ const MANY: i64 = 128;
 type Place = (i16, i64);
 
 pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Claimed, Error> {
-    let subscriptions: Vec<i32> = request.wanted.iter().map(|(id, _)| *id).collect();
     if store.calm.load(Ordering::Relaxed)
-        && let Some(wait) = look(store, &subscriptions).await?
+        && let Some(wait) = look(store, request).await?
     {
         return Ok(Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: wait, dry: Vec::new() });
     }
@@ -37,16 +36,29 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         work.commit().await?;
         return Ok(Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: None, dry: tokens.dry });
     }
+    let (in_lanes, wanted): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|(id, _)| request.by_key.contains(id));
+    let lanes = match in_lanes.is_empty() {
+        true => None,
+        false => Some(lanes::wanted(store, &mut work, request.worker, &in_lanes, &request.full).await?),
+    };
+    let (subscriptions, rooms): (Vec<i32>, Vec<i32>) =
+        wanted.iter().map(|(id, room)| (*id, i32::try_from(*room).unwrap_or(i32::MAX))).unzip();
     let begun = Instant::now();
     let froms: Vec<[From; 3]> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
     let shares: Vec<Share> = wanted.iter().map(|(id, room)| store.turns.share(*id, *room)).collect();
-    let many = rooms.iter().map(|room| i64::from(*room)).sum::<i64>() >= MANY
+    let many = lanes.is_none()
+        && rooms.iter().map(|room| i64::from(*room)).sum::<i64>() >= MANY
         && froms.iter().all(|[_, normal, _]| !normal.sweeps);
     if many {
         sqlx::raw_sql(LOCK_NOT_LONG).execute(work.on()).await?;
     }
-    let rows = store
-        .query(if many { store.sql.claim_many } else { store.sql.claim })
+    let sql = match &lanes {
+        Some(_) => store.sql.claim_lanes,
+        None if many => store.sql.claim_many,
+        None => store.sql.claim,
+    };
+    let query = store
+        .query(sql)
         .bind(request.worker)
         .bind(request.token)
         .bind(subscriptions)
@@ -55,15 +67,18 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         .bind(shares.iter().map(|share| i32::try_from(share.most).unwrap_or(i32::MAX)).collect::<Vec<_>>())
         .bind(afters(&froms, 0))
         .bind(afters(&froms, 1))
-        .bind(afters(&froms, 2))
-        .fetch_all(work.on())
-        .await?;
+        .bind(afters(&froms, 2));
+    let query = match &lanes {
+        Some(lanes) => query.bind(&lanes.subscriptions).bind(&lanes.levels).bind(&lanes.most).bind(&lanes.rooms),
+        None => query,
+    };
+    let rows = query.fetch_all(work.on()).await?;
     let took = begun.elapsed();
     let next_due = match rows.is_empty() {
         true => store.query(store.sql.next_due).fetch_optional(work.on()).await?,
         false => None,
     };
-    let full = rows.len() >= wanted.iter().map(|(_, room)| *room as usize).sum::<usize>();
+    let full = rows.len() >= wanted.iter().chain(&in_lanes).map(|(_, room)| *room as usize).sum::<usize>();
     if full {
         // A full batch: there may be more than one worker can do.
         let sql = format!(
@@ -108,8 +123,13 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     let columns = Items::of(first)?;
     let mut items = Vec::with_capacity(rows.len());
     for row in &rows {
-        let place: Place = (row.try_get(priority)?, row.try_get(pos)?);
-        items.push((place, columns.read(row)?));
+        let mut item = columns.read(row)?;
+        let mut place: Place = (row.try_get(priority)?, row.try_get(pos)?);
+        if lanes::is_lane(place.0) {
+            item.leads = row.try_get("leads")?;
+            place.0 = 0;
+        }
+        items.push((place, item));
     }
     items.sort_unstable_by_key(|(place, _)| *place);
     claimed.items = items.into_iter().map(|(_, item)| item).collect();
@@ -143,18 +163,21 @@ fn afters(froms: &[[From; 3]], level: usize) -> Vec<i64> {
 
 /// One statement in the place of a claim's three, where the last claim found nothing. `None`: there is
 /// something to claim; else how long until there is.
-async fn look(store: &PgStore, subscriptions: &[SubscriptionId]) -> Result<Option<Option<Duration>>, Error> {
+async fn look(store: &PgStore, request: &ClaimRequest) -> Result<Option<Option<Duration>>, Error> {
     let begun = Instant::now();
+    let all = request.wanted.iter().map(|(id, _)| *id);
+    let (in_lanes, subscriptions): (Vec<i32>, Vec<i32>) = all.partition(|id| request.by_key.contains(id));
     let froms: Vec<[From; 3]> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
     let recent = store.promoted.recent(begun);
     let mut work = store.claiming().await?;
     let row = store
         .query(store.sql.look)
-        .bind(subscriptions.to_vec())
+        .bind(&subscriptions)
         .bind(afters(&froms, 0))
         .bind(afters(&froms, 1))
         .bind(afters(&froms, 2))
         .bind(recent)
+        .bind(in_lanes)
         .fetch_one(work.on())
         .await?;
     work.rollback().await?;

@@ -6,7 +6,7 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use super::read::envelope;
-use super::{PgStore, Work, millis, settle};
+use super::{PgStore, Work, keys, millis, settle};
 use crate::error::Error;
 use crate::lifecycle::{Kind, State};
 use crate::store::{Answered, DeliveryId, Doubtful, MOST_SNOOZES, Observation, SubscriptionId, decide, policy_of};
@@ -118,6 +118,7 @@ pub(super) async fn end(store: &PgStore, work: &mut Work, doubt: &Locked, answer
         .await?;
     if state == State::Succeeded {
         settle::follow(store, work.on(), &answered.follow_ups).await?;
+        keys::follow(store, work.on(), std::iter::once(&moved)).await?;
     } else {
         settle::apply(store, work.on(), &[moved], None).await?;
     }

@@ -1,6 +1,6 @@
 -- Whether something is ready, and milliseconds until something scheduled is due: for a worker that found
 -- nothing the last time. $1 subscriptions, $2 to $4 the place after which each level begins, $5 milliseconds:
--- what has been due for longer was moved; null: look at all.
+-- what has been due for longer was moved; null: look at all. $6 subscriptions that go by lanes.
 select exists (
         select from unnest($1::int[], $2::bigint[], $3::bigint[], $4::bigint[]) as w(subscription, high, normal, low)
         cross join lateral (values (-1, w.high), (0, w.normal), (1, w.low)) as l(priority, after)
@@ -10,6 +10,14 @@ select exists (
             limit 1
         ) p
         -- What waits behind a pause is no reason to claim.
+        where (select s.paused_at is null from {schema}.subscription s where s.id = w.subscription)
+    ) or exists (
+        select from unnest($6::int[]) as w(subscription)
+        cross join lateral (
+            select from {schema}.ready r
+            where r.subscription = w.subscription and r.priority < {held}
+            limit 1
+        ) p
         where (select s.paused_at is null from {schema}.subscription s where s.id = w.subscription)
     ) as ready,
     (

@@ -2,6 +2,7 @@
 
 use sqlx::Row;
 
+use super::lanes::{FIRST_HELD, FIRST_LANE};
 use super::{PgStore, Work, timestamp, without};
 use crate::admin::MigrationStatus;
 use crate::crash;
@@ -31,7 +32,7 @@ macro_rules! migration {
 /// The first migration of the present shape: those before it make the tables and functions of the earlier one.
 const PRESENT: usize = 7;
 
-pub(super) const MIGRATIONS: [Migration; 11] = [
+pub(super) const MIGRATIONS: [Migration; 12] = [
     migration!("0001", "engine", holds_data: true),
     migration!("0002", "pull", holds_data: false),
     migration!("0003", "roles", holds_data: false),
@@ -43,11 +44,12 @@ pub(super) const MIGRATIONS: [Migration; 11] = [
     migration!("0009", "limits", holds_data: false),
     migration!("0010", "schedules", holds_data: false),
     migration!("0011", "pause_and_priority", holds_data: false),
+    migration!("0012", "order", holds_data: false),
 ];
 
-/// The migration from which on messages have a priority.
-fn priority() -> usize {
-    MIGRATIONS.iter().take_while(|migration| migration.name != "pause_and_priority").count() + 1
+/// The number of a migration.
+fn number(name: &str) -> usize {
+    MIGRATIONS.iter().take_while(|migration| migration.name != name).count() + 1
 }
 
 /// The text of a migration, up or down, with the functions of the shape that it leaves behind.
@@ -59,11 +61,15 @@ fn render(text: &str, leaves: usize, schema: &str, channel: &str) -> String {
             include_str!("migrations/earlier/retain.sql"),
         ),
         false => (
-            match leaves < priority() {
-                true => include_str!("migrations/earlier/publish_without_priority.sql"),
-                false => include_str!("publish.sql"),
+            match leaves {
+                _ if leaves < number("pause_and_priority") => include_str!("migrations/earlier/publish_without_priority.sql"),
+                _ if leaves < number("order") => include_str!("migrations/earlier/publish_without_lanes.sql"),
+                _ => include_str!("publish.sql"),
             },
-            short_ways(include_str!("publish_one.sql")),
+            short_ways(match leaves < number("order") {
+                true => include_str!("migrations/earlier/publish_one_without_lanes.sql"),
+                false => include_str!("publish_one.sql"),
+            }),
             include_str!("retain_functions.sql"),
         ),
     };
@@ -72,6 +78,8 @@ fn render(text: &str, leaves: usize, schema: &str, channel: &str) -> String {
         .replace("{duplicates}", include_str!("duplicates.sql"))
         .replace("{roles}", include_str!("roles.sql"))
         .replace("{retain}", retain.trim_end())
+        .replace("{lanes}", &FIRST_LANE.to_string())
+        .replace("{held}", &FIRST_HELD.to_string())
         .replace("{schema}", schema)
         .replace("{channel}", channel)
 }

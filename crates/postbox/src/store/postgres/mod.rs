@@ -4,6 +4,8 @@ mod admin;
 mod claim;
 mod doubt;
 mod down;
+mod keys;
+mod lanes;
 mod limits;
 mod marks;
 mod migrate;
@@ -34,6 +36,7 @@ use sqlx::{Connection, PgConnection, Postgres, Row};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
+use self::lanes::{FAR, FIRST_HELD, FIRST_LANE};
 use self::marks::Marks;
 use self::promote::Promoted;
 use self::publish::Fans;
@@ -58,13 +61,13 @@ pub use migrate::{migrations_down_sql, migrations_sql};
 
 /// Every statement, with the schema's name filled in.
 macro_rules! statements {
-    ($($name:ident $(= $from:ident without $section:literal)?),* $(,)?) => {
+    ($($name:ident $(= $from:ident without $($section:literal)+)?),* $(,)?) => {
         #[derive(Debug)]
         struct Sql { $($name: &'static str,)* }
 
         impl Sql {
             fn render(schema: &str) -> Sql {
-                Sql { $($name: statements!(@text schema, $name $(= $from without $section)?),)* }
+                Sql { $($name: statements!(@text schema, $name $(= $from without $($section)+)?),)* }
             }
         }
     };
@@ -72,19 +75,21 @@ macro_rules! statements {
         let sql = include_str!(concat!(stringify!($name), ".sql"));
         #[cfg(feature = "planted-bugs")]
         let sql = planted::vary(stringify!($name), sql);
-        sql.replace("{schema}", $schema).leak()
+        with_levels(sql).replace("{schema}", $schema).leak()
     }};
-    (@text $schema:ident, $name:ident = $from:ident without $section:literal) => {
-        without(statements!(@text $schema, $from), $section).leak()
-    };
+    (@text $schema:ident, $name:ident = $from:ident without $($section:literal)+) => {{
+        let sql: &'static str = statements!(@text $schema, $from);
+        [$($section),+].iter().fold(sql.to_owned(), |sql, section| without(&sql, section)).leak()
+    }};
 }
 statements! {
-    audit, beat, claim = claim without "many", claim_many = claim without "few", complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
+    audit, beat, claim = claim without "many" "lanes", claim_many = claim without "few" "lanes",
+    claim_lanes = claim without "many" "plain", complete, doubt_for_update, doubts, duplicates, history, keys_block, keys_free, lanes, lanes_free, lanes_leave, lanes_take, learn_routes, leftover, lock_holders,
     look, moves, permits, tokens, only_moves = moves without "ended", next_due, part_exists, paused, promote, publish, publish_checked,
     publish_one = publish_one without "several", publish_several = publish_one without "one", pull, replay, resolution, retain_preview, roles,
     schedules_due, schedules_look,
     held_back, settle_open, settle_part, suspects, unrouted,
-    list, show_attempts, show_records, subscriptions, stranded, unanswered, waiting,
+    list, show_attempts, show_records, strays, subscriptions, stranded, unanswered, waiting,
 }
 
 impl Sql {
@@ -97,6 +102,15 @@ impl Sql {
         };
         rendered.entry(schema.to_owned()).or_insert_with(|| Box::leak(Box::new(Sql::render(schema))))
     }
+}
+
+/// The levels of `ready` that are lanes and those at which deliveries wait for others of their key, and how far
+/// the places there are from the numbers of deliveries.
+fn with_levels(sql: impl AsRef<str>) -> String {
+    sql.as_ref()
+        .replace("{lanes}", &FIRST_LANE.to_string())
+        .replace("{held}", &FIRST_HELD.to_string())
+        .replace("{far}", &format!("{FAR}::bigint"))
 }
 
 /// A statement without the lines between `-- {section` and `-- section}`.
@@ -130,6 +144,7 @@ pub struct PgStore {
     turns: Arc<Turns>,
     fans: Arc<Fans>,
     promoted: Arc<Promoted>,
+    balanced: Arc<lanes::Balanced>,
     /// The last claim found nothing, and nobody has rung since.
     calm: Arc<AtomicBool>,
     /// Something was claimed since the ring of ready tables was looked through, or some of it was left there.
@@ -384,6 +399,7 @@ impl Store for PgStore {
             turns: Arc::default(),
             fans: Arc::default(),
             promoted: Arc::default(),
+            balanced: Arc::default(),
             calm: Arc::default(),
             claimed: Arc::default(),
         };

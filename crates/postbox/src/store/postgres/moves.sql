@@ -20,7 +20,9 @@ ended as (
 -- ended}
 readied as (
     insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
-    select r.subscription, r.priority, (r.pos >> 20) & 3::bigint, r.pos, r.delivery, r.message, r.attempts, r.lost, r.rev
+    select r.subscription, r.priority, (r.pos >> 20) & 3::bigint,
+        -- In a lane each keeps its own place.
+        case when r.priority < {lanes} then r.pos else r.delivery end, r.delivery, r.message, r.attempts, r.lost, r.rev
     from (
         select o.*, pg_catalog.nextval('{schema}.delivery_id') as pos
         from (select * from moved m where m.state = 'pending' and m.wait_ms = 0 order by m.ord) o

@@ -6,6 +6,7 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use super::admin::{Action, find, lost_race, moved_on, record};
+use super::lanes::{self, FIRST_HELD, LEVELS};
 use super::{PgStore, Work, settle};
 use crate::admin::{AuditEntry, Cancel, Retry, Wish, no_delivery};
 use crate::error::Error;
@@ -15,7 +16,11 @@ use crate::store::{DeliveryId, Move, policy_of};
 /// Takes a delivery out of a place that an operator may take it from.
 async fn pull(store: &PgStore, work: &mut Work, delivery: DeliveryId) -> Result<Option<(PgRow, State)>, Error> {
     let schema = &store.schema;
-    let columns = "message, subscription, priority, attempt, rev";
+    // What waits for its key goes back to its lane.
+    let columns = format!(
+        "message, subscription, attempt, rev, case when priority < {FIRST_HELD} then priority else
+            (select {schema}.lane_of(m.key, delivery) from {schema}.message m where m.id = message) end as priority"
+    );
     // Place by place, in separate statements: in one, a delivery on the move would be missed by all.
     for _ in 0..5 {
         for (state, sql) in [
@@ -36,7 +41,7 @@ async fn pull(store: &PgStore, work: &mut Work, delivery: DeliveryId) -> Result<
                 format!(
                     "delete from {schema}.ready where (subscription, priority, pos) in
                         (select s.id, l.priority, $1::bigint from {schema}.subscription s
-                            cross join (values (-1::smallint), (0::smallint), (1::smallint)) as l(priority)) and delivery = $1 returning {columns}, lost"
+                            cross join lateral {LEVELS} as l(priority)) and delivery = $1 returning {columns}, lost"
                 ),
             ),
         ] {
@@ -64,10 +69,25 @@ pub(super) async fn cancel(store: &PgStore, delivery: DeliveryId, cancel: &Cance
     carry_out(store, delivery, Wish::cancel(cancel)).await
 }
 
+/// Those who claim from lanes lock no deliveries: they are kept away before one is taken out.
+async fn hold_lanes(store: &PgStore, work: &mut Work, delivery: DeliveryId) -> Result<(), Error> {
+    let Some((row, _)) = find(store, work, delivery).await? else { return Ok(()) };
+    let sql = format!(
+        "select s.id from {}.subscription s where s.application = $1 and s.name = $2 and s.per_key is not null",
+        store.schema
+    );
+    let rows = store.dynamic(sql).bind(&row.application).bind(&row.subscription).fetch_all(work.on()).await?;
+    for row in rows {
+        lanes::hold(store, work.on(), &lanes::all(row.try_get("id")?)).await?;
+    }
+    Ok(())
+}
+
 async fn carry_out(store: &PgStore, delivery: DeliveryId, wish: Wish<'_>) -> Result<AuditEntry, Error> {
     let mut work = store.durable().await?;
     // A consumer in SQL holds what it has for as long as its transaction is open.
     store.query("set local lock_timeout = 5000").execute(work.on()).await?;
+    hold_lanes(store, &mut work, delivery).await?;
     let pulled = match pull(store, &mut work, delivery).await {
         Err(Error::Database(error))
             if error.as_database_error().is_some_and(|e| e.code().as_deref() == Some("55P03")) =>
@@ -123,6 +143,7 @@ async fn carry_out(store: &PgStore, delivery: DeliveryId, wish: Wish<'_>) -> Res
         quiet: Duration::from_millis(declared.try_get::<i64, _>("late_ms")?.max(0) as u64),
         note: wish.note,
         outcome: None,
+        leads: false,
     };
     settle::apply(store, work.on(), &[moved], None).await?;
     let action = Action {

@@ -15,7 +15,9 @@ gone as (
     delete from {schema}.scheduled s where s.ctid = any (array(select d.place from due d)) returning s.*
 )
 insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
-select g.subscription, g.priority, (g.pos >> 20) & 3::bigint, g.pos, g.delivery, g.message, g.attempt, g.lost, g.rev
+select g.subscription, g.priority, (g.pos >> 20) & 3::bigint,
+    -- In a lane each keeps its own place.
+    case when g.priority < {lanes} then g.pos else g.delivery end, g.delivery, g.message, g.attempt, g.lost, g.rev
 from (
     select o.*, pg_catalog.nextval('{schema}.delivery_id') as pos
     from (select * from gone order by due_at, delivery) o

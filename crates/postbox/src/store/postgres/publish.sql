@@ -51,7 +51,8 @@ fan as materialized (
                 -- An older epoch's routes go with it; a stricter snapshot may hold them still.
                 (select t.subscriptions from {schema}.route t
                     where t.topic = i.topic and t.epoch = (select r.epoch from routing r)),
-                array(select s.id from {schema}.subscription s
+                -- As learn_routes.sql has them: those that go by lanes are negative.
+                array(select case when s.per_key is null then s.id else -s.id end from {schema}.subscription s
                     where s.removed_at is null and i.topic ~ s.matcher order by s.id)) as subscriptions
         from input i
         where i.dedup_key is null or i.id in (select f.message from fresh f)
@@ -70,13 +71,17 @@ stored as (
 ),
 readied as (
     insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
-    select d.subscription, coalesce(f.priority, 0), (d.delivery >> 20) & 3::bigint, d.delivery, d.delivery, f.id, 0, 0, 0
+    select pg_catalog.abs(d.subscription),
+        case when d.subscription > 0 then coalesce(f.priority, 0::smallint) else {schema}.lane_of(f.key, d.delivery) end,
+        (d.delivery >> 20) & 3::bigint, d.delivery, d.delivery, f.id, 0, 0, 0
     from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
     where f.due_at is null
 ),
 later as (
     insert into {schema}.scheduled (delivery, due_at, subscription, priority, message, attempt, lost, rev)
-    select d.delivery, f.due_at, d.subscription, coalesce(f.priority, 0), f.id, 0, 0, 0
+    select d.delivery, f.due_at, pg_catalog.abs(d.subscription),
+        case when d.subscription > 0 then coalesce(f.priority, 0::smallint) else {schema}.lane_of(f.key, d.delivery) end,
+        f.id, 0, 0, 0
     from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
     where f.due_at is not null
 ),

@@ -45,11 +45,13 @@ stored as (
 readied as (
     insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
     -- {one
-    select f.subscription, 0, (f.delivery >> 20) & 3::bigint, f.delivery, f.delivery, f.id, 0, 0, 0
+    select pg_catalog.abs(f.subscription), case when f.subscription > 0 then 0::smallint else {schema}.lane_of($2, f.delivery) end,
+        (f.delivery >> 20) & 3::bigint, f.delivery, f.delivery, f.id, 0, 0, 0
     from fan f
     -- one}
     -- {several
-    select d.subscription, 0, (d.delivery >> 20) & 3::bigint, d.delivery, d.delivery, f.id, 0, 0, 0
+    select pg_catalog.abs(d.subscription), case when d.subscription > 0 then 0::smallint else {schema}.lane_of($2, d.delivery) end,
+        (d.delivery >> 20) & 3::bigint, d.delivery, d.delivery, f.id, 0, 0, 0
     from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
     -- several}
 )

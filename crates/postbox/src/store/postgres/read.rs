@@ -88,6 +88,7 @@ impl Items {
             attempts: row.try_get::<i32, _>(at.attempt)?.max(0) as u32,
             lost: row.try_get::<i32, _>(at.lost)?.max(0) as u32,
             rev: row.try_get(at.rev)?,
+            leads: false,
             envelope: self.envelope.read(row)?.map(Arc::new),
         })
     }

@@ -3,8 +3,9 @@
 use sqlx::Row;
 use uuid::Uuid;
 
-use super::{PgStore, Work, limits, millis, retain};
+use super::{PgStore, Work, lanes, limits, millis, retain};
 use crate::error::Error;
+use crate::keys::Keys;
 use crate::lifecycle::Kind;
 use crate::planted::planted;
 use crate::retention;
@@ -59,6 +60,9 @@ async fn route(
     for declared in subscriptions {
         let (id, changed) = subscribe(store, work, application, declared, epoch + 1).await?;
         limits::declare(store, work, id, &declared.limits).await?;
+        if declared.keys.is_some() {
+            lanes::declare(store, work, id).await?;
+        }
         if let Some(other) = ids.iter().position(|known| *known == id) {
             return Err(same_stored(&subscriptions[other].name, &declared.name));
         }
@@ -87,7 +91,8 @@ async fn unchanged(
              and s.retry_cap_ms = $6 and s.reconciles = $7 and s.continues = $8 and s.pattern = $9 and s.timeout_ms = $10
              and s.quiet_ms = $11 and s.keep_succeeded_ms = $12 and s.keep_dead_ms = $13 and s.idempotent = $14
              and s.removed_at is null and r.channel = $15 and f.at_once is not distinct from $16
-             and f.token_us is not distinct from $17 and f.burst is not distinct from $18",
+             and f.token_us is not distinct from $17 and f.burst is not distinct from $18
+             and s.per_key is not distinct from $19 and s.ordered = $20 and s.on_dead = $21",
         store.schema
     );
     let mut ids = Vec::with_capacity(subscriptions.len());
@@ -95,6 +100,7 @@ async fn unchanged(
         let policy = declared.policy;
         let (keep_succeeded, keep_dead) = retention::stored(policy.kind, declared.keep);
         let (at_once, token_us, burst) = limits::stored(&declared.limits);
+        let keys = by_key(declared.keys);
         let found = store
             .dynamic(sql.clone())
             .bind(application)
@@ -115,6 +121,9 @@ async fn unchanged(
             .bind(at_once)
             .bind(token_us)
             .bind(burst)
+            .bind(keys.0)
+            .bind(keys.1)
+            .bind(keys.2)
             .fetch_optional(work.on())
             .await?;
         match found {
@@ -157,6 +166,35 @@ pub(super) async fn enlist(
     Ok(())
 }
 
+/// What holds for a key, as it is stored: how many at once, whether in order, and what a dead one does to its key.
+fn by_key(keys: Option<Keys>) -> (Option<i32>, bool, &'static str) {
+    let on_dead = keys.and_then(Keys::on_dead);
+    let at_once = keys.map(|keys| i32::try_from(keys.at_once()).unwrap_or(i32::MAX));
+    (at_once, on_dead.is_some(), on_dead.unwrap_or_default().as_str())
+}
+
+/// A subscription may begin to deliver by key when nothing of it is unfinished, and does not end to.
+async fn by_key_changes(
+    store: &PgStore,
+    work: &mut Work,
+    id: SubscriptionId,
+    name: &str,
+    was: bool,
+) -> Result<(), Error> {
+    if was {
+        return Err(Keys::for_good(name));
+    }
+    let sql = format!(
+        "select exists (select from {0}.ready r where r.subscription = $1)
+            or exists (select from {0}.scheduled r where r.subscription = $1)
+            or exists (select from {0}.doubt r where r.subscription = $1)
+            or exists (select from {0}.leased r where r.subscription = $1) as unfinished",
+        store.schema
+    );
+    let row = store.dynamic(sql).bind(id).fetch_one(work.on()).await?;
+    if row.try_get("unfinished")? { Err(Keys::too_late(name)) } else { Ok(()) }
+}
+
 /// Finds, renames, changes or makes one subscription; whether publishers must fan out anew.
 async fn subscribe(
     store: &PgStore,
@@ -168,7 +206,7 @@ async fn subscribe(
     let mut names = vec![declared.name.clone()];
     names.extend(declared.renamed_from.iter().cloned());
     let sql = format!(
-        "select s.id, s.name, s.pattern, s.kind from {}.subscription s
+        "select s.id, s.name, s.pattern, s.kind, s.per_key is not null as by_key from {}.subscription s
          where s.application = $1 and s.name = any ($2) and s.removed_at is null
          order by pg_catalog.array_position($2, s.name)",
         store.schema
@@ -178,6 +216,7 @@ async fn subscribe(
     declared.tell_of_former(&rows.map(|row| row.try_get("name")).collect::<Result<Vec<String>, _>>()?);
     let policy = declared.policy;
     let (keep_succeeded, keep_dead) = retention::stored(policy.kind, declared.keep);
+    let keys = by_key(declared.keys);
     if let Some(row) = found {
         let id: SubscriptionId = row.try_get("id")?;
         let kind: String = row.try_get("kind")?;
@@ -187,7 +226,12 @@ async fn subscribe(
                 row.try_get::<String, _>("name")?
             )));
         }
+        let was_by_key: bool = row.try_get("by_key")?;
+        if was_by_key != declared.keys.is_some() {
+            by_key_changes(store, work, id, &row.try_get::<String, _>("name")?, was_by_key).await?;
+        }
         let changed = row.try_get::<String, _>("pattern")? != declared.pattern.as_str();
+        let rerouted = changed || was_by_key != declared.keys.is_some();
         // A changed pattern takes the unrouted messages that only the new one matches. A scan of history
         // that is not done goes on with the pattern it began with (decision 0020).
         let sql = format!(
@@ -197,7 +241,8 @@ async fn subscribe(
                  start = case when $11 then 'unrouted' else start end,
                  backfilled = case when $11 then false else backfilled end,
                  backfill_waits = case when $11 then null else backfill_waits end,
-                 timeout_ms = $13, quiet_ms = $14, keep_succeeded_ms = $15, keep_dead_ms = $16, idempotent = $17
+                 timeout_ms = $13, quiet_ms = $14, keep_succeeded_ms = $15, keep_dead_ms = $16, idempotent = $17,
+                 per_key = $18, ordered = $19, on_dead = $20
              where id = $1",
             store.schema
         );
@@ -220,9 +265,12 @@ async fn subscribe(
             .bind(keep_succeeded)
             .bind(keep_dead)
             .bind(policy.repeats())
+            .bind(keys.0)
+            .bind(keys.1)
+            .bind(keys.2)
             .execute(work.on())
             .await?;
-        return Ok((id, changed));
+        return Ok((id, rerouted));
     }
     let (start, start_us) = match declared.start {
         Start::Unrouted => ("unrouted", None),
@@ -233,9 +281,9 @@ async fn subscribe(
     let sql = format!(
         "insert into {}.subscription (application, name, pattern, matcher, kind, max_attempts, retry_base_ms, retry_cap_ms,
              reconciles, continues, start, start_at, epoch, backfilled, timeout_ms, quiet_ms, keep_succeeded_ms, keep_dead_ms,
-             scan_matcher, scan_epoch, idempotent)
+             scan_matcher, scan_epoch, idempotent, per_key, ordered, on_dead)
          values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, pg_catalog.to_timestamp($12::bigint::double precision / 1000000::double precision), $13, $11 = 'now', $14, $15, $16, $17,
-             case when $11 in ('beginning', 'time') then $4 end, case when $11 in ('beginning', 'time') then $13::bigint end, $18)
+             case when $11 in ('beginning', 'time') then $4 end, case when $11 in ('beginning', 'time') then $13::bigint end, $18, $19, $20, $21)
          returning id",
         store.schema
     );
@@ -259,6 +307,9 @@ async fn subscribe(
         .bind(keep_succeeded)
         .bind(keep_dead)
         .bind(policy.repeats())
+        .bind(keys.0)
+        .bind(keys.1)
+        .bind(keys.2)
         .fetch_one(work.on())
         .await?;
     Ok((row.try_get("id")?, true))

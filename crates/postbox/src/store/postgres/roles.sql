@@ -62,6 +62,9 @@ begin
             ('minted_at', false, array['worker', 'operator', 'viewer']),
             ('publish_batch', false, array[]::pg_catalog.text[]),
             ('publish_duplicates', false, array[]::pg_catalog.text[]),
+            ('lane_of', false, array['worker', 'operator']),
+            ('held_of', false, array['worker', 'operator', 'viewer']),
+            ('lock_key', false, array['publisher', 'worker']),
             ('check_message', false, array[]::pg_catalog.text[])
         ) as f(name, definer, kinds) on p.proname = f.name::pg_catalog.name
         where p.pronamespace = '{schema}'::pg_catalog.regnamespace::pg_catalog.oid
@@ -98,6 +101,10 @@ begin
         if pg_catalog.to_regclass('{schema}.schedule') is not null then
             given := pg_catalog.array_append(given, 'select, insert, update on {schema}.schedule');
         end if;
+        if pg_catalog.to_regclass('{schema}.lane') is not null then
+            given := pg_catalog.array_append(given,
+                'select, insert, update, delete on {schema}.lane, {schema}.key_state');
+        end if;
         -- A subscription may be declared anew; whether it is paused is an operator's word.
         execute pg_catalog.format('revoke update on {schema}.subscription from %I', '{schema}_worker');
         select pg_catalog.concat('update (', pg_catalog.string_agg(pg_catalog.quote_ident(a.attname), ', '), ') on {schema}.subscription')
@@ -118,6 +125,12 @@ begin
     if 'operator' = any (made) then
         if pg_catalog.to_regclass('{schema}.schedule') is not null then
             execute pg_catalog.format('grant insert, update, delete on {schema}.schedule to %I', '{schema}_operator');
+        end if;
+        if pg_catalog.to_regclass('{schema}.lane') is not null then
+            execute pg_catalog.format('grant insert, update, delete on {schema}.key_state to %I', '{schema}_operator');
+            -- A row lock needs the right to update some column.
+            execute pg_catalog.format('grant update (leaving) on {schema}.lane to %I', '{schema}_operator');
+            execute pg_catalog.format('grant update (name) on {schema}.worker to %I', '{schema}_operator');
         end if;
         foreach thing in array array[
             'usage on sequence {schema}.delivery_id',
@@ -150,7 +163,7 @@ begin
                 and c.relname = any (array['migration', 'routing', 'subscription', 'route', 'message', 'late_delivery',
                     'unrouted', 'dedup', 'ready', 'scheduled', 'worker', 'lease', 'attempt', 'outcome', 'outcome_part',
                     'doubt', 'dead_letter', 'resolution', 'observation', 'audit_counter', 'audit', 'retention', 'thinned',
-                    'message_window', 'ring', 'reference', 'flow_limit', 'permit', 'schedule',
+                    'message_window', 'ring', 'reference', 'flow_limit', 'permit', 'schedule', 'lane', 'key_state',
                     'attempts', 'leased', 'delivery']::pg_catalog.name[])
         loop
             execute pg_catalog.format('grant select on %s to %I', door.name, pg_catalog.concat('{schema}_', holder));

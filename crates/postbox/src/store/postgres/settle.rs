@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::{BEGIN_DURABLE, PgStore, Work, doubt, micros, millis, publish};
+use super::{BEGIN_DURABLE, PgStore, Work, doubt, keys, micros, millis, publish};
 use crate::crash;
 use crate::error::Error;
 use crate::lifecycle::State;
@@ -26,12 +26,15 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         apart.commit().await?;
     }
     let moves: Vec<Move> = settle.moves.iter().filter(|m| plain_success(m).is_none()).cloned().collect();
+    // Those that others of their key wait for.
+    let awaited = settle.moves.iter().filter(|m| m.leads && plain_success(m).is_some());
     // Nothing but the one statement: it is the whole transaction, and says itself that its commit is durable.
     let single = store.alone()
         && moves.is_empty()
         && settle.released.is_empty()
         && settle.seen.is_empty()
         && settle.follow_ups.is_empty()
+        && awaited.clone().next().is_none()
         && !planted!("part-written-twice");
     let mut work = match single {
         true => Work::single(&store.pool).await?,
@@ -88,6 +91,7 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
     let mut moves = moves;
     moves.extend(settle.released.iter().map(decide::released));
     apply(store, work.on(), &moves, Some(lease)).await?;
+    keys::follow(store, work.on(), awaited).await?;
     for seen in &settle.seen {
         doubt::keep(store, &mut work, seen).await?;
     }
@@ -125,8 +129,8 @@ pub(super) async fn apply(
         // The moves alone: rights are asked for the whole statement, and operators have none on outcomes.
         false => store.query(store.sql.only_moves),
     };
-    placed.bind(Value::Array(rows)).execute(connection).await?;
-    Ok(())
+    placed.bind(Value::Array(rows)).execute(&mut *connection).await?;
+    keys::follow(store, connection, moves.iter()).await
 }
 
 fn row(ord: usize, m: &Move, lease: Option<LeaseRef>) -> Value {
@@ -231,6 +235,9 @@ pub(super) async fn settle_open(
     if row.try_get::<i64, _>("held")? == 0 {
         work.rollback().await?;
         return Ok(Guarded::Fenced);
+    }
+    if outcome.leads {
+        keys::follow(store, work.on(), std::iter::once(outcome)).await?;
     }
     crash::commit("outcome-commit-sent", work.commit()).await?;
     Ok(Guarded::Done)

@@ -12,7 +12,11 @@ select s.id, s.application, s.name, s.pattern, s.kind, s.idempotent, s.max_attem
     (select pg_catalog.count(*) from {schema}.dead_letter d where d.subscription = s.id and d.state = 'dead') as dead,
     coalesce(o.succeeded, 0) + coalesce(p.succeeded, 0) + coalesce(x.succeeded, 0) as succeeded_last_hour,
     (select extract(epoch from pg_catalog.statement_timestamp() - {schema}.minted_at(pg_catalog.min(f.message::pg_catalog.text)::pg_catalog.uuid))::double precision
-        from (values (-1), (0), (1)) as l(priority)
+        from (
+            select * from (values (-1), (0), (1)) as v(priority)
+            union all
+            select n.level from {schema}.lane n where n.subscription = s.id
+        ) as l(priority)
         cross join lateral (
             select r.message from {schema}.ready r where r.subscription = s.id and r.priority = l.priority
             order by r.pos limit 1

@@ -24,14 +24,15 @@ gone as (
     returning u.message, u.topic, p.taker_epoch
 ),
 fan as materialized (
-    select f.message, f.subscription, m.due_at, coalesce(m.priority, 0::smallint) as priority, pg_catalog.nextval('{schema}.delivery_id') as delivery
+    select f.*, pg_catalog.nextval('{schema}.delivery_id') as delivery
     from (
-        select g.message, s.id as subscription
-        from gone g join {schema}.subscription s
+        select g.message, s.id as subscription, m.due_at, coalesce(m.priority, 0::smallint) as priority
+        from gone g
+        join {schema}.subscription s
             on s.epoch = g.taker_epoch and s.removed_at is null and s.start = 'unrouted' and g.topic ~ s.matcher
+        join {schema}.message m on m.id = g.message
         order by g.message, s.id
     ) f
-    join {schema}.message m on m.id = f.message
 ),
 kept as (
     insert into {schema}.late_delivery (message, delivery, subscription)

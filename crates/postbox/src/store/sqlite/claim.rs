@@ -245,6 +245,7 @@ impl Picked {
             attempts: about.attempt,
             lost: about.lost,
             rev: about.rev + 1,
+            leads: false,
             envelope,
         };
         Ok(Picked { item, pos: about.pos, message: about.message, straight })

@@ -84,6 +84,7 @@ async fn carry_out(store: &SqliteStore, delivery: DeliveryId, wish: Wish<'_>) ->
         quiet: Duration::from_millis(found.late_ms.max(0) as u64),
         note: wish.note,
         outcome: None,
+        leads: false,
     };
     settle::apply(work.on(), &[moved], None).await?;
     let action = Action {

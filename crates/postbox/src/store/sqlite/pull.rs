@@ -77,6 +77,8 @@ pub(super) async fn pull(
         token: request.token,
         wanted: vec![(request.subscription, 1)],
         metered: Vec::new(),
+        by_key: Vec::new(),
+        full: Vec::new(),
     };
     let found: Option<(String, i32, i64, i64, bool)> = sqlx::query_as(
         "select s.kind, s.max_attempts, s.retry_base_ms, s.retry_cap_ms,

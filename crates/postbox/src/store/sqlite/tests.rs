@@ -103,6 +103,7 @@ fn declared(name: &str, pattern: &str) -> Declared {
         start: Start::Unrouted,
         keep: Keep::default(),
         limits: Limits::default(),
+        keys: None,
     }
 }
 
@@ -130,7 +131,7 @@ async fn register(store: &SqliteStore, subscriptions: Vec<Declared>) -> (Uuid, V
 async fn claim(store: &SqliteStore, worker: Uuid, subscription: SubscriptionId, room: u32) -> (Claimed, LeaseRef) {
     let token = Uuid::now_v7();
     let claimed = store
-        .claim(&ClaimRequest { worker, token, wanted: vec![(subscription, room)], metered: Vec::new() })
+        .claim(&ClaimRequest { worker, token, wanted: vec![(subscription, room)], metered: Vec::new(), by_key: Vec::new(), full: Vec::new() })
         .await
         .expect("claims");
     let lease = LeaseRef { worker, batch: claimed.batch, token };
@@ -170,6 +171,7 @@ fn moved(item: &Item, state: State, attempts: u32, kind: &'static str) -> Move {
             ran: Duration::from_millis(5),
             ago: Duration::ZERO,
         }),
+        leads: false,
     }
 }
 

@@ -13,6 +13,8 @@ use crate::store::{Item, LeaseRef, Settle};
 pub(super) enum Slot {
     /// Waits for a permit.
     Queued,
+    /// Waits for others of its key.
+    Behind,
     /// Has a permit, waits for its attempt to be on record.
     Reserved,
     /// Its attempt is being put on record.

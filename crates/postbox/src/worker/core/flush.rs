@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::batch::{Batch, Entry, Slot};
 use super::wire::{Ended, Lane};
 use super::{LONGEST_PAUSE, Load};
+use crate::keys::Keys;
 use crate::lifecycle::{Answer, End, Event as Lived, Kind, Policy, Standing, State, transition};
 use crate::planted::planted;
 use crate::store::{Evidence, Item, Move, Observation, OutcomeRecord, Settle, SubscriptionId, Success};
@@ -135,7 +136,7 @@ fn judge(item: &Item, ended: &Ended, ago: Duration, lane: Option<&Lane>, rng: &m
     let bare = ended.follow_ups.is_empty() || planted!("success-without-follow-ups");
     // Compact successes carry no revision: only what went the straight way has the one they stand for.
     let straight = number == 1 && !begun && item.rev == FIRST_LEASED_REV;
-    if ended.end == End::Succeeded && straight && bare && policy.kind == Kind::Plain {
+    if ended.end == End::Succeeded && straight && bare && policy.kind == Kind::Plain && !item.leads {
         settle.successes.push(Success {
             delivery: item.delivery,
             message: item.message,
@@ -179,6 +180,7 @@ fn judge(item: &Item, ended: &Ended, ago: Duration, lane: Option<&Lane>, rng: &m
         // A call of an earlier attempt may be on its way, too.
         quiet: lane.map_or(Duration::ZERO, |lane| if item.lost > 0 { lane.late } else { lane.quiet }),
         note,
+        leads: leads(item, lane, next.standing.state),
         outcome: counted.then(|| OutcomeRecord {
             number,
             kind: ended.end.as_str(),
@@ -211,8 +213,15 @@ fn withhold(item: &Item, lane: Option<&Lane>, settle: &mut Settle) {
         delay: next.delay,
         quiet: lane.map_or(Duration::ZERO, |lane| lane.late),
         note: "an earlier attempt may have happened, and its operation is not declared idempotent (any more)".into(),
+        leads: leads(item, lane, next.standing.state),
         outcome: None,
     });
+}
+
+/// Whether the others of its key wait for it, or did for this success.
+fn leads(item: &Item, lane: Option<&Lane>, state: State) -> bool {
+    let ordered = lane.is_some_and(|lane| matches!(lane.keys, Some(Keys::Ordered(_))));
+    item.leads || ordered && state != State::Succeeded
 }
 
 fn policy_for(item: &Item, lane: Option<&Lane>) -> Policy {

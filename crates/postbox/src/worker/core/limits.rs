@@ -188,7 +188,7 @@ mod tests {
         let policy = Policy { kind: Kind::Plain, retry: RetryPolicy::default(), idempotent: false };
         let second = Duration::from_secs(1);
         let lane =
-            Lane { id: 1, policy, timeout: second, quiet: second, late: second, concurrency: None, limited, metered };
+            Lane { id: 1, policy, timeout: second, quiet: second, late: second, concurrency: None, keys: None, limited, metered };
         let setup = Setup {
             worker: ME,
             concurrency: 8,
@@ -233,6 +233,7 @@ mod tests {
             attempts: 0,
             lost: 0,
             rev: 1,
+            leads: false,
             envelope: None,
         };
         let dry = dry.map(|wait| (1, wait)).into_iter().collect();

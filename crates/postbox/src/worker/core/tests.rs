@@ -22,6 +22,7 @@ fn lane(id: SubscriptionId, kind: Kind) -> Lane {
         quiet: Duration::from_secs(60),
         late: Duration::from_secs(95),
         concurrency: None,
+        keys: None,
         limited: false,
         metered: false,
     }
@@ -153,6 +154,7 @@ fn item(delivery: i64, subscription: SubscriptionId, lost: u32) -> Item {
         attempts: 0,
         lost,
         rev: 1,
+        leads: false,
         envelope: None,
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use crate::keys::Keys;
 use crate::lifecycle::{End, Policy};
 use crate::message::Draft;
 use crate::store::{
@@ -35,6 +36,8 @@ pub(crate) struct Lane {
     /// The same for a call of a worker that was lost, and may only be paused.
     pub(crate) late: Duration,
     pub(crate) concurrency: Option<usize>,
+    /// What holds for those of one key.
+    pub(crate) keys: Option<Keys>,
     /// How many run at once is limited across workers.
     pub(crate) limited: bool,
     /// How many begin in a time is limited across workers.

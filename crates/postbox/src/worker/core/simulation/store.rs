@@ -252,6 +252,7 @@ impl Model {
                 attempts: row.attempts,
                 lost: row.lost,
                 rev: row.rev,
+                leads: false,
                 envelope: None,
             });
         }

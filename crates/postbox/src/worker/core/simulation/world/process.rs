@@ -26,6 +26,7 @@ impl World {
             quiet: QUIET,
             late,
             concurrency: None,
+            keys: None,
             limited: false,
             metered: false,
         };

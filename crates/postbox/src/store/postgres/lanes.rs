@@ -1,0 +1,186 @@
+//! Lanes: a subscription that delivers by key has its deliveries at a level of `ready` for each hash of a key,
+//! and each lane belongs to one worker at a time (decision 0030).
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use sqlx::Row;
+use uuid::Uuid;
+
+use super::{PgStore, Work};
+use crate::error::Error;
+use crate::store::SubscriptionId;
+
+/// The level of the first lane.
+pub(super) const FIRST_LANE: i16 = 64;
+/// How many lanes a subscription has; as in `lane_of`.
+pub(super) const LANES: i16 = 32;
+/// The first of the levels at which deliveries wait for another one of their key.
+pub(super) const FIRST_HELD: i16 = 1024;
+/// How far from its number the place of one that waits is: so it is found by its number.
+pub(super) const FAR: i64 = 1 << 61;
+
+/// The levels at which deliveries of the subscription `s` can be by their numbers.
+pub(super) const LEVELS: &str = "(select pg_catalog.generate_series(-1, 1)::smallint
+    union all select pg_catalog.generate_series(64, 95)::smallint where s.per_key is not null)";
+
+/// How often lanes are shared out anew.
+const BALANCE: Duration = Duration::from_millis(500);
+/// As many of a lane are taken at once at least, if there is room.
+const LEAST: u32 = 16;
+
+/// A lane: its subscription and its level.
+pub(super) type Lane = (SubscriptionId, i16);
+
+/// Whether a level is a lane.
+pub(super) fn is_lane(level: i16) -> bool {
+    (FIRST_LANE..FIRST_LANE + LANES).contains(&level)
+}
+
+/// When this process has shared out the lanes of which subscription.
+#[derive(Debug, Default)]
+pub(super) struct Balanced(Mutex<HashMap<(Uuid, SubscriptionId), Instant>>);
+
+impl Balanced {
+    /// Those whose turn it is. Who is told so does it: nobody else is told for a while.
+    fn due(&self, worker: Uuid, subscriptions: &[SubscriptionId], now: Instant) -> Vec<SubscriptionId> {
+        let Ok(mut last) = self.0.lock() else { return subscriptions.to_vec() };
+        let mut due = Vec::new();
+        for subscription in subscriptions {
+            let at = last.get(&(worker, *subscription));
+            if at.is_none_or(|at| now.saturating_duration_since(*at) >= BALANCE) {
+                due.push(*subscription);
+            }
+        }
+        if last.len() > 1000 {
+            // Incarnations of this process that are over.
+            last.retain(|(of, _), _| *of == worker);
+        }
+        last.extend(due.iter().map(|subscription| ((worker, *subscription), now)));
+        due
+    }
+}
+
+/// What a claim takes from lanes, as the columns of its statement.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    pub(super) subscriptions: Vec<i32>,
+    pub(super) levels: Vec<i16>,
+    /// Of each lane.
+    pub(super) most: Vec<i32>,
+    /// Of its subscription.
+    pub(super) rooms: Vec<i32>,
+}
+
+/// The worker's own lanes of these subscriptions, of which so many deliveries are wanted. Its row is locked from
+/// here on: whoever blocks or frees a key waits until the claim has committed, or has committed before it begins.
+pub(super) async fn wanted(
+    store: &PgStore,
+    work: &mut Work,
+    worker: Uuid,
+    rooms: &[(SubscriptionId, u32)],
+    full: &[Lane],
+) -> Result<Wanted, Error> {
+    let subscriptions: Vec<SubscriptionId> = rooms.iter().map(|(id, _)| *id).collect();
+    let due = store.balanced.due(worker, &subscriptions, Instant::now());
+    let lock = if due.is_empty() { "key share" } else { "update" };
+    let sql = format!(
+        "select from {}.worker w where w.id = $1 and w.expires_at > pg_catalog.clock_timestamp() for {lock}",
+        store.schema
+    );
+    let mut wanted = Wanted::default();
+    if store.dynamic(sql).bind(worker).fetch_optional(work.on()).await?.is_none() {
+        return Ok(wanted);
+    }
+    for subscription in due {
+        balance(store, work, worker, subscription).await?;
+    }
+    let rows = store.query(store.sql.lanes).bind(worker).bind(&subscriptions).fetch_all(work.on()).await?;
+    let mut owned: HashMap<SubscriptionId, Vec<i16>> = HashMap::new();
+    let mut strays = Vec::new();
+    for row in &rows {
+        let subscription: SubscriptionId = row.try_get("subscription")?;
+        if row.try_get("strays")? && !strays.contains(&subscription) {
+            strays.push(subscription);
+        }
+        let levels: Vec<i16> = row.try_get("levels")?;
+        owned.insert(subscription, levels.into_iter().filter(|level| !full.contains(&(subscription, *level))).collect());
+    }
+    if !strays.is_empty() {
+        store.query(store.sql.strays).bind(&strays).execute(work.on()).await?;
+    }
+    let int = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
+    for (subscription, room) in rooms.iter().filter(|(_, room)| *room > 0) {
+        let Some(levels) = owned.get(subscription).filter(|levels| !levels.is_empty()) else { continue };
+        let share = room.saturating_mul(2) / levels.len() as u32;
+        for level in levels {
+            wanted.subscriptions.push(*subscription);
+            wanted.levels.push(*level);
+            wanted.most.push(int(share.max(LEAST).min(*room)));
+            wanted.rooms.push(int(*room));
+        }
+    }
+    Ok(wanted)
+}
+
+/// Gives up lanes that others should have, and takes those that are nobody's: as many as are this worker's share.
+async fn balance(store: &PgStore, work: &mut Work, worker: Uuid, subscription: SubscriptionId) -> Result<(), Error> {
+    for sql in [store.sql.lanes_free, store.sql.lanes_leave, store.sql.lanes_take] {
+        store.query(sql).bind(worker).bind(subscription).execute(work.on()).await?;
+    }
+    Ok(())
+}
+
+/// Makes the lanes of a subscription that goes by them.
+pub(super) async fn declare(store: &PgStore, work: &mut Work, subscription: SubscriptionId) -> Result<(), Error> {
+    let sql = format!(
+        "insert into {}.lane (subscription, level)
+         select $1, n from pg_catalog.generate_series($2::int, $3::int) n on conflict do nothing",
+        store.schema
+    );
+    let last = i32::from(FIRST_LANE + LANES - 1);
+    store.dynamic(sql).bind(subscription).bind(i32::from(FIRST_LANE)).bind(last).execute(work.on()).await?;
+    Ok(())
+}
+
+/// Keeps everybody from claiming from these lanes until the transaction ends. What its next statement sees is
+/// all that claims have done, and claims that come later see all that it does.
+pub(super) async fn hold(store: &PgStore, connection: &mut sqlx::PgConnection, lanes: &[Lane]) -> Result<(), Error> {
+    let (subscriptions, levels): (Vec<i32>, Vec<i16>) = lanes.iter().copied().unzip();
+    let of = format!(
+        "select l.owner from {}.lane l
+         where (l.subscription, l.level) in (select u.s, u.l from unnest($1::int[], $2::smallint[]) as u(s, l))
+         order by l.subscription, l.level",
+        store.schema
+    );
+    let held = format!("{of} for update");
+    let mut owners = owners(store, connection, of, &subscriptions, &levels).await?;
+    loop {
+        // First the owner, then the lane, as a worker does that shares out lanes.
+        let sql = format!("select from {}.worker w where w.id = any ($1) order by w.id for update", store.schema);
+        store.dynamic(sql).bind(&owners).execute(&mut *connection).await?;
+        let now = self::owners(store, connection, held.clone(), &subscriptions, &levels).await?;
+        if now.iter().all(|owner| owners.contains(owner)) {
+            return Ok(());
+        }
+        // One was taken meanwhile.
+        owners = now;
+    }
+}
+
+async fn owners(
+    store: &PgStore,
+    connection: &mut sqlx::PgConnection,
+    sql: String,
+    subscriptions: &[i32],
+    levels: &[i16],
+) -> Result<Vec<Uuid>, Error> {
+    let rows = store.dynamic(sql).bind(subscriptions).bind(levels).fetch_all(connection).await?;
+    Ok(rows.iter().map(|row| row.try_get("owner")).collect::<Result<Vec<Option<Uuid>>, _>>()?.into_iter().flatten().collect())
+}
+
+/// All lanes of a subscription.
+pub(super) fn all(subscription: SubscriptionId) -> Vec<Lane> {
+    (FIRST_LANE..FIRST_LANE + LANES).map(|level| (subscription, level)).collect()
+}
