@@ -4,7 +4,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use postbox::{Envelope, Failure, Payload, Router, handler};
+use postbox::admin::{Filter, KeyFilter, KeyRow, KeyWish};
+use postbox::lifecycle::{End, Kind, State};
+use postbox::store::{Claimed, Declared, Item, Settle, Store};
+use postbox::{Envelope, Failure, Keys, OnDead, Payload, Router, Worker, handler};
+use postbox_testkit::hand::{Hand, declared, ended, registration, success};
 use postbox_testkit::{Fresh, Testable, on_both_stores};
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +16,14 @@ on_both_stores!(
     keys_are_in_order_across_workers,
     one_that_fails_holds_back_its_own_key,
     no_more_of_a_key_run_than_its_limit,
+    a_dead_one_blocks_its_key_until_somebody_decides,
+    a_dead_one_is_skipped_where_that_is_said,
+    a_dead_one_parks_its_key_where_that_is_said,
+    what_a_dead_worker_had_begun_comes_first_again,
+    what_was_not_begun_keeps_its_place,
+    many_wait_and_come_in_order,
+    a_key_that_is_parked_waits_with_all_that_comes,
+    the_way_to_deliver_does_not_change_under_deliveries,
 );
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -174,4 +186,237 @@ async fn no_more_of_a_key_run_than_its_limit<Db: Testable>() {
     for worker in workers {
         worker.stop(None).await.expect("stops");
     }
+}
+
+/// Numbers that a handler fails for good, by key.
+#[derive(Clone, Default)]
+struct Poison(Arc<Mutex<Vec<(String, u32)>>>);
+
+impl Poison {
+    fn of(steps: &[(&str, u32)]) -> Poison {
+        Poison(Arc::new(Mutex::new(steps.iter().map(|(key, number)| ((*key).to_owned(), *number)).collect())))
+    }
+
+    fn is(&self, step: &Step) -> bool {
+        self.0.lock().expect("poison").contains(&(step.key.clone(), step.number))
+    }
+
+    fn is_mended(&self) {
+        self.0.lock().expect("poison").clear();
+    }
+}
+
+/// A worker in order whose handler fails for good on what is poisoned.
+async fn worker<Db: Testable>(fresh: &Fresh<Db>, witness: &Witness, poison: &Poison, on_dead: OnDead) -> Worker<Db> {
+    let (witness, poison) = (witness.clone(), poison.clone());
+    let step = move |Payload(step): Payload<Step>| {
+        let (witness, poison) = (witness.clone(), poison.clone());
+        async move {
+            witness.begin(&step);
+            tokio::task::yield_now().await;
+            witness.end(&step);
+            if poison.is(&step) { Err(Failure::permanent("poisoned")) } else { Ok(()) }
+        }
+    };
+    let routes = Router::<Db>::new().on("step", handler(step).named("steps").ordered().on_dead(on_dead));
+    let worker = fresh.postbox.worker(routes).application("test").concurrency(4).poll_interval(Duration::from_millis(20));
+    worker.start().await.expect("starts")
+}
+
+fn wish(key: &str) -> KeyWish {
+    KeyWish {
+        application: "test".into(),
+        subscription: "steps".into(),
+        key: key.into(),
+        actor: "tester".into(),
+        reason: "as the test says".into(),
+    }
+}
+
+/// The only key that waits, when it does: its state, its head, and how many are behind it.
+async fn waits<Db: Testable>(fresh: &Fresh<Db>, state: &str, waiting: i64) -> KeyRow {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let rows = fresh.postbox.admin().keys(&KeyFilter::default(), 10).await.expect("keys");
+        if let [row] = rows.as_slice()
+            && row.state == state
+            && row.waiting == waiting
+        {
+            return row.clone();
+        }
+        assert!(Instant::now() < deadline, "no key is {state} with {waiting} waiting: {rows:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn a_dead_one_blocks_its_key_until_somebody_decides<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let (witness, poison) = (Witness::default(), Poison::of(&[("key-1", 2)]));
+    publish(&fresh, steps(2, 4)).await;
+    let worker = worker(&fresh, &witness, &poison, OnDead::Block).await;
+    witness.ended(6).await;
+    let row = waits(&fresh, "blocked", 2).await;
+    assert_eq!((row.key.as_str(), row.cause.as_str()), ("key-1", "poisoned"));
+    let head = row.head.expect("a head");
+    let admin = fresh.postbox.admin();
+    assert_eq!(admin.show(head).await.expect("a delivery").row.state, State::Dead);
+    assert_eq!((witness.of("key-0"), witness.of("key-1")), (vec![1, 2, 3, 4], vec![1, 2]));
+    // What is published meanwhile waits, too.
+    publish(&fresh, [("key-1".to_owned(), 5), ("key-0".to_owned(), 5)]).await;
+    witness.ended(7).await;
+    waits(&fresh, "blocked", 3).await;
+    // Not mended: it dies again, and nothing has passed it.
+    admin.unblock_key(&wish("key-1")).await.expect("unblocked");
+    witness.ended(8).await;
+    waits(&fresh, "blocked", 3).await;
+    poison.is_mended();
+    let entry = admin.unblock_key(&wish("key-1")).await.expect("unblocked");
+    assert_eq!((entry.action.as_str(), entry.delivery), ("unblock key", Some(head)));
+    witness.ended(12).await;
+    assert_eq!(witness.of("key-1"), [1, 2, 2, 2, 3, 4, 5]);
+    assert_eq!(admin.keys(&KeyFilter::default(), 10).await.expect("keys").len(), 0);
+    let error = admin.unblock_key(&wish("key-1")).await.expect_err("nothing waits");
+    assert!(matches!(error, postbox::Error::Conflict(_)), "{error}");
+    worker.stop(None).await.expect("stops");
+}
+
+async fn a_dead_one_is_skipped_where_that_is_said<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let (witness, poison) = (Witness::default(), Poison::of(&[("key-1", 2), ("key-1", 4)]));
+    publish(&fresh, steps(2, 5)).await;
+    let worker = worker(&fresh, &witness, &poison, OnDead::Skip).await;
+    witness.ended(10).await;
+    assert_eq!((witness.of("key-0"), witness.of("key-1")), (vec![1, 2, 3, 4, 5], vec![1, 2, 3, 4, 5]));
+    worker.stop(None).await.expect("stops");
+    let admin = fresh.postbox.admin();
+    assert_eq!(admin.keys(&KeyFilter::default(), 10).await.expect("keys").len(), 0);
+    let mut dead = Filter::default();
+    dead.states = vec![State::Dead];
+    assert_eq!(admin.list(&dead, 10).await.expect("dead letters").len(), 2);
+}
+
+async fn a_dead_one_parks_its_key_where_that_is_said<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let (witness, poison) = (Witness::default(), Poison::of(&[("key-1", 2)]));
+    publish(&fresh, steps(2, 4)).await;
+    let worker = worker(&fresh, &witness, &poison, OnDead::Park).await;
+    witness.ended(6).await;
+    waits(&fresh, "parked", 2).await;
+    let entry = fresh.postbox.admin().skip_key(&wish("key-1")).await.expect("skipped");
+    assert_eq!(entry.action, "skip key");
+    witness.ended(8).await;
+    assert_eq!(witness.of("key-1"), [1, 2, 3, 4]);
+    worker.stop(None).await.expect("stops");
+}
+
+fn in_order() -> Declared {
+    Declared { keys: Some(Keys::Ordered(OnDead::Block)), ..declared("steps", "step", Kind::Plain) }
+}
+
+fn numbers(claimed: &Claimed) -> Vec<u32> {
+    let number = |item: &Item| {
+        let envelope = item.envelope.as_ref().expect("a message");
+        serde_json::from_str::<Step>(envelope.payload.json().expect("JSON")).expect("a step").number
+    };
+    claimed.items.iter().map(number).collect()
+}
+
+async fn what_a_dead_worker_had_begun_comes_first_again<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let first = Hand::register(&fresh, vec![in_order()]).await;
+    let key = |number| ("key".to_owned(), number);
+    // Published first, committed last.
+    let late = match <Db as Testable>::NAME {
+        "postgres" => {
+            let mut tx = fresh.pool.begin().await.expect("a transaction");
+            let draft = Envelope::json("step", &Step { key: "key".into(), number: 0 }).expect("a message").key("key");
+            fresh.postbox.publish(&mut tx, draft).await.expect("published");
+            Some(tx)
+        }
+        // There is one writer.
+        _ => None,
+    };
+    publish(&fresh, (1..=4).map(key)).await;
+    let claimed = first.claim(2).await;
+    assert_eq!(numbers(&claimed), [1, 2]);
+    let is_late = late.is_some();
+    if let Some(tx) = late {
+        tx.commit().await.expect("committed");
+    }
+    first.dies(&fresh).await;
+    let heir = Hand::register(&fresh, vec![in_order()]).await;
+    let claimed = heir.claim(10).await;
+    assert_eq!(numbers(&claimed), [1], "whatever was begun comes first again, and the others wait for it");
+    assert!(claimed.items[0].leads);
+    waits(&fresh, "retrying", if is_late { 4 } else { 3 }).await;
+    let done = ended(&claimed.items[0], Kind::Plain, End::Succeeded, false);
+    heir.settle(Settle { moves: vec![done], close: true, ..heir.flush(&claimed, 0) }).await;
+    let rest = heir.claim(10).await;
+    let expected: &[u32] = if is_late { &[0, 2, 3, 4] } else { &[2, 3, 4] };
+    assert_eq!(numbers(&rest), expected);
+}
+
+async fn what_was_not_begun_keeps_its_place<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let hand = Hand::register(&fresh, vec![in_order()]).await;
+    publish(&fresh, (1..=4).map(|number| ("key".to_owned(), number))).await;
+    let claimed = hand.claim(2).await;
+    let released = claimed.items.clone();
+    hand.settle(Settle { released, close: true, ..hand.flush(&claimed, 0) }).await;
+    assert_eq!(numbers(&hand.claim(10).await), [1, 2, 3, 4]);
+}
+
+async fn many_wait_and_come_in_order<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let hand = Hand::register(&fresh, vec![in_order()]).await;
+    publish(&fresh, (1..=2500).map(|number| ("key".to_owned(), number))).await;
+    let claimed = hand.claim(1).await;
+    let failed = ended(&claimed.items[0], Kind::Plain, End::Failed { permanent: true, retry_after: None }, false);
+    hand.settle(Settle { moves: vec![failed], close: true, ..hand.flush(&claimed, 0) }).await;
+    assert!(hand.claim(500).await.items.is_empty(), "the others wait");
+    waits(&fresh, "blocked", 2499).await;
+    fresh.postbox.admin().skip_key(&wish("key")).await.expect("skipped");
+    let mut seen = Vec::new();
+    while seen.len() < 2499 {
+        let claimed = hand.claim(500).await;
+        assert!(!claimed.items.is_empty(), "{} of 2499 came", seen.len());
+        seen.extend(numbers(&claimed));
+        let moves = claimed.items.iter().map(|item| ended(item, Kind::Plain, End::Succeeded, false)).collect();
+        hand.settle(Settle { moves, close: true, ..hand.flush(&claimed, 0) }).await;
+    }
+    assert_eq!(seen, (2..=2500).collect::<Vec<_>>());
+    assert_eq!(fresh.postbox.admin().keys(&KeyFilter::default(), 10).await.expect("keys").len(), 0);
+}
+
+async fn a_key_that_is_parked_waits_with_all_that_comes<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let hand = Hand::register(&fresh, vec![in_order()]).await;
+    let admin = fresh.postbox.admin();
+    admin.park_key(&wish("key")).await.expect("parked");
+    publish(&fresh, (1..=3).map(|number| ("key".to_owned(), number))).await;
+    assert!(hand.claim(10).await.items.is_empty());
+    let row = waits(&fresh, "parked", 3).await;
+    assert_eq!((row.head, row.cause.as_str()), (None, "as the test says"));
+    admin.unblock_key(&wish("key")).await.expect("unblocked");
+    assert_eq!(numbers(&hand.claim(10).await), [1, 2, 3]);
+    let error = admin.park_key(&KeyWish { subscription: "none".into(), ..wish("key") }).await.expect_err("no such");
+    assert!(matches!(error, postbox::Error::NotFound(_)), "{error}");
+}
+
+async fn the_way_to_deliver_does_not_change_under_deliveries<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let plain = || vec![declared("steps", "step", Kind::Plain)];
+    let hand = Hand::register(&fresh, plain()).await;
+    publish(&fresh, [("key".to_owned(), 1)]).await;
+    let store = hand.store();
+    let error = store.register(&registration(vec![in_order()])).await.expect_err("one is unfinished");
+    assert!(error.to_string().contains("unfinished"), "{error}");
+    let claimed = hand.claim(1).await;
+    hand.settle(Settle { successes: vec![success(&claimed.items[0])], close: true, ..hand.flush(&claimed, 0) }).await;
+    let ordered = Hand::register(&fresh, vec![in_order()]).await;
+    assert_eq!(ordered.subscriptions, hand.subscriptions);
+    publish(&fresh, [("key".to_owned(), 2)]).await;
+    assert_eq!(numbers(&ordered.claim(1).await), [2]);
+    let error = store.register(&registration(plain())).await.expect_err("it is in order for good");
+    assert!(error.to_string().contains("another name"), "{error}");
 }

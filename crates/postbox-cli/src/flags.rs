@@ -76,6 +76,9 @@ pub(crate) enum Command {
     Resolve(Resolve),
     /// Who listens to what
     Subscriptions(Subscriptions),
+    /// Keys in order whose deliveries wait for one of them
+    #[command(args_conflicts_with_subcommands = true)]
+    Keys(Keys),
     /// Messages that are published at set times
     Schedules(Schedules),
     /// Keep house for programs without a Rust worker: takeover, history of new subscriptions, schedules, tidying
@@ -370,6 +373,48 @@ pub(crate) struct Remove {
     /// Does not ask
     #[arg(long, short)]
     pub(crate) yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Keys {
+    #[command(flatten)]
+    pub(crate) list: KeysList,
+    #[command(subcommand)]
+    pub(crate) command: Option<KeysCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeysCommand {
+    /// Keys that wait, those that wait the longest first
+    List(KeysList),
+    /// Try the delivery again that a key waits for; the others come after it
+    Unblock(OneKey),
+    /// Leave that delivery out, and let the others go on
+    Skip(OneKey),
+    /// Put a key aside, with all that is published for it, until it is unblocked
+    Park(OneKey),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KeysList {
+    /// Of this subscription only
+    #[arg(long, value_name = "NAME")]
+    pub(crate) subscription: Option<String>,
+    /// How many at most
+    #[arg(long, value_name = "NUMBER", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) limit: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OneKey {
+    /// The key
+    pub(crate) key: String,
+    /// The subscription; --application says whose, if several have one of that name
+    #[arg(long, value_name = "NAME")]
+    pub(crate) subscription: String,
+    /// Why; goes on record
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
 }
 
 #[derive(Debug, Args)]

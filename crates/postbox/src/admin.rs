@@ -1,5 +1,6 @@
 //! What operators see and do: the same for the command, the dashboard and programs.
 
+mod keys;
 mod replay;
 mod schedules;
 mod wish;
@@ -22,6 +23,8 @@ pub use crate::store::Stranded;
 use crate::store::{Database, DeliveryId, Pause, Store};
 
 pub(crate) use self::replay::COUNTED;
+pub use self::keys::{KeyFilter, KeyRow, KeyWish};
+pub(crate) use self::keys::{key_moved_on, not_in_order};
 pub use self::replay::{Replay, ReplayCount, ReplayPreview, Replayed, Replaying, Replays};
 pub(crate) use self::wish::Wish;
 

@@ -6,6 +6,7 @@ mod cancel;
 mod completions;
 mod config;
 mod jsonl;
+mod keys;
 mod list;
 mod maintain;
 mod migrate;
@@ -25,7 +26,7 @@ use postbox::{Backend, Database, Postgres, Sqlite};
 use crate::demo;
 use crate::desk::Desk;
 use crate::failure::{Failure, needs_role};
-use crate::flags::{Command, Flags, Migrate, Schedules, SchedulesCommand, Subscriptions, SubscriptionsCommand};
+use crate::flags::{Command, Flags, Keys, KeysCommand, Migrate, Schedules, SchedulesCommand, Subscriptions, SubscriptionsCommand};
 use crate::output::Output;
 
 /// How a command ended that did what it could: its exit code.
@@ -71,6 +72,8 @@ fn tell_role(desk: &Desk<'_>, command: &Command) {
             "viewer"
         }
         Command::Schedules(_) => "operator",
+        Command::Keys(Keys { command: None | Some(KeysCommand::List(_)), .. }) => "viewer",
+        Command::Keys(_) => "operator",
         Command::Maintain => "worker",
         Command::Retain(retain) if !retain.preview => "worker",
         // The owner of the schema migrates.
@@ -92,6 +95,7 @@ async fn on<Db: Database>(desk: &Desk<'_>, command: Command) -> Ended {
         Command::Replay(replay) => replay::run::<Db>(desk, replay).await,
         Command::Resolve(resolve) => resolve::run::<Db>(desk, resolve).await,
         Command::Subscriptions(subscriptions) => subscriptions::run::<Db>(desk, subscriptions).await,
+        Command::Keys(keys) => keys::run::<Db>(desk, keys).await,
         Command::Schedules(schedules) => schedules::run::<Db>(desk, schedules).await,
         Command::Maintain => maintain::run::<Db>(desk).await,
         Command::Retain(retain) => retain::run::<Db>(desk, retain).await,

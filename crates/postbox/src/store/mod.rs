@@ -11,8 +11,8 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, MigrationStatus, Replay, ReplayCount, Replayed,
-    Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish, MigrationStatus,
+    Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::{Answer, Kind, Policy, State};
@@ -25,6 +25,7 @@ use crate::schedule::{ScheduleRow, Scheduled, Wish};
 
 pub(crate) mod decide;
 pub(crate) mod down;
+pub(crate) mod lanes;
 pub mod postgres;
 pub mod sqlite;
 pub(crate) mod turns;
@@ -239,6 +240,28 @@ pub struct Permits {
     pub granted: u32,
     /// Others have fewer than they want: what would be fair to keep.
     pub fair: Option<u32>,
+}
+
+/// What becomes of a key in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyTurn {
+    /// It is put aside.
+    Park,
+    /// It is not any more: it waits for its delivery again, or for nothing.
+    Unpark,
+    /// It goes on without the delivery that it waits for.
+    LetGo,
+}
+
+impl KeyTurn {
+    /// What the audit calls it.
+    pub(crate) fn action(self) -> &'static str {
+        match self {
+            KeyTurn::Park => "park key",
+            KeyTurn::Unpark => "unblock key",
+            KeyTurn::LetGo => "skip key",
+        }
+    }
 }
 
 /// A delivery in a worker's hands.
@@ -784,6 +807,10 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn remove_subscription(&self, application: &str, name: &str, actor: &str, reason: &str) -> impl Verb<AuditEntry>;
     /// An operator: deliveries of a subscription are not handed out, or are again.
     fn pause(&self, application: &str, name: &str, pause: &Pause<'_>) -> impl Verb<AuditEntry>;
+    /// Keys in order that wait, those that wait the longest first.
+    fn keys(&self, filter: &KeyFilter, limit: u32) -> impl Verb<Vec<KeyRow>>;
+    /// An operator: what becomes of a key, if it still waits for this delivery.
+    fn turn_key(&self, wish: &KeyWish, turn: KeyTurn, head: Option<DeliveryId>) -> impl Verb<AuditEntry>;
     /// Those of these subscriptions that are paused.
     fn paused(&self, subscriptions: &[SubscriptionId]) -> impl Verb<Vec<SubscriptionId>>;
     /// Subscriptions with deliveries that no live worker stands behind.

@@ -749,6 +749,10 @@ impl Core {
                 if load.allowance.dry_until.is_some() {
                     return None;
                 }
+                // Claims of keys come one after the other: what an earlier one has taken, or may have, comes first.
+                if lane.keys.is_some() && !(self.claiming.is_empty() && self.lost_claims.is_empty()) {
+                    return None;
+                }
                 let limit =
                     load.most_at_once(lane).unwrap_or(self.setup.concurrency).min(self.setup.concurrency) as u32;
                 // A token is taken for what can begin, not for what will.

@@ -11,11 +11,15 @@ use super::read::Items;
 use super::{LOCK_NOT_LONG, PgStore, lanes, limits, promote};
 use crate::error::Error;
 use crate::priority::Priority;
+use crate::store::lanes::is_lane;
 use crate::store::turns::Share;
 use crate::store::{ClaimRequest, Claimed, SubscriptionId};
 
 /// From this size on, a claim locks stretches of the queue instead of rows (decision 0029).
 const MANY: i64 = 128;
+
+/// How often a claim that found nothing but what waits for others of its key looks again.
+const LOOKS: u32 = 20;
 
 /// A level and a place in it: the ready order of a subscription.
 type Place = (i16, i64);
@@ -57,22 +61,31 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         None if many => store.sql.claim_many,
         None => store.sql.claim,
     };
-    let query = store
-        .query(sql)
-        .bind(request.worker)
-        .bind(request.token)
-        .bind(subscriptions)
-        .bind(rooms)
-        .bind(shares.iter().map(|share| share.level.level()).collect::<Vec<_>>())
-        .bind(shares.iter().map(|share| i32::try_from(share.most).unwrap_or(i32::MAX)).collect::<Vec<_>>())
-        .bind(afters(&froms, 0))
-        .bind(afters(&froms, 1))
-        .bind(afters(&froms, 2));
-    let query = match &lanes {
-        Some(lanes) => query.bind(&lanes.subscriptions).bind(&lanes.levels).bind(&lanes.most).bind(&lanes.rooms),
-        None => query,
+    let mut looks = 0;
+    let rows = loop {
+        looks += 1;
+        let query = store
+            .query(sql)
+            .bind(request.worker)
+            .bind(request.token)
+            .bind(&subscriptions)
+            .bind(&rooms)
+            .bind(shares.iter().map(|share| share.level.level()).collect::<Vec<_>>())
+            .bind(shares.iter().map(|share| i32::try_from(share.most).unwrap_or(i32::MAX)).collect::<Vec<_>>())
+            .bind(afters(&froms, 0))
+            .bind(afters(&froms, 1))
+            .bind(afters(&froms, 2));
+        let query = match &lanes {
+            Some(lanes) => query.bind(&lanes.subscriptions).bind(&lanes.levels).bind(&lanes.most).bind(&lanes.rooms),
+            None => query,
+        };
+        let rows = query.fetch_all(work.on()).await?;
+        // All that was found may have been put aside: there are others behind it.
+        match &lanes {
+            Some(lanes) if rows.is_empty() && looks < LOOKS && lanes.put_aside(store, &mut work).await? => {}
+            _ => break rows,
+        }
     };
-    let rows = query.fetch_all(work.on()).await?;
     let took = begun.elapsed();
     let next_due = match rows.is_empty() {
         true => store.query(store.sql.next_due).fetch_optional(work.on()).await?,
@@ -125,7 +138,7 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     for row in &rows {
         let mut item = columns.read(row)?;
         let mut place: Place = (row.try_get(priority)?, row.try_get(pos)?);
-        if lanes::is_lane(place.0) {
+        if is_lane(place.0) {
             item.leads = row.try_get("leads")?;
             place.0 = 0;
         }

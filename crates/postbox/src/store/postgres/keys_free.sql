@@ -1,9 +1,10 @@
 -- Lets keys go on whose head has ended: $1 heads that are done with, $2 dead ones that hold their key unless its
--- subscription skips those. Their lanes are held. So many of a key at once; the last of them lets the next come.
+-- subscription skips those; $3 a subscription and $4 a key of it that goes on whatever it waits for. Their lanes are held. So many of a key at once; the last of them lets the next come.
 with freed as materialized (
     select k.subscription, k.key from {schema}.key_state k
     join {schema}.subscription s on s.id = k.subscription
     where k.state <> 'parked' and (k.head = any ($1::bigint[]) or k.head = any ($2::bigint[]) and s.on_dead = 'skip')
+        or k.subscription = $3::int and k.key = $4::pg_catalog.text
 ),
 parked as (
     update {schema}.key_state k set head = null where k.state = 'parked' and k.head = any ($1::bigint[])
@@ -16,7 +17,7 @@ waiting as materialized (
         from {schema}.ready r join {schema}.message m on m.id = r.message
         where r.subscription = f.subscription and r.priority = {schema}.held_of(f.key) and m.key = f.key
         order by r.pos
-        limit 1000
+        limit {let_through}
     ) r
 ),
 gone as (
@@ -39,13 +40,13 @@ counted as materialized (
 ),
 over as (
     delete from {schema}.key_state k using counted c
-    where k.subscription = c.subscription and k.key = c.key and c.number < 1000
+    where k.subscription = c.subscription and k.key = c.key and c.number < {let_through}
 ),
 goes_on as (
     update {schema}.key_state k set head = c.last, upto = c.last, state = 'draining', since = pg_catalog.clock_timestamp(),
         cause = 'more wait than are let through at once'
     from counted c
-    where k.subscription = c.subscription and k.key = c.key and c.number >= 1000
+    where k.subscription = c.subscription and k.key = c.key and c.number >= {let_through}
 )
 select pg_catalog.count(pg_catalog.pg_notify(r.channel, '')) as woken from {schema}.routing r
 where exists (select from {schema}.worker w where w.asleep) and exists (select from waiting)

@@ -2,8 +2,7 @@
 //! and each lane belongs to one worker at a time (decision 0030).
 
 use std::collections::HashMap;
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use sqlx::Row;
 use uuid::Uuid;
@@ -11,56 +10,14 @@ use uuid::Uuid;
 use super::{PgStore, Work};
 use crate::error::Error;
 use crate::store::SubscriptionId;
+use crate::store::lanes::{FIRST_LANE, LANES, Lane, of_each};
 
-/// The level of the first lane.
-pub(super) const FIRST_LANE: i16 = 64;
-/// How many lanes a subscription has; as in `lane_of`.
-pub(super) const LANES: i16 = 32;
-/// The first of the levels at which deliveries wait for another one of their key.
-pub(super) const FIRST_HELD: i16 = 1024;
 /// How far from its number the place of one that waits is: so it is found by its number.
 pub(super) const FAR: i64 = 1 << 61;
 
 /// The levels at which deliveries of the subscription `s` can be by their numbers.
 pub(super) const LEVELS: &str = "(select pg_catalog.generate_series(-1, 1)::smallint
     union all select pg_catalog.generate_series(64, 95)::smallint where s.per_key is not null)";
-
-/// How often lanes are shared out anew.
-const BALANCE: Duration = Duration::from_millis(500);
-/// As many of a lane are taken at once at least, if there is room.
-const LEAST: u32 = 16;
-
-/// A lane: its subscription and its level.
-pub(super) type Lane = (SubscriptionId, i16);
-
-/// Whether a level is a lane.
-pub(super) fn is_lane(level: i16) -> bool {
-    (FIRST_LANE..FIRST_LANE + LANES).contains(&level)
-}
-
-/// When this process has shared out the lanes of which subscription.
-#[derive(Debug, Default)]
-pub(super) struct Balanced(Mutex<HashMap<(Uuid, SubscriptionId), Instant>>);
-
-impl Balanced {
-    /// Those whose turn it is. Who is told so does it: nobody else is told for a while.
-    fn due(&self, worker: Uuid, subscriptions: &[SubscriptionId], now: Instant) -> Vec<SubscriptionId> {
-        let Ok(mut last) = self.0.lock() else { return subscriptions.to_vec() };
-        let mut due = Vec::new();
-        for subscription in subscriptions {
-            let at = last.get(&(worker, *subscription));
-            if at.is_none_or(|at| now.saturating_duration_since(*at) >= BALANCE) {
-                due.push(*subscription);
-            }
-        }
-        if last.len() > 1000 {
-            // Incarnations of this process that are over.
-            last.retain(|(of, _), _| *of == worker);
-        }
-        last.extend(due.iter().map(|subscription| ((worker, *subscription), now)));
-        due
-    }
-}
 
 /// What a claim takes from lanes, as the columns of its statement.
 #[derive(Debug, Default)]
@@ -71,6 +28,17 @@ pub(super) struct Wanted {
     pub(super) most: Vec<i32>,
     /// Of its subscription.
     pub(super) rooms: Vec<i32>,
+}
+
+impl Wanted {
+    /// Puts aside what waits for others of its key; whether there was something.
+    pub(super) async fn put_aside(&self, store: &PgStore, work: &mut Work) -> Result<bool, Error> {
+        if self.levels.is_empty() {
+            return Ok(false);
+        }
+        let query = store.query(store.sql.keys_aside).bind(&self.subscriptions).bind(&self.levels);
+        Ok(query.execute(work.on()).await?.rows_affected() > 0)
+    }
 }
 
 /// The worker's own lanes of these subscriptions, of which so many deliveries are wanted. Its row is locked from
@@ -113,11 +81,10 @@ pub(super) async fn wanted(
     let int = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
     for (subscription, room) in rooms.iter().filter(|(_, room)| *room > 0) {
         let Some(levels) = owned.get(subscription).filter(|levels| !levels.is_empty()) else { continue };
-        let share = room.saturating_mul(2) / levels.len() as u32;
         for level in levels {
             wanted.subscriptions.push(*subscription);
             wanted.levels.push(*level);
-            wanted.most.push(int(share.max(LEAST).min(*room)));
+            wanted.most.push(int(of_each(*room, levels.len())));
             wanted.rooms.push(int(*room));
         }
     }

@@ -2,12 +2,12 @@
 
 use sqlx::Row;
 
-use super::lanes::{FIRST_HELD, FIRST_LANE};
 use super::{PgStore, Work, timestamp, without};
 use crate::admin::MigrationStatus;
 use crate::crash;
 use crate::error::Error;
 use crate::settings::plain_name;
+use crate::store::lanes::{FIRST_HELD, FIRST_LANE, HELD, LANES};
 
 /// A numbered migration: its version is its place, from 1.
 pub(super) struct Migration {
@@ -80,6 +80,8 @@ fn render(text: &str, leaves: usize, schema: &str, channel: &str) -> String {
         .replace("{retain}", retain.trim_end())
         .replace("{lanes}", &FIRST_LANE.to_string())
         .replace("{held}", &FIRST_HELD.to_string())
+        .replace("{of_lanes}", &format!("{}::bigint", LANES - 1))
+        .replace("{of_held}", &format!("{}::bigint", HELD - 1))
         .replace("{schema}", schema)
         .replace("{channel}", channel)
 }

@@ -36,12 +36,12 @@ use sqlx::{Connection, PgConnection, Postgres, Row};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use self::lanes::{FAR, FIRST_HELD, FIRST_LANE};
+use self::lanes::FAR;
 use self::marks::Marks;
 use self::promote::Promoted;
 use self::publish::Fans;
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, MigrationStatus, Replay, ReplayCount, Replayed,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish, MigrationStatus, Replay, ReplayCount, Replayed,
     Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
@@ -50,9 +50,11 @@ use crate::message::{Draft, Envelope};
 use crate::retention::Retention;
 use crate::schedule::{ScheduleRow, Scheduled, Wish};
 use crate::settings::Settings;
+use crate::store::lanes::{Balanced, FIRST_HELD, FIRST_LANE, LET_THROUGH};
 use crate::store::turns::Turns;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, HandlerTx,
+    KeyTurn,
     LeaseRef, Loss, Move, Observation, Pause, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle,
     Store, Stored, Stranded, SubscriptionId, TakenOver, Ticked,
 };
@@ -84,7 +86,7 @@ macro_rules! statements {
 }
 statements! {
     audit, beat, claim = claim without "many" "lanes", claim_many = claim without "few" "lanes",
-    claim_lanes = claim without "many" "plain", complete, doubt_for_update, doubts, duplicates, history, keys_block, keys_free, lanes, lanes_free, lanes_leave, lanes_take, learn_routes, leftover, lock_holders,
+    claim_lanes = claim without "many" "plain", complete, doubt_for_update, doubts, duplicates, history, keys_aside, keys_block, keys_free, keys_list, lanes, lanes_free, lanes_leave, lanes_take, learn_routes, leftover, lock_holders,
     look, moves, permits, tokens, only_moves = moves without "ended", next_due, part_exists, paused, promote, publish, publish_checked,
     publish_one = publish_one without "several", publish_several = publish_one without "one", pull, replay, resolution, retain_preview, roles,
     schedules_due, schedules_look,
@@ -110,6 +112,7 @@ fn with_levels(sql: impl AsRef<str>) -> String {
     sql.as_ref()
         .replace("{lanes}", &FIRST_LANE.to_string())
         .replace("{held}", &FIRST_HELD.to_string())
+        .replace("{let_through}", &LET_THROUGH.to_string())
         .replace("{far}", &format!("{FAR}::bigint"))
 }
 
@@ -144,7 +147,7 @@ pub struct PgStore {
     turns: Arc<Turns>,
     fans: Arc<Fans>,
     promoted: Arc<Promoted>,
-    balanced: Arc<lanes::Balanced>,
+    balanced: Arc<Balanced>,
     /// The last claim found nothing, and nobody has rung since.
     calm: Arc<AtomicBool>,
     /// Something was claimed since the ring of ready tables was looked through, or some of it was left there.
@@ -744,6 +747,14 @@ impl Store for PgStore {
 
     async fn pause(&self, application: &str, name: &str, pause: &Pause<'_>) -> Result<AuditEntry, Error> {
         pause::pause(self, application, name, pause).await
+    }
+
+    async fn keys(&self, filter: &KeyFilter, limit: u32) -> Result<Vec<KeyRow>, Error> {
+        keys::list(self, filter, limit).await
+    }
+
+    async fn turn_key(&self, wish: &KeyWish, turn: KeyTurn, head: Option<DeliveryId>) -> Result<AuditEntry, Error> {
+        keys::turn(self, wish, turn, head).await
     }
 
     async fn paused(&self, subscriptions: &[SubscriptionId]) -> Result<Vec<SubscriptionId>, Error> {

@@ -6,11 +6,12 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use super::admin::{Action, find, lost_race, moved_on, record};
-use super::lanes::{self, FIRST_HELD, LEVELS};
-use super::{PgStore, Work, settle};
+use super::lanes::{self, LEVELS};
+use super::{PgStore, Work, keys, settle};
 use crate::admin::{AuditEntry, Cancel, Retry, Wish, no_delivery};
 use crate::error::Error;
 use crate::lifecycle::{Kind, Standing, State, transition};
+use crate::store::lanes::FIRST_HELD;
 use crate::store::{DeliveryId, Move, policy_of};
 
 /// Takes a delivery out of a place that an operator may take it from.
@@ -146,6 +147,9 @@ async fn carry_out(store: &PgStore, delivery: DeliveryId, wish: Wish<'_>) -> Res
         leads: false,
     };
     settle::apply(store, work.on(), &[moved], None).await?;
+    if next.standing.state == State::Pending {
+        keys::retried(store, &mut work, delivery).await?;
+    }
     let action = Action {
         actor: wish.actor,
         action: wish.action,

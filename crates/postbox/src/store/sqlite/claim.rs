@@ -11,13 +11,13 @@ use uuid::Uuid;
 
 use super::settle::all;
 use super::work::Work;
-use super::{SqliteStore, json_of, limits, occurred};
+use super::{Shared, SqliteStore, json_of, lanes, limits, occurred};
 use crate::content::Content;
 use crate::error::Error;
 use crate::message::{Envelope, minted_at};
 use crate::planted::planted;
 use crate::priority::Priority;
-use crate::store::turns::Turns;
+use crate::store::lanes::is_lane;
 use crate::store::{ClaimRequest, Claimed, DeliveryId, Item, SubscriptionId};
 
 /// What becomes due in one claim at most.
@@ -45,7 +45,7 @@ pub(super) async fn claim(store: &SqliteStore, request: &ClaimRequest) -> Result
         work.rollback().await?;
         return Ok(claimed);
     }
-    let mut claimed = claim_in(&mut work, &store.shared.turns, request, Keep::InLease).await?;
+    let mut claimed = claim_in(&mut work, &store.shared, request, Keep::InLease).await?;
     let (_, wait): (bool, Option<i64>) =
         sqlx::query_as(include_str!("due.sql")).bind(&wanted).fetch_one(work.on()).await?;
     claimed.next_due = wait.map(wait_of);
@@ -65,7 +65,7 @@ pub(super) enum Keep {
 /// The claim itself, in a transaction that holds the write lock.
 pub(super) async fn claim_in(
     work: &mut Work,
-    turns: &Turns,
+    shared: &Shared,
     request: &ClaimRequest,
     keep: Keep,
 ) -> Result<Claimed, Error> {
@@ -85,7 +85,11 @@ pub(super) async fn claim_in(
         let straight = *plain && keep == Keep::InLease;
         // A lower level has its share first; what it had comes again among all.
         let room = tokens.room(*subscription, *room);
-        let share = turns.share(*subscription, room);
+        if request.by_key.contains(subscription) {
+            picked.extend(from_lanes(work, shared, request, (*subscription, room)).await?);
+            continue;
+        }
+        let share = shared.turns.share(*subscription, room);
         let mut own: Vec<Picked> = Vec::new();
         for (most, level) in [(share.most, Some(share.level)), (room, None)].into_iter().filter(|(most, _)| *most > 0) {
             let sql = include_str!("claim.sql");
@@ -104,7 +108,7 @@ pub(super) async fn claim_in(
             }
         }
         if let Some(top) = own.iter().map(|p| p.item.priority).min() {
-            turns.took(*subscription, share, own.len() as u32, Priority::of(top));
+            shared.turns.took(*subscription, share, own.len() as u32, Priority::of(top));
         }
         picked.extend(own);
     }
@@ -114,10 +118,34 @@ pub(super) async fn claim_in(
     if picked.is_empty() {
         return Ok(claimed);
     }
-    picked.sort_by_key(|p| (p.item.priority, p.pos, p.item.delivery));
+    // Lanes are side by side.
+    let level = |p: &Picked| if is_lane(p.item.priority) { 0 } else { p.item.priority };
+    picked.sort_by_key(|p| (level(p), p.pos, p.item.delivery));
     claimed.batch = lease(work.on(), request, &picked).await?;
     claimed.items = picked.into_iter().map(|p| p.item).collect();
     Ok(claimed)
+}
+
+/// What the worker may have of a subscription that goes by lanes.
+async fn from_lanes(
+    work: &mut Work,
+    shared: &Shared,
+    request: &ClaimRequest,
+    (subscription, room): (SubscriptionId, u32),
+) -> Result<Vec<Picked>, Error> {
+    let levels = lanes::own(work.on(), &shared.balanced, request.worker, subscription, &request.full).await?;
+    loop {
+        let found = lanes::pick(work.on(), subscription, &levels, room).await?;
+        let mut picked = Vec::with_capacity(found.rows.len());
+        for (row, leads) in found.rows {
+            let mut one = Picked::read(&row, subscription, false)?;
+            one.item.leads = leads;
+            picked.push(one);
+        }
+        if !(picked.is_empty() && found.again) {
+            return Ok(picked);
+        }
+    }
 }
 
 fn wait_of(millis: i64) -> Duration {

@@ -5,7 +5,9 @@ with open as materialized (
 )
 select exists (
         select 1 from open o
-        join postbox_delivery d on d.subscription = o.id and d.state = 'pending' and d.due_at is null)
+        join postbox_delivery d on d.subscription = o.id and d.state = 'pending' and d.due_at is null
+            -- What waits for others of its key is not due.
+            and d.priority < 1024)
     or coalesce(n.due_at <= c.now, false) as due,
     n.due_at - c.now as wait
 from postbox_clock c

@@ -26,6 +26,8 @@ mod claim;
 mod connect;
 mod doubt;
 mod held;
+mod keys;
+mod lanes;
 mod limits;
 mod operate;
 mod pause;
@@ -50,7 +52,7 @@ use sqlx::{Row, Sqlite, SqliteConnection, SqlitePool};
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, MigrationStatus, Replay, ReplayCount, Replayed,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish, MigrationStatus, Replay, ReplayCount, Replayed,
     Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::content::Content;
@@ -60,9 +62,10 @@ use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};
 use crate::retention::Retention;
 use crate::schedule::{ScheduleRow, Scheduled, Wish};
 use crate::settings::Settings;
+use crate::store::lanes::Balanced;
 use crate::store::turns::Turns;
 use crate::store::{
-    Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, LeaseRef,
+    Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, KeyTurn, LeaseRef,
     Loss, Move, Observation, Pause, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle, Store,
     Stored, Stranded, SubscriptionId, TakenOver, Ticked,
 };
@@ -89,6 +92,7 @@ struct Shared {
     alive: alive::Alive,
     bell: wake::Bell,
     turns: Turns,
+    balanced: Balanced,
     options: sqlx::sqlite::SqliteConnectOptions,
     busy: Duration,
 }
@@ -177,6 +181,7 @@ impl Store for SqliteStore {
                 alive: alive::Alive::new(opened.file),
                 bell: wake::Bell::new(opened.options.clone(), settings.wake_ups()?),
                 turns: Turns::default(),
+                balanced: Balanced::default(),
                 options: opened.options,
                 busy: opened.busy,
             }),
@@ -486,6 +491,14 @@ impl Store for SqliteStore {
 
     async fn pause(&self, application: &str, name: &str, pause: &Pause<'_>) -> Result<AuditEntry, Error> {
         pause::pause(self, application, name, pause).await
+    }
+
+    async fn keys(&self, filter: &KeyFilter, limit: u32) -> Result<Vec<KeyRow>, Error> {
+        keys::list(self, filter, limit).await
+    }
+
+    async fn turn_key(&self, wish: &KeyWish, turn: KeyTurn, head: Option<DeliveryId>) -> Result<AuditEntry, Error> {
+        keys::turn(self, wish, turn, head).await
     }
 
     async fn paused(&self, subscriptions: &[SubscriptionId]) -> Result<Vec<SubscriptionId>, Error> {

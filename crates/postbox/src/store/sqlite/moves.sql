@@ -3,7 +3,7 @@
 update postbox_delivery as d
 set state = m.state, attempt = m.attempts, begun = 0, lost = m.lost, rev = m.rev, token = null, since = c.now,
     -- A retry or a release queues up again.
-    pos = case when m.state = 'pending' then (select delivery from postbox_last) else d.pos end,
+    pos = case when m.state = 'pending' and d.priority < 64 then (select delivery from postbox_last) else d.pos end,
     due_at = case when m.state = 'pending' and m.wait_ms > 0 then c.now + m.wait_ms end,
     note = case when m.state in ('in_doubt', 'dead', 'cancelled') then m.note end,
     quiet_at = case when m.state = 'in_doubt' then c.now + m.quiet_ms end,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::admin::{Action, lost_race, moved_on, record};
 use super::work::Work;
-use super::{SqliteStore, settle};
+use super::{SqliteStore, keys, settle};
 use crate::admin::{AuditEntry, Cancel, Retry, Wish, no_delivery};
 use crate::error::Error;
 use crate::lifecycle::{Kind, Standing, State, transition};
@@ -87,6 +87,9 @@ async fn carry_out(store: &SqliteStore, delivery: DeliveryId, wish: Wish<'_>) ->
         leads: false,
     };
     settle::apply(work.on(), &[moved], None).await?;
+    if next.standing.state == State::Pending {
+        keys::retried(work.on(), delivery).await?;
+    }
     let action = Action {
         actor: wish.actor,
         action: wish.action,

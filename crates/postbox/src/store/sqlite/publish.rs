@@ -4,6 +4,7 @@ use serde::Serialize;
 use sqlx::{Row, SqliteConnection};
 use uuid::Uuid;
 
+use super::lanes::lane_of;
 use super::{SqliteStore, body, millis_up};
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Due};
@@ -43,6 +44,7 @@ struct Input<'a> {
     body_hash: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     priority: Option<i16>,
+    lane: i16,
     #[serde(skip_serializing_if = "Option::is_none")]
     content_type: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -55,7 +57,7 @@ struct Input<'a> {
 /// A column of `postbox_publish`, how it is read, and whether a message has it.
 type Column = (&'static str, &'static str, fn(&Input<'_>) -> bool);
 
-const COLUMNS: [Column; 19] = [
+const COLUMNS: [Column; 20] = [
     ("id", "unhex(value ->> 'id')", |_| true),
     ("topic", "value ->> 'topic'", |_| true),
     ("key", "value ->> 'key'", |i| i.key.is_some()),
@@ -72,6 +74,7 @@ const COLUMNS: [Column; 19] = [
     ("dedup_ms", "value ->> 'dedup_ms'", |i| i.dedup_ms.is_some()),
     ("body_hash", "unhex(value ->> 'body_hash')", |i| i.body_hash.is_some()),
     ("priority", "value ->> 'priority'", |i| i.priority.is_some()),
+    ("lane", "value ->> 'lane'", |_| true),
     ("content_type", "value ->> 'content_type'", |i| i.content_type.is_some()),
     ("payload", "value ->> 'payload'", |i| i.payload.is_some()),
     ("body", "unhex(value ->> 'body')", |i| i.body.is_some()),
@@ -120,6 +123,7 @@ impl<'a> Input<'a> {
             dedup_ms: dedup.map(|d| millis_up(d.window)),
             body_hash: dedup.map(|_| hex(&body::hash(draft.key.as_deref(), &draft.payload))),
             priority: draft.priority.stored(),
+            lane: lane_of(draft.key.as_deref(), id),
             content_type: draft.payload.typed().map(|bytes| bytes.content_type()),
             payload: draft.payload.json(),
             body: draft.payload.typed().map(|bytes| hex(bytes)),

@@ -105,7 +105,7 @@ pub(super) async fn pull(
         work.rollback().await?;
         return Ok(None);
     }
-    let claimed = claim::claim_in(&mut work, &store.shared.turns, &wanted, claim::Keep::InRow).await?;
+    let claimed = claim::claim_in(&mut work, &store.shared, &wanted, claim::Keep::InRow).await?;
     let lease = LeaseRef { worker: request.worker, batch: claimed.batch, token: request.token };
     let Some(item) = claimed.items.into_iter().next() else {
         work.commit().await?;

@@ -4,8 +4,9 @@ use sqlx::SqliteConnection;
 use uuid::Uuid;
 
 use super::alive::Locked;
-use super::{SqliteStore, json_of, limits, millis, millis_up};
+use super::{SqliteStore, json_of, lanes, limits, millis, millis_up};
 use crate::error::Error;
+use crate::keys::Keys;
 use crate::lifecycle::Kind;
 use crate::retention;
 use crate::store::{Declared, Pulse, Registration, Start, SubscriptionId};
@@ -47,6 +48,9 @@ async fn route(
     for (declared, stored) in subscriptions.iter().zip(stored) {
         let (id, changed) = subscribe(db, application, declared, stored, epoch + 1).await?;
         limits::declare(db, id, &declared.limits).await?;
+        if declared.keys.is_some() {
+            lanes::declare(db, id).await?;
+        }
         ids.push(id);
         rerouted |= changed;
     }
@@ -100,6 +104,7 @@ row! {
         name: String,
         pattern: String,
         kind: String,
+        by_key: bool,
     }
 }
 
@@ -154,7 +159,7 @@ async fn known(db: &mut SqliteConnection, application: &str, declared: &Declared
     let mut names = vec![declared.name.as_str()];
     names.extend(declared.renamed_from.iter().map(String::as_str));
     let found: Vec<Known> = sqlx::query_as(
-        "select s.id, s.name, s.pattern, s.kind
+        "select s.id, s.name, s.pattern, s.kind, s.per_key is not null as by_key
          from json_each(?2) n join postbox_subscription s on s.application = ?1 and s.name = n.value
          where s.removed_at is null order by n.key",
     )
@@ -168,6 +173,22 @@ async fn known(db: &mut SqliteConnection, application: &str, declared: &Declared
     Ok(known)
 }
 
+/// A subscription may begin to deliver by key when nothing of it is unfinished, and does not end to.
+async fn by_key_changes(db: &mut SqliteConnection, id: SubscriptionId, name: &str, was: bool) -> Result<(), Error> {
+    if was {
+        return Err(Keys::for_good(name));
+    }
+    let unfinished: bool = sqlx::query_scalar(
+        "select exists (select 1 from postbox_delivery d
+                 where d.subscription = ?1 and d.state in ('pending', 'running', 'in_doubt'))
+             or exists (select 1 from postbox_held h where h.subscription = ?1)",
+    )
+    .bind(id)
+    .fetch_one(db)
+    .await?;
+    if unfinished { Err(Keys::too_late(name)) } else { Ok(()) }
+}
+
 /// Renames, changes or makes one subscription; whether publishers must fan out anew.
 async fn subscribe(
     connection: &mut SqliteConnection,
@@ -179,7 +200,12 @@ async fn subscribe(
     let segments = json_of(&declared.pattern.segments().collect::<Vec<_>>())?;
     let retry = declared.policy.retry;
     let (keep_succeeded, keep_dead) = retention::stored(declared.policy.kind, declared.keep);
-    if let Some(Known { id, pattern, .. }) = stored {
+    let per_key = declared.keys.map(Keys::at_once);
+    let on_dead = declared.keys.and_then(Keys::on_dead);
+    if let Some(Known { id, name, pattern, by_key, .. }) = stored {
+        if by_key != declared.keys.is_some() {
+            by_key_changes(connection, id, &name, by_key).await?;
+        }
         let changed = pattern != declared.pattern.as_str();
         // A changed pattern takes the unrouted messages that only the new one matches. A scan of history
         // that is not done goes on with the pattern it began with (decision 0020).
@@ -191,7 +217,8 @@ async fn subscribe(
                  start = case when ?11 then 'unrouted' else start end,
                  backfilled = case when ?11 then false else backfilled end,
                  backfill_after = case when ?11 then 0 else backfill_after end,
-                 timeout_ms = ?13, quiet_ms = ?14, keep_succeeded_ms = ?15, keep_dead_ms = ?16, idempotent = ?17
+                 timeout_ms = ?13, quiet_ms = ?14, keep_succeeded_ms = ?15, keep_dead_ms = ?16, idempotent = ?17,
+                 per_key = ?18, ordered = ?19, on_dead = ?20
              where id = ?1",
         )
         .bind(id)
@@ -211,6 +238,9 @@ async fn subscribe(
         .bind(keep_succeeded)
         .bind(keep_dead)
         .bind(declared.policy.repeats())
+        .bind(per_key)
+        .bind(on_dead.is_some())
+        .bind(on_dead.unwrap_or_default().as_str())
         .execute(connection)
         .await?;
         return Ok((id, changed));
@@ -224,10 +254,11 @@ async fn subscribe(
     let id = sqlx::query_scalar(
         "insert into postbox_subscription (application, name, pattern, segments, kind, max_attempts, retry_base_ms,
              retry_cap_ms, reconciles, continues, start, start_at, epoch, backfilled, timeout_ms,
-             quiet_ms, keep_succeeded_ms, keep_dead_ms, scan_pattern, scan_segments, scan_epoch, idempotent, created_at)
+             quiet_ms, keep_succeeded_ms, keep_dead_ms, scan_pattern, scan_segments, scan_epoch, idempotent, per_key, ordered, on_dead,
+             created_at)
          select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?11 = 'now', ?14, ?15, ?16, ?17,
              case when ?11 in ('beginning', 'time') then ?3 end, case when ?11 in ('beginning', 'time') then ?4 end,
-             case when ?11 in ('beginning', 'time') then ?13 end, ?18, now
+             case when ?11 in ('beginning', 'time') then ?13 end, ?18, ?19, ?20, ?21, now
          from postbox_clock
          returning id",
     )
@@ -249,6 +280,9 @@ async fn subscribe(
     .bind(keep_succeeded)
     .bind(keep_dead)
     .bind(declared.policy.repeats())
+    .bind(per_key)
+    .bind(on_dead.is_some())
+    .bind(on_dead.unwrap_or_default().as_str())
     .fetch_one(connection)
     .await?;
     Ok((id, true))

@@ -8,7 +8,7 @@ use super::doubt::keep;
 use super::held::Held;
 use super::publish::follow;
 use super::work::Work;
-use super::{SqliteStore, json_of, millis, millis_up};
+use super::{SqliteStore, json_of, keys, millis, millis_up};
 use crate::crash;
 use crate::error::Error;
 use crate::lifecycle::State;
@@ -155,8 +155,10 @@ pub(super) async fn apply(db: &mut SqliteConnection, moves: &[Move], lease: Opti
             .execute(&mut *db)
             .await?;
     }
-    let moved = sqlx::query(include_str!("moves.sql")).bind(&rows).bind(lease.map(|l| l.token)).execute(db).await?;
-    all(moved.rows_affected(), moves.len())
+    let moved =
+        sqlx::query(include_str!("moves.sql")).bind(&rows).bind(lease.map(|l| l.token)).execute(&mut *db).await?;
+    all(moved.rows_affected(), moves.len())?;
+    keys::follow(db, moves).await
 }
 
 fn row(m: &Move) -> Value {

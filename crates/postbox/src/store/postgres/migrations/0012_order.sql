@@ -51,13 +51,13 @@ $$;
 -- Inlined where it is used: no SET. What has no key is in no order, and spread over the lanes.
 create function {schema}.lane_of(key text, delivery bigint) returns smallint
 language sql immutable parallel safe as $$
-    select ({lanes} + (coalesce(pg_catalog.hashtextextended(key, 0), delivery) & 31::bigint))::smallint
+    select ({lanes} + (coalesce(pg_catalog.hashtextextended(key, 0), delivery) & {of_lanes}))::smallint
 $$;
 
 -- Several keys may share a level.
 create function {schema}.held_of(key text) returns smallint
 language sql immutable parallel safe as $$
-    select ({held} + ((pg_catalog.hashtextextended(key, 0) >> 5) & 8191::bigint))::smallint
+    select ({held} + ((pg_catalog.hashtextextended(key, 0) >> 5) & {of_held}))::smallint
 $$;
 
 -- For those who want a stricter order: who holds it publishes alone until its transaction ends.
