@@ -125,8 +125,14 @@ fn metered(count: u32, burst: u32) -> Declared {
 /// Claims under the rate, and settles; how many there were, and how long the bucket is dry.
 async fn takes<Db: Testable>(hand: &Hand<Db>, room: u32) -> (u32, Option<Duration>) {
     let id: SubscriptionId = hand.subscriptions[0];
-    let request =
-        ClaimRequest { worker: hand.worker, token: Uuid::now_v7(), wanted: vec![(id, room)], metered: vec![id], by_key: Vec::new(), full: Vec::new() };
+    let request = ClaimRequest {
+        worker: hand.worker,
+        token: Uuid::now_v7(),
+        wanted: vec![(id, room)],
+        metered: vec![id],
+        by_key: Vec::new(),
+        full: Vec::new(),
+    };
     let claimed = hand.store().claim(&request).await.expect("claims");
     let success = |i: &postbox::store::Item| Success {
         delivery: i.delivery,

@@ -24,6 +24,7 @@ on_both_stores!(
     many_wait_and_come_in_order,
     a_key_that_is_parked_waits_with_all_that_comes,
     the_way_to_deliver_does_not_change_under_deliveries,
+    who_has_the_lock_of_a_key_publishes_first,
 );
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,9 +84,9 @@ impl Witness {
 }
 
 async fn publish<Db: Testable>(fresh: &Fresh<Db>, steps: impl IntoIterator<Item = (String, u32)>) {
-    let drafts = steps.into_iter().map(|(key, number)| {
-        Envelope::json("step", &Step { key: key.clone(), number }).expect("a message").key(key)
-    });
+    let drafts = steps
+        .into_iter()
+        .map(|(key, number)| Envelope::json("step", &Step { key: key.clone(), number }).expect("a message").key(key));
     fresh.postbox.publish_now(drafts.collect::<Vec<_>>()).await.expect("published");
 }
 
@@ -219,7 +220,8 @@ async fn worker<Db: Testable>(fresh: &Fresh<Db>, witness: &Witness, poison: &Poi
         }
     };
     let routes = Router::<Db>::new().on("step", handler(step).named("steps").ordered().on_dead(on_dead));
-    let worker = fresh.postbox.worker(routes).application("test").concurrency(4).poll_interval(Duration::from_millis(20));
+    let worker =
+        fresh.postbox.worker(routes).application("test").concurrency(4).poll_interval(Duration::from_millis(20));
     worker.start().await.expect("starts")
 }
 
@@ -419,4 +421,38 @@ async fn the_way_to_deliver_does_not_change_under_deliveries<Db: Testable>() {
     assert_eq!(numbers(&ordered.claim(1).await), [2]);
     let error = store.register(&registration(plain())).await.expect_err("it is in order for good");
     assert!(error.to_string().contains("another name"), "{error}");
+}
+
+async fn who_has_the_lock_of_a_key_publishes_first<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let hand = Hand::register(&fresh, vec![in_order()]).await;
+    let draft = |number| Envelope::json("step", &Step { key: "key".into(), number }).expect("a message").key("key");
+    let postbox = &fresh.postbox;
+    let publish = async |number: u32| {
+        let mut tx = fresh.pool.begin().await.expect("a transaction");
+        postbox.lock_key(&mut tx, "key").await.expect("the lock");
+        postbox.publish(&mut tx, draft(number)).await.expect("published");
+        tx
+    };
+    let first = publish(1).await;
+    let second = async {
+        publish(2).await.commit().await.expect("committed");
+    };
+    let commit = async {
+        if <Db as Testable>::NAME == "postgres" {
+            let waits = format!(
+                "select count(*) from pg_locks where locktype = 'advisory' and not granted
+                     and (classid::bigint << 32) | objid::bigint = hashtextextended('{}.key key', 0)",
+                fresh.schema()
+            );
+            while Db::count(&fresh, &waits).await == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+        first.commit().await.expect("committed");
+    };
+    tokio::join!(second, commit);
+    assert_eq!(numbers(&hand.claim(10).await), [1, 2]);
+    let mut tx = fresh.pool.begin().await.expect("a transaction");
+    assert!(postbox.lock_key(&mut tx, "").await.is_err());
 }

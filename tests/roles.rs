@@ -233,7 +233,14 @@ async fn a_worker_works_and_the_record_stays_as_it_is() {
     store.asleep(registration.worker, true).await.expect("sleep");
     let wanted = ids.iter().map(|id| (*id, 10)).collect();
     let claimed = store
-        .claim(&ClaimRequest { worker: registration.worker, token: Uuid::now_v7(), wanted, metered: Vec::new(), by_key: Vec::new(), full: Vec::new() })
+        .claim(&ClaimRequest {
+            worker: registration.worker,
+            token: Uuid::now_v7(),
+            wanted,
+            metered: Vec::new(),
+            by_key: Vec::new(),
+            full: Vec::new(),
+        })
         .await
         .expect("claim");
     let operation = claimed.items.iter().find(|i| i.subscription == ids[0]).expect("the operation");

@@ -7,6 +7,7 @@
 mod drain;
 mod figure;
 mod load;
+mod order;
 mod pinned;
 mod plot;
 mod publish;
@@ -58,6 +59,8 @@ enum Part {
     Publish,
     /// Plain handlers, operations, transactional handlers, and the WAL of a whole cycle.
     Drain,
+    /// Order per key.
+    Order,
     /// A transaction that pins the horizon, while many messages pass.
     Pinned,
     /// A big backlog, and a worker's memory in front of it.
@@ -145,6 +148,9 @@ async fn run(cli: &Cli) -> Result<Vec<Figure>, Problem> {
         tell(drain::operations(&site, extent).await?)?;
         tell(drain::transactional(&site, extent).await?)?;
         tell(drain::wal(&site, extent).await?)?;
+    }
+    if wants(Part::Order) {
+        tell(order::drain(&site, extent).await?)?;
     }
     let mut curves = Vec::new();
     if wants(Part::Pinned) {

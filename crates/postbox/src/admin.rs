@@ -22,9 +22,9 @@ pub use crate::schedule::{ScheduleEdit, ScheduleRow};
 pub use crate::store::Stranded;
 use crate::store::{Database, DeliveryId, Pause, Store};
 
-pub(crate) use self::replay::COUNTED;
 pub use self::keys::{KeyFilter, KeyRow, KeyWish};
 pub(crate) use self::keys::{key_moved_on, not_in_order};
+pub(crate) use self::replay::COUNTED;
 pub use self::replay::{Replay, ReplayCount, ReplayPreview, Replayed, Replaying, Replays};
 pub(crate) use self::wish::Wish;
 

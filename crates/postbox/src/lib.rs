@@ -124,6 +124,8 @@ mod docs {
     mod lifecycle {}
     #[doc = include_str!("../../../docs/operations.md")]
     mod operations {}
+    #[doc = include_str!("../../../docs/order.md")]
+    mod order {}
     #[doc = include_str!("../../../docs/pause.md")]
     mod pause {}
     #[doc = include_str!("../../../docs/priority.md")]

@@ -217,6 +217,24 @@ impl<Db: Database> Postbox<Db> {
         self.store_all(connection.as_connection(), drafts).await?.into_iter().collect()
     }
 
+    /// Takes the lock of a key until the transaction ends, and waits for whoever has it: transactions that take it
+    /// before they publish come in the order in which they commit, where a subscription is `ordered()`. On
+    /// SQLite, which has one writer, it does nothing.
+    ///
+    /// Cancel safety: as [`publish`](Self::publish).
+    ///
+    /// # Errors
+    /// The key is empty, or the database did not answer.
+    pub async fn lock_key<C>(&self, connection: &mut C, key: &str) -> Result<(), Error>
+    where
+        C: AsConnection<Db> + ?Sized,
+    {
+        if key.is_empty() {
+            return Err(Error::Refused("`lock_key` needs a key".into()));
+        }
+        Db::Store::lock_key(connection.as_connection(), &self.store, key).await
+    }
+
     /// Publishes in a transaction of its own, and commits it: for programs that have none.
     ///
     /// # Errors

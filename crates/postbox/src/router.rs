@@ -11,8 +11,8 @@ use crate::handler::{
     BoxFuture, Call, Failure, FromDelivery, Handler, OperationHandler, Payload, ReconcileHook, Rejection, Several,
     Together, Tx,
 };
-use crate::lifecycle::{Kind, Policy};
 use crate::keys::{Keys, OnDead};
+use crate::lifecycle::{Kind, Policy};
 use crate::limits::{Limits, Rate};
 use crate::message::{Envelope, Message};
 use crate::operation::{FollowUps, OperationFailure, Receipt, Reconciled};

@@ -54,11 +54,11 @@ fn typed(desk: &Desk<'_>, verb: &str, row: &KeyRow) -> String {
 
 async fn list<Db: Database>(desk: &Desk<'_>, wish: KeysList) -> Ended {
     let postbox = desk.open::<Db>().await?;
-    let filter =
-        KeyFilter { application: desk.application.clone(), subscription: wish.subscription, key: None };
+    let filter = KeyFilter { application: desk.application.clone(), subscription: wish.subscription, key: None };
     let limit = wish.limit;
     let tried = "list the keys that wait";
-    let rows = postbox.admin().keys(&filter, limit).await.map_err(|e| Failure::of(&e, tried, desk.command("status")))?;
+    let rows =
+        postbox.admin().keys(&filter, limit).await.map_err(|e| Failure::of(&e, tried, desk.command("status")))?;
     if desk.output.json {
         for row in &rows {
             desk.output.object(row)?;
@@ -106,7 +106,11 @@ async fn turn<Db: Database>(desk: &Desk<'_>, wish: OneKey, verb: Verb) -> Ended 
     let tried = format!("{} the key {key}", verb.as_str());
     let again = format!("keys {} {} --subscription {}", verb.as_str(), quoted(&key), quoted(&subscription));
     if wish.key.is_empty() {
-        return Err(usage(&tried, "messages without a key are in no order, so none of them waits", desk.command("keys")));
+        return Err(usage(
+            &tried,
+            "messages without a key are in no order, so none of them waits",
+            desk.command("keys"),
+        ));
     }
     let hint = match verb {
         Verb::Unblock => "what was mended",

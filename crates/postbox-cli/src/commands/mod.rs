@@ -26,7 +26,9 @@ use postbox::{Backend, Database, Postgres, Sqlite};
 use crate::demo;
 use crate::desk::Desk;
 use crate::failure::{Failure, needs_role};
-use crate::flags::{Command, Flags, Keys, KeysCommand, Migrate, Schedules, SchedulesCommand, Subscriptions, SubscriptionsCommand};
+use crate::flags::{
+    Command, Flags, Keys, KeysCommand, Migrate, Schedules, SchedulesCommand, Subscriptions, SubscriptionsCommand,
+};
 use crate::output::Output;
 
 /// How a command ended that did what it could: its exit code.

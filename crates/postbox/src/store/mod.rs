@@ -15,8 +15,8 @@ use crate::admin::{
     Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
-use crate::lifecycle::{Answer, Kind, Policy, State};
 use crate::keys::Keys;
+use crate::lifecycle::{Answer, Kind, Policy, State};
 use crate::limits::Limits;
 use crate::message::{Draft, Envelope};
 use crate::pattern::Pattern;
@@ -667,6 +667,12 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
         store: &Self,
         messages: &[Draft],
     ) -> impl Future<Output = Result<Vec<Stored>, PublishError>> + Send;
+    /// Takes a key's lock until the caller's transaction ends.
+    fn lock_key(
+        connection: &mut <Self::Db as sqlx::Database>::Connection,
+        store: &Self,
+        key: &str,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
     /// A connection of the store's own to publish on, inside a transaction.
     fn begin(&self) -> impl Verb<Self::Tx>;
     /// Commits it.

@@ -616,7 +616,9 @@ impl Core {
                     *cancelled = true;
                     commands.push(Command::Cancel((token, index), Cancel::Fenced));
                 }
-                Slot::Behind | Slot::Released | Slot::Withheld | Slot::Paused(_) | Slot::Settling(None) => *slot = Slot::Settled,
+                Slot::Behind | Slot::Released | Slot::Withheld | Slot::Paused(_) | Slot::Settling(None) => {
+                    *slot = Slot::Settled
+                }
                 Slot::Running { .. } | Slot::Settled => {}
             }
         });

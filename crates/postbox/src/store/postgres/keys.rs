@@ -37,12 +37,14 @@ pub(super) async fn follow<'m>(
     let dead = followed.dead();
     let over: Vec<i64> = over.iter().map(|m| m.delivery).collect();
     if !(over.is_empty() && dead.is_empty()) {
-        store.query(store.sql.keys_free)
+        store
+            .query(store.sql.keys_free)
             .bind(over)
             .bind(dead)
             .bind(None::<i32>)
             .bind(None::<&str>)
-            .execute(connection).await?;
+            .execute(connection)
+            .await?;
     }
     Ok(())
 }

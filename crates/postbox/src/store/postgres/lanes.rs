@@ -73,7 +73,8 @@ pub(super) async fn wanted(
             strays.push(subscription);
         }
         let levels: Vec<i16> = row.try_get("levels")?;
-        owned.insert(subscription, levels.into_iter().filter(|level| !full.contains(&(subscription, *level))).collect());
+        owned
+            .insert(subscription, levels.into_iter().filter(|level| !full.contains(&(subscription, *level))).collect());
     }
     if !strays.is_empty() {
         store.query(store.sql.strays).bind(&strays).execute(work.on()).await?;
@@ -144,7 +145,13 @@ async fn owners(
     levels: &[i16],
 ) -> Result<Vec<Uuid>, Error> {
     let rows = store.dynamic(sql).bind(subscriptions).bind(levels).fetch_all(connection).await?;
-    Ok(rows.iter().map(|row| row.try_get("owner")).collect::<Result<Vec<Option<Uuid>>, _>>()?.into_iter().flatten().collect())
+    Ok(rows
+        .iter()
+        .map(|row| row.try_get("owner"))
+        .collect::<Result<Vec<Option<Uuid>>, _>>()?
+        .into_iter()
+        .flatten()
+        .collect())
 }
 
 /// All lanes of a subscription.

@@ -62,7 +62,9 @@ fn render(text: &str, leaves: usize, schema: &str, channel: &str) -> String {
         ),
         false => (
             match leaves {
-                _ if leaves < number("pause_and_priority") => include_str!("migrations/earlier/publish_without_priority.sql"),
+                _ if leaves < number("pause_and_priority") => {
+                    include_str!("migrations/earlier/publish_without_priority.sql")
+                }
                 _ if leaves < number("order") => include_str!("migrations/earlier/publish_without_lanes.sql"),
                 _ => include_str!("publish.sql"),
             },

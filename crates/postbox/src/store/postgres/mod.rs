@@ -41,8 +41,8 @@ use self::marks::Marks;
 use self::promote::Promoted;
 use self::publish::Fans;
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish, MigrationStatus, Replay, ReplayCount, Replayed,
-    Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish, MigrationStatus,
+    Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::Kind;
@@ -54,9 +54,8 @@ use crate::store::lanes::{Balanced, FIRST_HELD, FIRST_LANE, LET_THROUGH};
 use crate::store::turns::Turns;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, HandlerTx,
-    KeyTurn,
-    LeaseRef, Loss, Move, Observation, Pause, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle,
-    Store, Stored, Stranded, SubscriptionId, TakenOver, Ticked,
+    KeyTurn, LeaseRef, Loss, Move, Observation, Pause, PermitWish, Permits, PullRequest, PulledOne, Pulse,
+    Registration, Settle, Store, Stored, Stranded, SubscriptionId, TakenOver, Ticked,
 };
 
 pub use migrate::{migrations_down_sql, migrations_sql};
@@ -448,6 +447,12 @@ impl Store for PgStore {
         messages: &[Draft],
     ) -> Result<Vec<Stored>, PublishError> {
         publish::publish(connection, store, messages).await
+    }
+
+    async fn lock_key(connection: &mut PgConnection, store: &Self, key: &str) -> Result<(), Error> {
+        let sql = format!("select {}.lock_key($1)", store.schema);
+        store.dynamic(sql).bind(key).execute(connection).await?;
+        Ok(())
     }
 
     async fn begin(&self) -> Result<Work, Error> {

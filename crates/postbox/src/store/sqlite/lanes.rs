@@ -164,10 +164,12 @@ pub(super) async fn pick(
         .collect();
     if !aside.is_empty() {
         found.again = true;
-        sqlx::query("update postbox_delivery as d set priority = s.value ->> 1 from json_each(?1) s where d.id = s.value ->> 0")
-            .bind(json_of(&aside)?)
-            .execute(&mut *db)
-            .await?;
+        sqlx::query(
+            "update postbox_delivery as d set priority = s.value ->> 1 from json_each(?1) s where d.id = s.value ->> 0",
+        )
+        .bind(json_of(&aside)?)
+        .execute(&mut *db)
+        .await?;
     }
     let leads: HashMap<DeliveryId, bool> =
         rows.iter().filter(|(.., waits, _)| !waits).map(|(id, .., leads)| (*id, *leads)).collect();
@@ -176,8 +178,10 @@ pub(super) async fn pick(
     }
     let mut ids: Vec<DeliveryId> = leads.keys().copied().collect();
     ids.sort_unstable();
-    let sql = include_str!("claim.sql")
-        .replace("where d.subscription = ?1 and d.state = 'pending' and d.due_at is null {level}", "where d.id in (select value from json_each(?1))");
+    let sql = include_str!("claim.sql").replace(
+        "where d.subscription = ?1 and d.state = 'pending' and d.due_at is null {level}",
+        "where d.id in (select value from json_each(?1))",
+    );
     let rows = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(json_of(&ids)?).bind(room).fetch_all(db).await?;
     for row in rows {
         let id: DeliveryId = serde_json::from_str::<Vec<serde_json::Value>>(row.try_get(0)?)

@@ -52,8 +52,8 @@ use sqlx::{Row, Sqlite, SqliteConnection, SqlitePool};
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish, MigrationStatus, Replay, ReplayCount, Replayed,
-    Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
+    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish, MigrationStatus,
+    Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::content::Content;
 use crate::error::{Error, PublishError};
@@ -65,9 +65,9 @@ use crate::settings::Settings;
 use crate::store::lanes::Balanced;
 use crate::store::turns::Turns;
 use crate::store::{
-    Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, KeyTurn, LeaseRef,
-    Loss, Move, Observation, Pause, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle, Store,
-    Stored, Stranded, SubscriptionId, TakenOver, Ticked,
+    Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, KeyTurn,
+    LeaseRef, Loss, Move, Observation, Pause, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle,
+    Store, Stored, Stranded, SubscriptionId, TakenOver, Ticked,
 };
 
 pub use connect::migrations_sql;
@@ -229,6 +229,10 @@ impl Store for SqliteStore {
         messages: &[Draft],
     ) -> Result<Vec<Stored>, PublishError> {
         publish::publish(connection, messages).await
+    }
+
+    async fn lock_key(_: &mut SqliteConnection, _: &Self, _: &str) -> Result<(), Error> {
+        Ok(())
     }
 
     async fn begin(&self) -> Result<Work, Error> {

@@ -131,7 +131,14 @@ async fn register(store: &SqliteStore, subscriptions: Vec<Declared>) -> (Uuid, V
 async fn claim(store: &SqliteStore, worker: Uuid, subscription: SubscriptionId, room: u32) -> (Claimed, LeaseRef) {
     let token = Uuid::now_v7();
     let claimed = store
-        .claim(&ClaimRequest { worker, token, wanted: vec![(subscription, room)], metered: Vec::new(), by_key: Vec::new(), full: Vec::new() })
+        .claim(&ClaimRequest {
+            worker,
+            token,
+            wanted: vec![(subscription, room)],
+            metered: Vec::new(),
+            by_key: Vec::new(),
+            full: Vec::new(),
+        })
         .await
         .expect("claims");
     let lease = LeaseRef { worker, batch: claimed.batch, token };

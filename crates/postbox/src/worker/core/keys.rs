@@ -149,7 +149,9 @@ impl Lines {
     /// What has ended in this batch is on record: claims that begin now know of it.
     pub(super) fn on_record(&mut self, token: Uuid, settled: impl Fn(usize) -> bool, claiming: &BTreeSet<Uuid>) {
         self.each_closed(|closed| match closed {
-            Closed::Settling((of, index)) if *of == token && settled(*index) => *closed = Closed::Claiming(claiming.clone()),
+            Closed::Settling((of, index)) if *of == token && settled(*index) => {
+                *closed = Closed::Claiming(claiming.clone())
+            }
             _ => {}
         });
     }

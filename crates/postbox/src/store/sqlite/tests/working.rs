@@ -55,7 +55,14 @@ async fn claims_go_by_room_and_only_for_the_living() {
     let (worker, ids) = shop.register(vec![declared("one", "a"), declared("two", "a")]).await;
     shop.publish(&(0..5).map(|n| draft("a", n)).collect::<Vec<_>>()).await;
     let token = Uuid::now_v7();
-    let request = ClaimRequest { worker, token, wanted: vec![(ids[0], 2), (ids[1], 1)], metered: Vec::new(), by_key: Vec::new(), full: Vec::new() };
+    let request = ClaimRequest {
+        worker,
+        token,
+        wanted: vec![(ids[0], 2), (ids[1], 1)],
+        metered: Vec::new(),
+        by_key: Vec::new(),
+        full: Vec::new(),
+    };
     let claimed = shop.store.claim(&request).await.expect("claims");
     let subscriptions: Vec<_> = claimed.items.iter().map(|i| i.subscription).collect();
     assert_eq!(subscriptions, [ids[0], ids[1], ids[0]], "in the order of publishing");
@@ -193,7 +200,14 @@ async fn the_living_are_left_alone_and_the_dead_taken_over() {
     shop.publish(&[draft("p", 1), draft("p", 2), draft("c", 3), draft("c", 4)]).await;
     let token = Uuid::now_v7();
     let claimed = other
-        .claim(&ClaimRequest { worker, token, wanted: vec![(ids[0], 2), (ids[1], 2)], metered: Vec::new(), by_key: Vec::new(), full: Vec::new() })
+        .claim(&ClaimRequest {
+            worker,
+            token,
+            wanted: vec![(ids[0], 2), (ids[1], 2)],
+            metered: Vec::new(),
+            by_key: Vec::new(),
+            full: Vec::new(),
+        })
         .await
         .expect("claims");
     let lease = LeaseRef { worker, batch: claimed.batch, token };
