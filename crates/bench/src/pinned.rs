@@ -146,6 +146,8 @@ async fn claims(postbox: &Postbox<Postgres>) -> Result<Vec<f64>, Problem> {
             token: Uuid::now_v7(),
             wanted: wanted.clone(),
             metered: Vec::new(),
+            by_key: Vec::new(),
+            full: Vec::new(),
         };
         let begun = Instant::now();
         let claimed = store.claim(&request).await?;

@@ -93,7 +93,7 @@ impl<Db: Database> Admin<Db> {
         short_enough(&wish.reason)?;
         let row = self.key(wish).await?;
         let head = match row.head {
-            Some(head) => Some(self.show(head).await?.row),
+            Some(head) => self.store.show(head).await?.map(|shown| shown.row),
             None => None,
         };
         if let Some(head) = head.as_ref().filter(|head| head.state == State::InDoubt) {
@@ -102,7 +102,9 @@ impl<Db: Database> Admin<Db> {
                 head.id
             )));
         }
-        let entry = self.store.turn_key(wish, KeyTurn::Unpark, row.head).await?;
+        // One that retention has removed is not waited for.
+        let turn = if head.is_none() && row.head.is_some() { KeyTurn::LetGo } else { KeyTurn::Unpark };
+        let entry = self.store.turn_key(wish, turn, row.head).await?;
         if let Some(head) = head {
             let retry = Retry { rev: Some(head.rev), actor: wish.actor.clone(), reason: wish.reason.clone() };
             let waits = matches!(head.state, State::Dead | State::Pending | State::Cancelled);
@@ -125,8 +127,9 @@ impl<Db: Database> Admin<Db> {
     pub async fn skip_key(&self, wish: &KeyWish) -> Result<AuditEntry, Error> {
         short_enough(&wish.reason)?;
         let row = self.key(wish).await?;
-        if let Some(head) = row.head {
-            let head = self.show(head).await?.row;
+        if let Some(head) = row.head
+            && let Some(head) = self.store.show(head).await?.map(|shown| shown.row)
+        {
             if head.state == State::Running {
                 return Err(Error::Conflict(format!(
                     "delivery {}, which the key waits for, is running; see how it ends",

@@ -10,7 +10,7 @@ mod keys;
 mod limits;
 mod wire;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,6 +83,8 @@ pub(crate) struct Core {
     suspect: Option<Hold>,
     /// Claims under way, and how many deliveries each has asked for.
     claiming: BTreeMap<Uuid, u32>,
+    /// Those of them that want deliveries by key.
+    keyed: BTreeSet<Uuid>,
     /// The last claim got all that it had asked for: there is more.
     deep: bool,
     /// Claims whose answer was lost: they may hold a lease that nobody works on.
@@ -113,6 +115,7 @@ impl Core {
             permits: HashMap::new(),
             suspect: None,
             claiming: BTreeMap::new(),
+            keyed: BTreeSet::new(),
             deep: false,
             lost_claims: BTreeMap::new(),
             ask_at: None,
@@ -275,9 +278,10 @@ impl Core {
 
     fn claimed(&mut self, token: Uuid, claimed: Option<Claimed>, now: Duration, commands: &mut Vec<Command>) {
         let asked = self.claiming.remove(&token);
+        self.keyed.remove(&token);
         self.deep = claimed.as_ref().is_some_and(|c| asked.is_some_and(|asked| c.items.len() >= asked as usize));
         let Some(claimed) = claimed else {
-            self.lines.returned(token);
+            self.hungry |= self.lines.returned(token);
             self.lost_claims.insert(token, None);
             commands.push(Command::Disown(token));
             self.poll_at = now + self.pause;
@@ -287,7 +291,7 @@ impl Core {
         self.pause = FIRST_PAUSE;
         self.dry(claimed.dry, now);
         if claimed.items.is_empty() {
-            self.lines.returned(token);
+            self.hungry |= self.lines.returned(token);
             if self.asleep {
                 let wait = claimed.next_due.map_or(self.poll_wait, |due| due.min(self.poll_wait));
                 self.poll_at = now + wait.max(Duration::from_millis(1));
@@ -328,7 +332,7 @@ impl Core {
             }
             entries.push(Entry { item, operation, slot });
         }
-        self.lines.returned(token);
+        self.hungry |= self.lines.returned(token);
         self.batches.insert(token, Batch::new(lease, entries, now));
         if self.phase != Phase::Working {
             self.release_queued();
@@ -703,7 +707,7 @@ impl Core {
                 });
                 if !self.lines.is_empty() {
                     let settled = |index: usize| matches!(batch.entries()[index].slot, Slot::Settled);
-                    self.lines.on_record(token, settled, &self.claiming.keys().copied().collect());
+                    self.hungry |= self.lines.on_record(token, settled, &self.keyed);
                 }
                 run_started(batch, &self.lanes, now, commands);
                 if close {
@@ -752,7 +756,7 @@ impl Core {
                     return None;
                 }
                 // Claims of keys come one after the other: what an earlier one has taken, or may have, comes first.
-                if lane.keys.is_some() && !(self.claiming.is_empty() && self.lost_claims.is_empty()) {
+                if lane.keys.is_some() && !(self.keyed.is_empty() && self.lost_claims.is_empty()) {
                     return None;
                 }
                 let limit =
@@ -782,10 +786,14 @@ impl Core {
             self.hungry = false;
             let metered = wanted.iter().map(|(id, _)| *id);
             let metered = metered.filter(|id| self.lanes.get(id).is_some_and(|(lane, _)| lane.metered)).collect();
+            let by_key = self.by_key(&wanted);
+            if !by_key.is_empty() {
+                self.keyed.insert(token);
+            }
             commands.push(Command::Claim(ClaimRequest {
                 worker: self.setup.worker,
                 token,
-                by_key: self.by_key(&wanted),
+                by_key,
                 full: self.lines.full(),
                 wanted,
                 metered,
@@ -796,7 +804,7 @@ impl Core {
     /// Asks now and then whether what lies ready is still to be handed out: claims see a pause by themselves,
     /// and what was claimed before it does not.
     fn ask(&mut self, now: Duration, commands: &mut Vec<Command>) {
-        if self.queue.is_empty() {
+        if self.queue.is_empty() && self.lines.none_behind() {
             self.ask_at = None;
             return;
         }
@@ -805,7 +813,9 @@ impl Core {
         }
         let mut queued: Vec<SubscriptionId> =
             self.lanes.values().filter(|(_, load)| load.queued > 0).map(|(lane, _)| lane.id).collect();
+        queued.extend(self.lines.subscriptions_behind());
         queued.sort_unstable();
+        queued.dedup();
         self.asking = true;
         commands.push(Command::AskPaused(queued));
     }

@@ -68,6 +68,7 @@ impl Lines {
     pub(super) fn enter(&mut self, lane: &Lane, item: &Item, hold: Hold) -> Place {
         let Some((keys, key)) = key(lane, item) else { return Place::Queue };
         let line = self.of.entry(lane.id).or_default().entry(key.to_owned()).or_default();
+        line.level = item.priority;
         if line.closed != Closed::No {
             return Place::Back;
         }
@@ -75,7 +76,6 @@ impl Lines {
             line.going += 1;
             return Place::Queue;
         }
-        line.level = item.priority;
         line.behind.push_back(hold);
         *self.behind.entry((lane.id, item.priority)).or_default() += 1;
         Place::Behind
@@ -139,33 +139,56 @@ impl Lines {
         }
     }
 
-    /// Lanes that have enough of their deliveries here.
+    pub(super) fn none_behind(&self) -> bool {
+        self.behind.is_empty()
+    }
+
+    /// Those of which something is behind others.
+    pub(super) fn subscriptions_behind(&self) -> impl Iterator<Item = SubscriptionId> + '_ {
+        self.behind.keys().map(|(subscription, _)| *subscription)
+    }
+
+    /// Lanes that have enough of their deliveries here, or of which a key is closed.
     pub(super) fn full(&self) -> Vec<(SubscriptionId, i16)> {
         let mut full: Vec<_> = self.behind.iter().filter(|(_, n)| **n >= FULL).map(|(lane, _)| *lane).collect();
+        for (subscription, lines) in &self.of {
+            full.extend(
+                lines.values().filter(|line| line.closed != Closed::No).map(|line| (*subscription, line.level)),
+            );
+        }
         full.sort_unstable();
+        full.dedup();
         full
     }
 
     /// What has ended in this batch is on record: claims that begin now know of it.
-    pub(super) fn on_record(&mut self, token: Uuid, settled: impl Fn(usize) -> bool, claiming: &BTreeSet<Uuid>) {
+    /// Whether keys are open again for it.
+    pub(super) fn on_record(
+        &mut self,
+        token: Uuid,
+        settled: impl Fn(usize) -> bool,
+        claiming: &BTreeSet<Uuid>,
+    ) -> bool {
         self.each_closed(|closed| match closed {
             Closed::Settling((of, index)) if *of == token && settled(*index) => {
                 *closed = Closed::Claiming(claiming.clone())
             }
             _ => {}
-        });
+        })
     }
 
-    /// A claim has returned, or never will.
-    pub(super) fn returned(&mut self, claim: Uuid) {
+    /// A claim has returned, or never will. Whether keys are open again for it.
+    pub(super) fn returned(&mut self, claim: Uuid) -> bool {
         self.each_closed(|closed| {
             if let Closed::Claiming(claims) = closed {
                 claims.remove(&claim);
             }
-        });
+        })
     }
 
-    fn each_closed(&mut self, mut change: impl FnMut(&mut Closed)) {
+    /// Whether some are open again.
+    fn each_closed(&mut self, mut change: impl FnMut(&mut Closed)) -> bool {
+        let mut opened = false;
         for lines in self.of.values_mut() {
             lines.retain(|_, line| {
                 if line.closed == Closed::No {
@@ -174,10 +197,12 @@ impl Lines {
                 change(&mut line.closed);
                 if matches!(&line.closed, Closed::Claiming(claims) if claims.is_empty()) {
                     line.closed = Closed::No;
+                    opened = true;
                 }
                 line.closed != Closed::No || line.going > 0
             });
         }
+        opened
     }
 }
 
@@ -225,7 +250,7 @@ impl Core {
         if lost.is_empty() {
             return;
         }
-        let claims: BTreeSet<Uuid> = self.claiming.keys().copied().collect();
+        let claims = self.keyed.clone();
         self.lines.forget(token, &claims);
         for (item, going) in lost {
             let Some((lane, _)) = self.lanes.get(&item.subscription) else { continue };
@@ -240,7 +265,7 @@ impl Core {
             }
         }
         // Where no claim is under way, nothing is waited for.
-        self.lines.returned(token);
+        self.hungry |= self.lines.returned(token);
     }
 
     /// Which of these deliver by key.
