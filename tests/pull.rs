@@ -243,6 +243,7 @@ async fn a_lease_that_was_taken_over_is_fenced<Db: Testable>() {
             ran: Duration::ZERO,
             ago: Duration::ZERO,
         }),
+        leads: false,
     };
     let completed = fresh.postbox.store().complete(&mut tx, one.lease, &outcome).await.expect("complete");
     assert_eq!(completed, Completion::Fenced);
