@@ -303,7 +303,8 @@ impl LimitsRow {
         let limits = LimitsRow {
             at_once: at_once.map(whole),
             held,
-            per_second: token_us.map(|us| 1e6 / us),
+            // To a millionth: what was declared as 60 is 60.
+            per_second: token_us.map(|us| (1e12 / us).round() / 1e6),
             burst: burst.map(whole),
             tokens,
         };

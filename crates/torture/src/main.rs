@@ -253,8 +253,7 @@ async fn run_scenario(cli: Cli) -> Result<bool, String> {
     let folder = tempfile::Builder::new().prefix("postbox-torture-").tempdir().map_err(|e| format!("a folder: {e}"))?;
     let begun = std::time::Instant::now();
     let counts = Arc::new(Counts::default());
-    let setting =
-        Setting { kind: cli.store, seed, span: cli.span, folder: folder.path(), counts: counts.clone() };
+    let setting = Setting { kind: cli.store, seed, span: cli.span, folder: folder.path(), counts: counts.clone() };
     let mut found = scenario::play(cli.scenario, setting).await.unwrap_or_else(|error| scenario::Found {
         broken: vec![format!("the run itself did not come to its end: {error}")],
         ..scenario::Found::default()

@@ -89,10 +89,8 @@ pub(super) fn message(
     draft.key = plan.key.clone();
     draft.headers = plan.headers.clone();
     let kind = if asked { "schedule-run" } else { "schedule" };
-    let draft = draft
-        .header("postbox-schedule", name)
-        .header("postbox-schedule-tick", tick.to_string())
-        .occurred_at(tick);
+    let draft =
+        draft.header("postbox-schedule", name).header("postbox-schedule-tick", tick.to_string()).occurred_at(tick);
     if planted!("tick-apart") {
         return Ok(draft);
     }

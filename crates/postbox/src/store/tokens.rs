@@ -32,10 +32,7 @@ impl Taken {
     }
 
     /// What was not used, and goes back.
-    pub(crate) fn left(
-        &self,
-        used: impl Fn(SubscriptionId) -> u32,
-    ) -> impl Iterator<Item = (SubscriptionId, u32)> {
+    pub(crate) fn left(&self, used: impl Fn(SubscriptionId) -> u32) -> impl Iterator<Item = (SubscriptionId, u32)> {
         let left = move |(id, tokens): (&SubscriptionId, &u32)| (*id, tokens.saturating_sub(used(*id)));
         self.tokens.iter().map(left).filter(|(_, left)| *left > 0)
     }

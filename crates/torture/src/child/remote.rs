@@ -69,18 +69,16 @@ pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::er
         plan,
     });
     let healed = remote.clone();
-    listen(move |line| {
-        match line {
-            "heal" => healed.healing.store(true, Ordering::SeqCst),
-            "sync" => {
-                let log = healed.log.clone();
-                tokio::spawn(async move {
-                    log.write("synced").await;
-                    say("synced");
-                });
-            }
-            _ => {}
+    listen(move |line| match line {
+        "heal" => healed.healing.store(true, Ordering::SeqCst),
+        "sync" => {
+            let log = healed.log.clone();
+            tokio::spawn(async move {
+                log.write("synced").await;
+                say("synced");
+            });
         }
+        _ => {}
     });
     say(format_args!("listening {}", listener.local_addr()?));
     loop {

@@ -53,7 +53,10 @@ impl Crew {
 }
 
 /// Does this with all places at once.
-pub(crate) async fn each(places: &mut [Place], act: impl AsyncFn(&mut Place) -> Result<(), String>) -> Result<(), String> {
+pub(crate) async fn each(
+    places: &mut [Place],
+    act: impl AsyncFn(&mut Place) -> Result<(), String>,
+) -> Result<(), String> {
     let all = futures_util::future::join_all(places.iter_mut().map(|place| act(place))).await;
     all.into_iter().collect()
 }
@@ -100,7 +103,7 @@ impl Place {
         while begun.elapsed() < LONGEST_START {
             self.lives += 1;
             // Each second life, each point in turn.
-            let point = (self.lives % 2 == 0).then(|| points.get(self.lives / 2 % points.len().max(1))).flatten();
+            let point = self.lives.is_multiple_of(2).then(|| points.get(self.lives / 2 % points.len().max(1))).flatten();
             let nth = self.dice.u32(1..4);
             let armed = point.map(|point| format!("{point}:{nth}"));
             if let Some(process) = self.start(armed).await.map_err(|e| format!("{}: {e}", self.part.name))? {

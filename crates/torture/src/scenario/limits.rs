@@ -39,12 +39,8 @@ const WORKERS: usize = 4;
 /// Handlers at once in a worker: all together could do more than twice the limit.
 pub(crate) const CONCURRENCY: usize = 6;
 
-const TROUBLE: Trouble = Trouble {
-    rest: (300, 1800),
-    stops: 4,
-    stopped: (2000, 2700),
-    points: &["claimed", "outcome-commit-sent"],
-};
+const TROUBLE: Trouble =
+    Trouble { rest: (300, 1800), stops: 4, stopped: (2000, 2700), points: &["claimed", "outcome-commit-sent"] };
 /// Until permits are shared out.
 const SETTLES: Duration = Duration::from_secs(2);
 /// How long it is measured how much of a limit is used: as long as the faults are on, within these.

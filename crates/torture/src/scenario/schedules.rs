@@ -200,8 +200,12 @@ impl<Db: Site> Season<'_, Db> {
     /// The messages of all ticks.
     async fn ticks(&self, prefix: &str) -> Result<Vec<Tick>, String> {
         let (of, id) = match Db::KIND {
-            Kind::Postgres => (["headers ->> 'postbox-schedule'", "headers ->> 'postbox-schedule-tick'"], "cast(id as text)"),
-            Kind::Sqlite => (["headers ->> '$.\"postbox-schedule\"'", "headers ->> '$.\"postbox-schedule-tick\"'"], "hex(id)"),
+            Kind::Postgres => {
+                (["headers ->> 'postbox-schedule'", "headers ->> 'postbox-schedule-tick'"], "cast(id as text)")
+            }
+            Kind::Sqlite => {
+                (["headers ->> '$.\"postbox-schedule\"'", "headers ->> '$.\"postbox-schedule-tick\"'"], "hex(id)")
+            }
         };
         let table = Db::postbox("message");
         let rows = self.ground.rows(format!("select {}, {}, {id} from {table}", of[0], of[1])).await?;

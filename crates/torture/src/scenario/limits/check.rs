@@ -130,7 +130,9 @@ pub(crate) fn overdrawn(claims: &[Claim]) -> Option<String> {
         level = f64::from(BURST).min(level + tokens_in(token - last)) - 1.0;
         last = token;
         if level < -0.001 {
-            return Some(format!("rate: a token was taken at {token} that was not there; the bucket stands at {level:.2}"));
+            return Some(format!(
+                "rate: a token was taken at {token} that was not there; the bucket stands at {level:.2}"
+            ));
         }
     }
     None
@@ -149,7 +151,10 @@ pub(crate) fn crowded(passes: &[Pass], claims: &[Claim], stops: &[Stop], window_
     for pass in passes.iter().filter(|pass| pass.is_slow()) {
         let own = tokens.get(&(pass.delivery, pass.process));
         let Some(token) = own.and_then(|own| own.iter().filter(|token| **token <= pass.came).max()) else {
-            broken.push(format!("rate: delivery {} was called by {}, which had not claimed it", pass.delivery, pass.process));
+            broken.push(format!(
+                "rate: delivery {} was called by {}, which had not claimed it",
+                pass.delivery, pass.process
+            ));
             continue;
         };
         let stopped = |stop: &Stop| stop.pid == pass.process && stop.from <= pass.came && stop.to >= *token;

@@ -108,7 +108,8 @@ pub(crate) fn judge(change: &Change, ticks: &[Tick], calls: &[Tick], begun: i64,
         let missed: Vec<i64> = expected.iter().copied().filter(|tick| !fired.contains_key(tick)).collect();
         let twice = fired.iter().filter(|(_, ids)| ids.len() > 1).map(|(tick, _)| *tick).collect();
         let unwanted = fired.keys().copied().filter(|tick| !expected.contains(tick)).collect();
-        let called = |tick: &i64, ids: &[String]| calls.iter().any(|(of, at, id)| *of == name && at == tick && ids.contains(id));
+        let called =
+            |tick: &i64, ids: &[String]| calls.iter().any(|(of, at, id)| *of == name && at == tick && ids.contains(id));
         let unheard = fired.iter().filter(|(tick, ids)| !called(tick, ids)).map(|(tick, _)| *tick).collect();
         let kinds: [(&str, Vec<i64>); 4] = [
             ("missed", missed),
@@ -184,8 +185,10 @@ mod tests {
     fn each_fault_is_seen() {
         let change = berlin(true);
         let good = well(&change);
-        let found = |ticks: &[Tick], calls: &[Tick]| judge(&change, ticks, calls, change.at - 5, change.at + 5).join("; ");
-        let without = |at: usize| good.iter().enumerate().filter(|(n, _)| *n != at).map(|(_, t)| t.clone()).collect::<Vec<_>>();
+        let found =
+            |ticks: &[Tick], calls: &[Tick]| judge(&change, ticks, calls, change.at - 5, change.at + 5).join("; ");
+        let without =
+            |at: usize| good.iter().enumerate().filter(|(n, _)| *n != at).map(|(_, t)| t.clone()).collect::<Vec<_>>();
         assert!(found(&without(3), &without(3)).contains("1 missed"));
         assert!(found(&without(0), &without(0)).contains("the first tick"));
         assert!(found(&good, &without(3)).contains("no handler"));
