@@ -103,7 +103,8 @@ impl Place {
         while begun.elapsed() < LONGEST_START {
             self.lives += 1;
             // Each second life, each point in turn.
-            let point = self.lives.is_multiple_of(2).then(|| points.get(self.lives / 2 % points.len().max(1))).flatten();
+            let point =
+                self.lives.is_multiple_of(2).then(|| points.get(self.lives / 2 % points.len().max(1))).flatten();
             let nth = self.dice.u32(1..4);
             let armed = point.map(|point| format!("{point}:{nth}"));
             if let Some(process) = self.start(armed).await.map_err(|e| format!("{}: {e}", self.part.name))? {

@@ -48,7 +48,7 @@ pub(super) async fn tick(store: &PgStore) -> Result<Ticked, Error> {
         }
         fired.tell(&schedule);
         if planted!("tick-apart") {
-            work.commit().await?;
+            crash::commit("ticking", work.commit()).await?;
             work = store.work().await?;
         }
         let sql = format!(

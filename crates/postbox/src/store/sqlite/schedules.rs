@@ -62,7 +62,7 @@ pub(super) async fn tick(store: &SqliteStore) -> Result<Ticked, Error> {
         }
         fired.tell(&schedule);
         if planted!("tick-apart") {
-            work.commit().await?;
+            crash::commit("ticking", work.commit()).await?;
             work = store.write().await?;
         }
         sqlx::query(
