@@ -6,6 +6,7 @@
 
 mod drain;
 mod figure;
+mod limits;
 mod load;
 mod order;
 mod pinned;
@@ -61,6 +62,8 @@ enum Part {
     Drain,
     /// Order per key.
     Order,
+    /// What a limit across all workers costs.
+    Limits,
     /// A transaction that pins the horizon, while many messages pass.
     Pinned,
     /// A big backlog, and a worker's memory in front of it.
@@ -151,6 +154,9 @@ async fn run(cli: &Cli) -> Result<Vec<Figure>, Problem> {
     }
     if wants(Part::Order) {
         tell(order::drain(&site, extent).await?)?;
+    }
+    if wants(Part::Limits) {
+        tell(limits::cost(&site, extent).await?)?;
     }
     let mut curves = Vec::new();
     if wants(Part::Pinned) {

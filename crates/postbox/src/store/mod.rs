@@ -28,6 +28,7 @@ pub(crate) mod down;
 pub(crate) mod lanes;
 pub mod postgres;
 pub mod sqlite;
+pub(crate) mod tokens;
 pub(crate) mod turns;
 
 pub use down::Loss;

@@ -406,7 +406,7 @@ impl<Db: Database> Engine<Db> {
             late: route.declared.quiet.saturating_add(route.declared.timeout).saturating_add(registration.lease),
             concurrency: route.concurrency,
             keys: route.declared.keys,
-            limited: route.declared.limits.at_once.is_some(),
+            limited: route.declared.limits.at_once.is_some() || route.declared.keys.is_some(),
             metered: route.declared.limits.rate.is_some(),
         });
         let setup = Setup {
@@ -575,6 +575,7 @@ impl<Db: Database> Engine<Db> {
             lease,
             item,
             number,
+            limited: route.declared.limits.at_once.is_some() || route.declared.keys.is_some(),
             fate,
         })
     }
