@@ -13,7 +13,7 @@ use crate::site::{Fresh, Site};
 use crate::{Extent, Problem};
 
 /// Transactional handlers, and raw transactions, at once.
-const AT_ONCE: u32 = 8;
+pub(crate) const AT_ONCE: u32 = 8;
 
 pub(crate) async fn plain(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
     let (mut raw, mut analysed, mut new) = (Vec::new(), Vec::new(), Vec::new());
@@ -154,7 +154,7 @@ pub(crate) async fn wal(site: &Site, extent: Extent) -> Result<Vec<Figure>, Prob
 }
 
 /// A postbox with a backlog, as a newcomer has it or as one that has lived for a while.
-async fn filled(site: &Site, router: Router<Postgres>, messages: usize, analyse: bool) -> Result<Fresh, Problem> {
+pub(crate) async fn filled(site: &Site, router: Router<Postgres>, messages: usize, analyse: bool) -> Result<Fresh, Problem> {
     let fresh = site.fresh().await?;
     if !analyse {
         site.run(&format!(

@@ -4,6 +4,7 @@
 
 #![allow(clippy::print_stdout, reason = "the figures go to standard output")]
 
+mod batches;
 mod drain;
 mod figure;
 mod load;
@@ -58,6 +59,8 @@ enum Part {
     Publish,
     /// Plain handlers, operations, transactional handlers, and the WAL of a whole cycle.
     Drain,
+    /// Batch handlers beside handlers of single messages.
+    Batches,
     /// A transaction that pins the horizon, while many messages pass.
     Pinned,
     /// A big backlog, and a worker's memory in front of it.
@@ -145,6 +148,10 @@ async fn run(cli: &Cli) -> Result<Vec<Figure>, Problem> {
         tell(drain::operations(&site, extent).await?)?;
         tell(drain::transactional(&site, extent).await?)?;
         tell(drain::wal(&site, extent).await?)?;
+    }
+    if wants(Part::Batches) {
+        tell(batches::plain(&site, extent).await?)?;
+        tell(batches::transactional(&site, extent).await?)?;
     }
     let mut curves = Vec::new();
     if wants(Part::Pinned) {

@@ -82,8 +82,8 @@ pub mod worker;
 pub use content::{Bytes, Content, JSON_CONTENT_TYPE};
 pub use error::{Error, PublishError};
 pub use handler::{
-    Attempt, Call, Discarded, Failure, FromDelivery, FromRef, Handler, IntoVerdict, Metadata, NotDone,
-    OperationHandler, Payload, Permanent, ReconcileHook, Rejection, ResultExt, RetryAfter, Several, Snoozed, State,
+    Attempt, Batch, BatchHandler, BatchPayload, Call, Delivered, Discarded, Failure, FromDelivery, FromRef, Handler, IntoOutcomes, IntoVerdict, Metadata, NotDone,
+    OperationHandler, Outcomes, Payload, Permanent, ReconcileHook, Rejection, ResultExt, RetryAfter, Several, Snoozed, State,
     Together, Tx,
 };
 pub use json::{JsonError, MAX_JSON_DEPTH};
@@ -101,7 +101,9 @@ pub use pull::{PullSubscription, Pulled};
 pub use retention::MIN_KEEP;
 pub use retention::{Keep, Keeps, Retention};
 pub use retry::RetryPolicy;
-pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation, together};
+pub use router::{
+    BatchEntry, HandlerEntry, IntoBatch, IntoSubscription, OperationEntry, Router, batch, handler, operation, together,
+};
 #[doc(hidden)]
 pub use schedule::Wish as ScheduleWish;
 pub use schedule::{Missed, Plan, Schedule, ScheduleRow, Scheduled};

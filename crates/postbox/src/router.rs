@@ -8,7 +8,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use crate::handler::{
-    BoxFuture, Call, Failure, FromDelivery, Handler, OperationHandler, Payload, ReconcileHook, Rejection, Several,
+    BoxFuture, Call, Failure, FromDelivery, Gather, Handler, OperationHandler, Payload, ReconcileHook, Rejection, Several,
     Together, Tx,
 };
 use crate::lifecycle::{Kind, Policy};
@@ -27,6 +27,12 @@ pub(crate) trait Bound<Db: Database>: Send + Sync {
     fn continues(&self, call: &Call, receipt: &Receipt) -> Result<FollowUps, Rejection>;
 }
 
+/// What stands behind a subscription: a handler of single messages, or one of batches.
+pub(crate) enum Stands<Db: Database> {
+    Single(Arc<dyn Bound<Db>>),
+    Batch(Arc<dyn BoundBatch<Db>>),
+}
+
 /// What a handler returned.
 pub(crate) enum Ran {
     Plain(Result<FollowUps, Failure>),
@@ -35,7 +41,7 @@ pub(crate) enum Ran {
 
 /// A handler that still waits for its state.
 trait Unbound<Db: Database, S>: Send + Sync {
-    fn bind(self: Box<Self>, state: S) -> Arc<dyn Bound<Db>>;
+    fn bind(self: Box<Self>, state: S) -> Stands<Db>;
 }
 
 struct PlainHandler<H, M>(H, PhantomData<fn() -> M>);
@@ -47,8 +53,8 @@ where
     H: Handler<Db, S, M>,
     M: 'static,
 {
-    fn bind(self: Box<Self>, state: S) -> Arc<dyn Bound<Db>> {
-        Arc::new(BoundPlain { handler: self.0, state, marker: PhantomData::<fn() -> M> })
+    fn bind(self: Box<Self>, state: S) -> Stands<Db> {
+        Stands::Single(Arc::new(BoundPlain { handler: self.0, state, marker: PhantomData::<fn() -> M> }))
     }
 }
 
@@ -95,8 +101,8 @@ where
     Db: Database,
     S: Clone + Send + Sync + 'static,
 {
-    fn bind(self: Box<Self>, state: S) -> Arc<dyn Bound<Db>> {
-        Arc::new(BoundOperation { parts: *self, state })
+    fn bind(self: Box<Self>, state: S) -> Stands<Db> {
+        Stands::Single(Arc::new(BoundOperation { parts: *self, state }))
     }
 }
 
@@ -315,6 +321,11 @@ macro_rules! options {
     };
 }
 
+mod batch;
+
+pub(crate) use batch::BoundBatch;
+pub use batch::{BatchEntry, IntoBatch, batch};
+
 /// A handler with options: [`handler`].
 pub struct HandlerEntry<H> {
     handler: H,
@@ -464,6 +475,7 @@ pub struct Subscription<Db: Database, S> {
     options: Options,
     reconciles: bool,
     continues: bool,
+    gather: Option<Gather>,
     unbound: Box<dyn Unbound<Db, S>>,
 }
 
@@ -499,6 +511,7 @@ where
             options: self.options,
             reconciles: false,
             continues: false,
+            gather: None,
             unbound: Box::new(PlainHandler(self.handler, PhantomData::<fn() -> M>)),
         }
     }
@@ -516,6 +529,7 @@ where
             options: self.options,
             reconciles: self.parts.reconcile.is_some(),
             continues: self.parts.then.is_some(),
+            gather: None,
             unbound: Box::new(self.parts),
         }
     }
@@ -523,12 +537,13 @@ where
 
 enum Target<Db: Database, S> {
     Unbound(Box<dyn Unbound<Db, S>>),
-    Bound(Arc<dyn Bound<Db>>),
+    Bound(Stands<Db>),
 }
 
 struct Entry<Db: Database, S> {
     declared: Declared,
     concurrency: Option<usize>,
+    gather: Option<Gather>,
     absolute: bool,
     target: Target<Db, S>,
 }
@@ -582,7 +597,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
 
     #[track_caller]
     fn add(mut self, pattern: Pattern, absolute: bool, subscription: Subscription<Db, S>) -> Self {
-        let Subscription { kind, functions, options, reconciles, continues, unbound } = subscription;
+        let Subscription { kind, functions, options, reconciles, continues, gather, unbound } = subscription;
         assert!(
             functions.len() < 2 || kind == Kind::Transactional,
             "none of the handlers in `together((…))` takes a `Tx`: there is nothing to share; subscribe each by itself"
@@ -613,6 +628,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
                 quiet: options.quiet,
             },
             concurrency: options.concurrency,
+            gather,
             absolute,
             target: Target::Unbound(unbound),
         };
@@ -668,6 +684,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
         let entries = self.entries.into_iter().map(|entry| Entry {
             declared: entry.declared,
             concurrency: entry.concurrency,
+            gather: entry.gather,
             absolute: entry.absolute,
             target: Target::Bound(match entry.target {
                 Target::Unbound(unbound) => unbound.bind(state.clone()),
@@ -687,7 +704,8 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
 pub(crate) struct Route<Db: Database> {
     pub(crate) declared: Declared,
     pub(crate) concurrency: Option<usize>,
-    pub(crate) handler: Arc<dyn Bound<Db>>,
+    pub(crate) gather: Option<Gather>,
+    pub(crate) handler: Stands<Db>,
 }
 
 impl<Db: Database> Router<Db> {
@@ -695,6 +713,7 @@ impl<Db: Database> Router<Db> {
         let routes = self.entries.into_iter().map(|entry| Route {
             declared: entry.declared,
             concurrency: entry.concurrency,
+            gather: entry.gather,
             handler: match entry.target {
                 Target::Unbound(unbound) => unbound.bind(()),
                 Target::Bound(bound) => bound,

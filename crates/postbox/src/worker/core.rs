@@ -6,6 +6,7 @@
 
 mod batch;
 mod flush;
+mod gather;
 mod limits;
 mod wire;
 
@@ -16,9 +17,11 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use self::batch::{Batch, Entry, Slot};
+pub(crate) use self::flush::settle_of;
 use self::flush::{due_flush, is_withheld, observation};
+use self::gather::{Turn, Waiting};
 use self::limits::{Allowance, Asking};
-pub(crate) use self::wire::{Cancel, Command, Ended, Event, Flushed, Hold, Lane, Setup};
+pub(crate) use self::wire::{Cancel, Command, Ended, Event, Flushed, Hold, Lane, Member, Setup};
 use crate::lifecycle::{End, Kind};
 use crate::planted::planted;
 use crate::store::{ClaimRequest, Claimed, Guarded, Item, LeaseRef, SubscriptionId};
@@ -47,9 +50,20 @@ struct Load {
     /// Of those, the ones that run one at a time.
     suspects: usize,
     running: usize,
-    /// A moving average of how long an attempt runs.
+    /// The calls that they are: one each, but for batch handlers.
+    calls: usize,
+    /// Those of the queued that wait for each other, for a batch handler.
+    waiting: Waiting,
+    /// A moving average of how long a call runs.
     ran: Option<Duration>,
     allowance: Allowance,
+}
+
+/// A call that runs: of a batch handler's, the first of its deliveries holds the permit.
+#[derive(Debug)]
+struct Permit {
+    subscription: SubscriptionId,
+    others: Vec<Hold>,
 }
 
 /// What of a batch a kill would leave in doubt.
@@ -74,9 +88,11 @@ pub(crate) struct Core {
     setup: Setup,
     lanes: HashMap<SubscriptionId, (Lane, Load)>,
     batches: BTreeMap<Uuid, Batch>,
-    queue: VecDeque<Hold>,
+    queue: VecDeque<Turn>,
+    /// Those of the lanes that have batch handlers.
+    gathering: Vec<SubscriptionId>,
     /// Who holds a permit; more than run, while a cancelled handler does not let go.
-    permits: HashMap<Hold, SubscriptionId>,
+    permits: HashMap<Hold, Permit>,
     suspect: Option<Hold>,
     /// Claims under way, and how many deliveries each has asked for.
     claiming: BTreeMap<Uuid, u32>,
@@ -102,10 +118,12 @@ pub(crate) struct Core {
 impl Core {
     pub(crate) fn new(setup: Setup) -> Core {
         let lanes = setup.subscriptions.iter().map(|lane| (lane.id, (lane.clone(), Load::default()))).collect();
+        let gathering = setup.subscriptions.iter().filter(|lane| lane.gather.is_some()).map(|lane| lane.id).collect();
         Core {
             lanes,
             batches: BTreeMap::new(),
             queue: VecDeque::new(),
+            gathering,
             permits: HashMap::new(),
             suspect: None,
             claiming: BTreeMap::new(),
@@ -171,7 +189,7 @@ impl Core {
         for at in self.lost_claims.values().flatten() {
             at_latest(*at);
         }
-        if let Some(at) = self.limits_tick() {
+        for at in [self.limits_tick(), self.gather_tick()].into_iter().flatten() {
             at_latest(at);
         }
         next
@@ -185,6 +203,7 @@ impl Core {
         }
         self.expire(now, &mut commands);
         self.refill(now);
+        self.gather(now);
         self.start(now, &mut commands);
         self.flush(now, &mut commands);
         self.claim(now, &mut commands);
@@ -208,6 +227,11 @@ impl Core {
                 }
             }
             Event::Ended(hold, ended) => self.ended(hold, ended, now, commands),
+            Event::EndedTogether(all) => {
+                for (hold, ended) in all {
+                    self.ended(hold, ended, now, commands);
+                }
+            }
             Event::Freed(hold) => self.freed(hold, now, commands),
             Event::Pulse(sent, tokens) => {
                 // A lease that is stored and that nobody here knows: its claim's answer was lost, and
@@ -305,10 +329,9 @@ impl Core {
         for (index, item) in claimed.items.into_iter().enumerate() {
             let mut operation = false;
             if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
-                load.enter(lane, &item);
+                load.line_up(lane, &item, (token, index), &mut self.queue, now);
                 operation = lane.policy.kind == Kind::Operation;
             }
-            self.queue.push_back((token, index));
             entries.push(Entry { item, operation, slot: Slot::Queued });
         }
         self.batches.insert(token, Batch::new(lease, entries, now));
@@ -325,14 +348,30 @@ impl Core {
     /// The same of some subscriptions.
     fn release(&mut self, which: impl Fn(SubscriptionId) -> bool) {
         let mut kept = VecDeque::new();
-        for (token, index) in std::mem::take(&mut self.queue) {
+        let mut queue = std::mem::take(&mut self.queue);
+        for id in self.gathering.iter().filter(|id| which(**id)) {
+            if let Some((_, load)) = self.lanes.get_mut(id) {
+                let waiting = std::mem::take(&mut load.waiting);
+                queue.extend(waiting.into_holds().map(Turn::One));
+            }
+        }
+        for turn in queue {
+            let (token, index) = match turn {
+                Turn::One(hold) => hold,
+                Turn::Batch(id) => {
+                    if !which(id) {
+                        kept.push_back(turn);
+                    }
+                    continue;
+                }
+            };
             if let Some(batch) = self.batches.get_mut(&token) {
                 let Entry { item, slot, .. } = &batch.entries()[index];
                 if !matches!(slot, Slot::Queued) {
                     continue;
                 }
                 if !which(item.subscription) {
-                    kept.push_back((token, index));
+                    kept.push_back(turn);
                     continue;
                 }
                 if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
@@ -358,19 +397,29 @@ impl Core {
         }
     }
 
-    fn free(&mut self, hold: Hold) {
+    /// Takes its permit back; the others of its call.
+    fn free(&mut self, hold: Hold) -> Vec<Hold> {
         if self.suspect == Some(hold) {
             self.suspect = None;
         }
-        if let Some(subscription) = self.permits.remove(&hold)
-            && let Some((_, load)) = self.lanes.get_mut(&subscription)
-        {
-            load.running -= 1;
+        let Some(Permit { subscription, others }) = self.permits.remove(&hold) else { return Vec::new() };
+        if let Some((_, load)) = self.lanes.get_mut(&subscription) {
+            load.calls -= 1;
+            load.running -= 1 + others.len();
         }
+        others
     }
 
     fn freed(&mut self, hold: Hold, now: Duration, commands: &mut Vec<Command>) {
-        self.free(hold);
+        let others = self.free(hold);
+        self.let_go(hold, now, commands);
+        for other in others {
+            self.let_go(other, now, commands);
+        }
+    }
+
+    /// Its handler is gone.
+    fn let_go(&mut self, hold: Hold, now: Duration, commands: &mut Vec<Command>) {
         let Some(batch) = self.batches.get_mut(&hold.0) else { return };
         match &batch.entries()[hold.1].slot {
             // The task is gone without a word: something panicked on its way out.
@@ -397,8 +446,17 @@ impl Core {
         let mut exposed = if operations { self.exposed() } else { HashMap::new() };
         let mut waiting = Vec::new();
         while self.permits.len() < self.setup.concurrency
-            && let Some(hold) = self.queue.pop_front()
+            && let Some(turn) = self.queue.pop_front()
         {
+            let hold = match turn {
+                Turn::One(hold) => hold,
+                Turn::Batch(id) => {
+                    if !self.call(id, now, commands) {
+                        waiting.push(turn);
+                    }
+                    continue;
+                }
+            };
             let Some(batch) = self.batches.get_mut(&hold.0) else { continue };
             let Entry { item, slot, .. } = &batch.entries()[hold.1];
             if !matches!(slot, Slot::Queued) {
@@ -413,7 +471,7 @@ impl Core {
             // A message whose worker died may have killed it: such ones run one at a time, on record.
             let suspicious = is_suspect(lane, item);
             if load.is_full(lane) || (suspicious && self.suspect.is_some()) {
-                waiting.push(hold);
+                waiting.push(turn);
                 continue;
             }
             // What a kill would leave in doubt never passes the concurrency. Attempts that ended in this
@@ -425,26 +483,26 @@ impl Core {
                 };
                 let own = lane.concurrency.unwrap_or(self.setup.concurrency);
                 if besides(None) >= self.setup.concurrency || besides(Some(lane.id)) >= own {
-                    waiting.push(hold);
+                    waiting.push(turn);
                     continue;
                 }
                 exposed.entry((hold.0, lane.id)).or_default().open += 1;
             }
             load.leave(lane, item);
-            load.run();
-            self.permits.insert(hold, item.subscription);
+            load.run(1);
+            self.permits.insert(hold, Permit { subscription: item.subscription, others: Vec::new() });
             if suspicious {
                 self.suspect = Some(hold);
             }
             if suspicious || lane.policy.kind == Kind::Operation {
                 batch.put(hold.1, Slot::Reserved);
             } else {
-                commands.push(Command::Run(hold, batch.lease, Box::new(item.clone()), item.attempts + 1));
+                commands.push(run(batch, hold.1, lane));
                 batch.put(hold.1, Slot::Running { deadline: now.saturating_add(lane.timeout), cancelled: false });
             }
         }
-        for hold in waiting.into_iter().rev() {
-            self.queue.push_front(hold);
+        for turn in waiting.into_iter().rev() {
+            self.queue.push_front(turn);
         }
     }
 
@@ -485,9 +543,8 @@ impl Core {
                 }
                 Slot::Paused(until) if *until <= now => {
                     *slot = Slot::Queued;
-                    self.queue.push_back((*token, index));
                     if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
-                        load.enter(lane, item);
+                        load.line_up(lane, item, (*token, index), &mut self.queue, now);
                     }
                 }
                 _ => {}
@@ -588,7 +645,12 @@ impl Core {
         if !seen.is_empty() {
             commands.push(Command::Observe(seen));
         }
-        self.queue.retain(|(t, _)| *t != token);
+        self.queue.retain(|turn| !matches!(turn, Turn::One((t, _)) if *t == token));
+        for id in &self.gathering {
+            if let Some((_, load)) = self.lanes.get_mut(id) {
+                load.waiting.forget(token);
+            }
+        }
         self.forget_if_over(token);
     }
 
@@ -690,11 +752,13 @@ impl Core {
         }
         let target = self.target();
         // What waits for a permit of its own subscription does not keep the others waiting.
-        let startable = |(lane, load): &(Lane, Load)| {
-            if load.is_full(lane) { 0 } else { load.queued - load.suspects }
-        };
-        let queued = self.lanes.values().map(startable).sum::<usize>() as u32;
-        if queued * 2 > target || under_way > target || (self.setup.batch.is_some() && queued > 0) {
+        let queued = self.lanes.values().map(|(lane, load)| load.startable(lane)).sum::<usize>() as u32;
+        let per_call = |(lane, _): &(Lane, Load)| lane.gather.map_or(1, |gather| gather.most as u32);
+        let most_per_call = self.lanes.values().map(per_call).max().unwrap_or(1);
+        if queued * 2 > target
+            || under_way > target.saturating_mul(most_per_call)
+            || (self.setup.batch.is_some() && queued > 0)
+        {
             return None;
         }
         // In front of a backlog a claim takes as much as it may: what it costs itself is shared by more.
@@ -702,20 +766,30 @@ impl Core {
         let mut wanted: Vec<(SubscriptionId, u32)> = self
             .lanes
             .values()
-            .filter_map(|(lane, load)| {
+            .filter_map(|of| {
+                let (lane, load) = of;
                 if load.allowance.dry_until.is_some() {
                     return None;
                 }
-                let limit =
-                    load.most_at_once(lane).unwrap_or(self.setup.concurrency).min(self.setup.concurrency) as u32;
+                let limit = load.most_at_once(lane, self.setup.concurrency) as u32;
+                let room = room.saturating_mul(per_call(of));
                 // A token is taken for what can begin, not for what will.
                 let room = match lane.metered {
                     true => room.min(limit.saturating_sub((load.running + load.queued) as u32)),
                     false if limit == 0 => 0,
                     false => room,
                 };
-                let share = self.setup.batch.unwrap_or_else(|| ahead(limit, load.ran));
-                let room = if self.deep { room.min(share) } else { room.min(share.saturating_sub(load.queued as u32)) };
+                let share = match self.setup.batch {
+                    Some(batch) => batch.max(per_call(of)),
+                    None => load.share(lane, limit),
+                };
+                let ready = load.waiting.turns as u32 * per_call(of);
+                let room = match self.deep {
+                    true if ready * 2 > share => 0,
+                    true => room.min(share),
+                    false => room.min(share.saturating_sub(load.queued as u32)),
+                };
+                let room = room.min(self.setup.batch.unwrap_or(u32::MAX));
                 (room > 0).then_some((lane.id, room))
             })
             .collect();
@@ -740,7 +814,7 @@ impl Core {
     /// Asks now and then whether what lies ready is still to be handed out: claims see a pause by themselves,
     /// and what was claimed before it does not.
     fn ask(&mut self, now: Duration, commands: &mut Vec<Command>) {
-        if self.queue.is_empty() {
+        if self.queue.is_empty() && self.gathers_nothing() {
             self.ask_at = None;
             return;
         }
@@ -774,15 +848,23 @@ fn run_started(
     now: Duration,
     commands: &mut Vec<Command>,
 ) {
-    let lease = batch.lease;
-    batch.each(|index, Entry { item, slot, .. }| {
-        if let Slot::Starting = slot {
-            let timeout = lanes.get(&item.subscription).map_or(Duration::ZERO, |(l, _)| l.timeout);
-            *slot = Slot::Running { deadline: now.saturating_add(timeout), cancelled: false };
-            let (hold, number) = ((lease.token, index), item.attempts + 1);
-            commands.push(Command::Run(hold, lease, Box::new(item.clone()), number));
-        }
-    });
+    let starting = |(_, entry): &(usize, &Entry)| matches!(entry.slot, Slot::Starting);
+    let starting: Vec<usize> = batch.entries().iter().enumerate().filter(starting).map(|(index, _)| index).collect();
+    for index in starting {
+        let Some((lane, _)) = lanes.get(&batch.entries()[index].item.subscription) else { continue };
+        commands.push(run(batch, index, lane));
+        batch.put(index, Slot::Running { deadline: now.saturating_add(lane.timeout), cancelled: false });
+    }
+}
+
+/// Calls the handler with one delivery.
+fn run(batch: &mut Batch, index: usize, lane: &Lane) -> Command {
+    if lane.gather.is_some() {
+        batch.next_part += 1;
+        return Command::RunBatch(vec![batch.member(index, batch.next_part - 1)]);
+    }
+    let item = &batch.entries()[index].item;
+    Command::Run((batch.lease.token, index), batch.lease, Box::new(item.clone()), item.attempts + 1)
 }
 
 /// Its last worker died, and may have died of it.
