@@ -82,9 +82,9 @@ pub mod worker;
 pub use content::{Bytes, Content, JSON_CONTENT_TYPE};
 pub use error::{Error, PublishError};
 pub use handler::{
-    Attempt, Batch, BatchHandler, BatchPayload, Call, Delivered, Discarded, Failure, FromDelivery, FromRef, Handler, IntoOutcomes, IntoVerdict, Metadata, NotDone,
-    OperationHandler, Outcomes, Payload, Permanent, ReconcileHook, Rejection, ResultExt, RetryAfter, Several, Snoozed, State,
-    Together, Tx,
+    Attempt, Batch, BatchHandler, BatchPayload, Call, Delivered, Discarded, Failure, FromDelivery, FromRef, Handler,
+    IntoOutcomes, IntoVerdict, Metadata, NotDone, OperationHandler, Outcomes, Payload, Permanent, ReconcileHook,
+    Rejection, ResultExt, RetryAfter, Several, Snoozed, State, Together, Tx,
 };
 pub use json::{JsonError, MAX_JSON_DEPTH};
 #[doc(hidden)]
@@ -120,6 +120,8 @@ mod docs {
     mod readme {}
     #[doc = include_str!("../../../docs/bad-input.md")]
     mod bad_input {}
+    #[doc = include_str!("../../../docs/batches.md")]
+    mod batches {}
     #[doc = include_str!("../../../docs/lifecycle.md")]
     mod lifecycle {}
     #[doc = include_str!("../../../docs/operations.md")]

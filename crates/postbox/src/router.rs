@@ -8,8 +8,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use crate::handler::{
-    BoxFuture, Call, Failure, FromDelivery, Gather, Handler, OperationHandler, Payload, ReconcileHook, Rejection, Several,
-    Together, Tx,
+    BoxFuture, Call, Failure, FromDelivery, Gather, Handler, OperationHandler, Payload, ReconcileHook, Rejection,
+    Several, Together, Tx,
 };
 use crate::lifecycle::{Kind, Policy};
 use crate::limits::{Limits, Rate};

@@ -243,7 +243,8 @@ pub trait BatchHandler<Db: Database, S, M>: Send + Sync + 'static {
 
     /// Starts the function. `tx` is there if it takes one.
     #[doc(hidden)]
-    fn call(&self, batch: Batch<Self::Payload>, state: &S, tx: Option<Tx<Db>>) -> Result<BoxFuture<Answers>, Rejection>;
+    fn call(&self, batch: Batch<Self::Payload>, state: &S, tx: Option<Tx<Db>>)
+    -> Result<BoxFuture<Answers>, Rejection>;
 }
 
 macro_rules! batch_handlers {

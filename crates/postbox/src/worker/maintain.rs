@@ -258,19 +258,17 @@ async fn settle<Db: Database>(
     };
     let content = receipt.content.clone().map(clean_receipt);
     let follow_ups = match answer {
-        Answer::Happened => {
-            match context.scope_sync(|| continued(&**handler, &call, receipt, max_payload_bytes)) {
-                Ok(follow_ups) => follow_ups,
-                Err(error) => {
-                    tracing::error!(
-                        delivery = doubt.delivery,
-                        error,
-                        "it happened, but what follows cannot be published; it stays in doubt"
-                    );
-                    return None;
-                }
+        Answer::Happened => match context.scope_sync(|| continued(&**handler, &call, receipt, max_payload_bytes)) {
+            Ok(follow_ups) => follow_ups,
+            Err(error) => {
+                tracing::error!(
+                    delivery = doubt.delivery,
+                    error,
+                    "it happened, but what follows cannot be published; it stays in doubt"
+                );
+                return None;
             }
-        }
+        },
         _ => Vec::new(),
     };
     Some(Answered {

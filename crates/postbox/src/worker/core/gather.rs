@@ -100,7 +100,13 @@ impl Batch {
     /// One of it, as a handler's call takes it; `part` is what it would be settled with.
     pub(super) fn member(&self, index: usize, part: i32) -> Member {
         let item = &self.entries()[index].item;
-        Member { hold: (self.lease.token, index), lease: self.lease, number: item.attempts + 1, item: item.clone(), part }
+        Member {
+            hold: (self.lease.token, index),
+            lease: self.lease,
+            number: item.attempts + 1,
+            item: item.clone(),
+            part,
+        }
     }
 }
 
@@ -127,7 +133,8 @@ impl Core {
             return;
         }
         for id in &self.gathering {
-            let Some((Some(gather), waiting)) = self.lanes.get_mut(id).map(|(lane, load)| (lane.gather, &mut load.waiting))
+            let Some((Some(gather), waiting)) =
+                self.lanes.get_mut(id).map(|(lane, load)| (lane.gather, &mut load.waiting))
             else {
                 continue;
             };
@@ -229,16 +236,7 @@ mod tests {
     }
 
     fn item(delivery: i64, subscription: SubscriptionId) -> Item {
-        Item {
-            delivery,
-            subscription,
-            message: Uuid::nil(),
-            priority: 0,
-            attempts: 0,
-            lost: 0,
-            rev: 1,
-            envelope: None,
-        }
+        Item { delivery, subscription, message: Uuid::nil(), priority: 0, attempts: 0, lost: 0, rev: 1, envelope: None }
     }
 
     fn claim(commands: &[Command]) -> Option<(Uuid, Vec<(SubscriptionId, u32)>)> {
@@ -405,10 +403,15 @@ mod tests {
     #[test]
     fn a_transactional_call_has_a_flush_of_each_of_its_leases() {
         let mut core = core(Kind::Transactional, 4);
-        claims(&mut core, (1..=4).map(|n| item(n, BATCHES)), MS);
-        claims(&mut core, (5..=7).map(|n| item(n, BATCHES)), MS * 2);
+        let (token, _) = claim(&claims(&mut core, (1..=4).map(|n| item(n, BATCHES)), MS)).expect("it goes on claiming");
+        let claimed = |token, items: std::ops::Range<i64>| {
+            let items = items.map(|n| item(n, BATCHES)).collect();
+            Event::Claimed(token, Some(Claimed { batch: 2, token, items, next_due: None, dry: Vec::new() }))
+        };
+        core.step([claimed(token, 5..8)], MS * 2);
         let call = calls(&core.step([Event::Tick], MS * 21)).remove(0);
         assert_eq!(call.iter().map(|(_, part)| *part).collect::<Vec<_>>(), [0; 7], "the first of each");
+        let mut core = self::core(Kind::Transactional, 4);
         let commands = claims(&mut core, (8..=17).map(|n| item(n, BATCHES)), MS * 22);
         let of = holds(&commands);
         let settled = |hold: &Hold| (*hold, Box::new(Ended { settled: true, ..Ended::of(End::Succeeded) }));
@@ -424,7 +427,8 @@ mod tests {
         core.step([Event::Tick], Duration::ZERO);
         let permits = vec![Permits { subscription: BATCHES, granted: 4, fair: None }];
         core.step([Event::Permitted(ME, Some(permits))], MS);
-        let (token, _) = claim(&core.step([Event::Claimed(Uuid::nil(), None), Event::Tick], MS * 60)).unwrap_or_default();
+        let (token, _) =
+            claim(&core.step([Event::Claimed(Uuid::nil(), None), Event::Tick], MS * 60)).unwrap_or_default();
         let items = (1..=12).map(|n| item(n, BATCHES)).collect();
         let claimed = Claimed { batch: 1, token, items, next_due: None, dry: Vec::new() };
         let commands = core.step([Event::Claimed(token, Some(claimed))], MS * 61);

@@ -193,8 +193,17 @@ mod tests {
     fn core(limited: bool, metered: bool) -> Core {
         let policy = Policy { kind: Kind::Plain, retry: RetryPolicy::default(), idempotent: false };
         let second = Duration::from_secs(1);
-        let lane =
-            Lane { id: 1, policy, timeout: second, quiet: second, late: second, concurrency: None, gather: None, limited, metered };
+        let lane = Lane {
+            id: 1,
+            policy,
+            timeout: second,
+            quiet: second,
+            late: second,
+            concurrency: None,
+            gather: None,
+            limited,
+            metered,
+        };
         let setup = Setup {
             worker: ME,
             concurrency: 8,

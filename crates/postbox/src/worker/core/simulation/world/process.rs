@@ -161,7 +161,17 @@ impl World {
             self.tell_end(at, hold, ended(AGAIN));
             return Ok(());
         }
-        let run = Run { item, number, lease, kind, stage: Stage::Working, sent: false, checked: self.now, declares, call: None };
+        let run = Run {
+            item,
+            number,
+            lease,
+            kind,
+            stage: Stage::Working,
+            sent: false,
+            checked: self.now,
+            declares,
+            call: None,
+        };
         self.nodes[at.0].running.insert(hold, run);
         if kind == Kind::Transactional {
             let end = if self.healed() || self.chance(80) { End::Succeeded } else { AGAIN };
