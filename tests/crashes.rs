@@ -18,6 +18,8 @@ on_both_stores!(
     a_second_signal_stops_at_once,
     a_puller_killed_in_its_transaction,
     a_limit_holds_while_workers_are_killed,
+    batches_killed_at_each_point,
+    batches_get_through_while_workers_are_killed,
 );
 
 const WORKER: &str = env!("CARGO_BIN_EXE_postbox-test-worker");
@@ -323,4 +325,69 @@ async fn a_limit_holds_while_workers_are_killed<Db: Testable>() {
     assert_eq!(counts.get(&State::Succeeded), Some(&200), "{counts:?}");
     assert_eq!(remote.calls().len(), 200);
     assert!((2..=3).contains(&remote.most_at_once()), "{} at once", remote.most_at_once());
+}
+
+/// In the middle of a batch: nothing of it is lost, nothing of it counts twice, and what is transactional has its
+/// effect once.
+async fn batches_killed_at_each_point<Db: Testable>() {
+    for point in ["claimed", "batch-done", "outcome-commit-sent"] {
+        for topic in ["batch.note", "batch.project"] {
+            let (fresh, remote) = (Db::fresh().await, Remote::start().await);
+            projection(&fresh).await;
+            let remote_at = ("TEST_REMOTE", remote.address());
+            publish(&fresh.postbox, topic, 25).await;
+            WorkerProcess::start(WORKER, &fresh, &[remote_at, ("POSTBOX_CRASH_POINT", point)]).kill_at(point).await;
+            let _heir = WorkerProcess::start(WORKER, &fresh, &[remote_at]);
+            until(&fresh, "settled", |counts| settled(counts) && counts.values().sum::<usize>() == 25).await;
+            let told = format!("{topic} killed at {point}: {:?}", standing(&fresh).await);
+            assert_eq!(standing(&fresh).await, [(State::Succeeded, 25)].into(), "{told}");
+            for row in fresh.postbox.admin().list(&Filter::default(), 100).await.expect("list") {
+                let attempts = fresh.postbox.admin().show(row.id).await.expect("show").attempts;
+                let done = attempts.iter().filter(|a| a.outcome.as_deref() == Some("succeeded")).count();
+                assert_eq!(done, 1, "one success on record: {told}: {attempts:?}");
+                let numbers: Vec<u32> = attempts.iter().map(|a| a.number).collect();
+                assert!(numbers.is_sorted() && numbers.len() <= 2, "one by one: {told}: {attempts:?}");
+            }
+            match topic {
+                "batch.note" => {
+                    let calls = remote.calls();
+                    // What was called before the kill may be called once more, and not after its success.
+                    assert_eq!(calls.len(), 25, "{told}");
+                    assert!(calls.values().all(|n| *n <= 2), "{told}: {calls:?}");
+                    assert!(point != "claimed" || calls.values().all(|n| *n == 1), "{told}: {calls:?}");
+                }
+                _ => {
+                    let rows = Db::count(&fresh, &format!("select count(*) from {}", fresh.table("projected"))).await;
+                    assert_eq!(rows, 25, "effects and outcomes commit together: {told}");
+                }
+            }
+        }
+    }
+}
+
+/// Four processes, of which two are killed somewhere in their work.
+async fn batches_get_through_while_workers_are_killed<Db: Testable>() {
+    let (fresh, remote) = (Db::fresh().await, Remote::start().await);
+    projection(&fresh).await;
+    publish(&fresh.postbox, "batch.note", 300).await;
+    publish(&fresh.postbox, "batch.project", 300).await;
+    let mut workers: Vec<WorkerProcess> =
+        (0..4).map(|_| WorkerProcess::start(WORKER, &fresh, &[("TEST_REMOTE", remote.address())])).collect();
+    for seen in [60, 120] {
+        let called = async {
+            while remote.calls().len() < seen {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), called).await.expect("they work");
+        workers.remove(0).kill().await;
+    }
+    until(&fresh, "settled", |counts| settled(counts) && counts.values().sum::<usize>() == 600).await;
+    assert_eq!(standing(&fresh).await, [(State::Succeeded, 600)].into());
+    let calls = remote.calls();
+    assert_eq!(calls.len(), 300);
+    // Two deaths: what their calls were for may have been called once more for each.
+    assert!(calls.values().all(|n| *n <= 3), "{calls:?}");
+    let rows = Db::count(&fresh, &format!("select count(*) from {}", fresh.table("projected"))).await;
+    assert_eq!(rows, 300, "effects and outcomes commit together");
 }

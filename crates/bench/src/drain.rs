@@ -13,7 +13,7 @@ use crate::site::{Fresh, Site};
 use crate::{Extent, Problem};
 
 /// Transactional handlers, and raw transactions, at once.
-const AT_ONCE: u32 = 8;
+pub(crate) const AT_ONCE: u32 = 8;
 
 pub(crate) async fn plain(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
     let (mut raw, mut analysed, mut new) = (Vec::new(), Vec::new(), Vec::new());

@@ -4,6 +4,7 @@
 
 #![allow(clippy::print_stdout, reason = "the figures go to standard output")]
 
+mod batches;
 mod drain;
 mod figure;
 mod limits;
@@ -64,6 +65,8 @@ enum Part {
     Order,
     /// What a limit across all workers costs.
     Limits,
+    /// Batch handlers beside handlers of single messages.
+    Batches,
     /// A transaction that pins the horizon, while many messages pass.
     Pinned,
     /// A big backlog, and a worker's memory in front of it.
@@ -157,6 +160,10 @@ async fn run(cli: &Cli) -> Result<Vec<Figure>, Problem> {
     }
     if wants(Part::Limits) {
         tell(limits::cost(&site, extent).await?)?;
+    }
+    if wants(Part::Batches) {
+        tell(batches::plain(&site, extent).await?)?;
+        tell(batches::transactional(&site, extent).await?)?;
     }
     let mut curves = Vec::new();
     if wants(Part::Pinned) {

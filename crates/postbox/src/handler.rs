@@ -15,8 +15,11 @@ use crate::message::Envelope;
 use crate::operation::{Done, FollowUps, Operation, OperationFailure, Receipt, Reconciled};
 use crate::store::{AsConnection, Database, HandlerTx, Store};
 
+mod batch;
 mod together;
 
+pub(crate) use batch::{Answers, Gather, Reading, Start, Unread, read};
+pub use batch::{Batch, BatchHandler, BatchPayload, Delivered, IntoOutcomes, Outcomes};
 pub use together::{Several, Together};
 
 /// How a plain or transactional handler's attempt did not succeed. `?` on any error gives a retry.

@@ -83,9 +83,9 @@ pub mod worker;
 pub use content::{Bytes, Content, JSON_CONTENT_TYPE};
 pub use error::{Error, PublishError};
 pub use handler::{
-    Attempt, Call, Discarded, Failure, FromDelivery, FromRef, Handler, IntoVerdict, Metadata, NotDone,
-    OperationHandler, Payload, Permanent, ReconcileHook, Rejection, ResultExt, RetryAfter, Several, Snoozed, State,
-    Together, Tx,
+    Attempt, Batch, BatchHandler, BatchPayload, Call, Delivered, Discarded, Failure, FromDelivery, FromRef, Handler,
+    IntoOutcomes, IntoVerdict, Metadata, NotDone, OperationHandler, Outcomes, Payload, Permanent, ReconcileHook,
+    Rejection, ResultExt, RetryAfter, Several, Snoozed, State, Together, Tx,
 };
 pub use json::{JsonError, MAX_JSON_DEPTH};
 #[doc(hidden)]
@@ -103,7 +103,9 @@ pub use pull::{PullSubscription, Pulled};
 pub use retention::MIN_KEEP;
 pub use retention::{Keep, Keeps, Retention};
 pub use retry::RetryPolicy;
-pub use router::{HandlerEntry, IntoSubscription, OperationEntry, Router, handler, operation, together};
+pub use router::{
+    BatchEntry, HandlerEntry, IntoBatch, IntoSubscription, OperationEntry, Router, batch, handler, operation, together,
+};
 #[doc(hidden)]
 pub use schedule::Wish as ScheduleWish;
 pub use schedule::{Missed, Plan, Schedule, ScheduleRow, Scheduled};
@@ -120,6 +122,8 @@ mod docs {
     mod readme {}
     #[doc = include_str!("../../../docs/bad-input.md")]
     mod bad_input {}
+    #[doc = include_str!("../../../docs/batches.md")]
+    mod batches {}
     #[doc = include_str!("../../../docs/lifecycle.md")]
     mod lifecycle {}
     #[doc = include_str!("../../../docs/operations.md")]

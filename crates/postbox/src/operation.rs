@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::context::Context;
 use crate::error::PublishError;
 use crate::handler::{Discarded, NotDone, Permanent, RetryAfter, Snoozed, words};
 use crate::message::{Draft, IntoDraft};
@@ -97,6 +98,12 @@ impl FollowUps {
         if self.wrong.is_none() {
             self.wrong = other.wrong;
         }
+    }
+
+    /// As what this message causes, where a draft does not say otherwise.
+    pub(crate) fn caused_by(mut self, cause: &Context) -> FollowUps {
+        self.drafts = self.drafts.into_iter().map(|draft| cause.fill(draft)).collect();
+        self
     }
 
     /// The drafts, checked.

@@ -8,8 +8,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use crate::handler::{
-    BoxFuture, Call, Failure, FromDelivery, Handler, OperationHandler, Payload, ReconcileHook, Rejection, Several,
-    Together, Tx,
+    BoxFuture, Call, Failure, FromDelivery, Gather, Handler, OperationHandler, Payload, ReconcileHook, Rejection,
+    Several, Together, Tx,
 };
 use crate::keys::{Keys, OnDead};
 use crate::lifecycle::{Kind, Policy};
@@ -28,6 +28,12 @@ pub(crate) trait Bound<Db: Database>: Send + Sync {
     fn continues(&self, call: &Call, receipt: &Receipt) -> Result<FollowUps, Rejection>;
 }
 
+/// What stands behind a subscription: a handler of single messages, or one of batches.
+pub(crate) enum Stands<Db: Database> {
+    Single(Arc<dyn Bound<Db>>),
+    Batch(Arc<dyn BoundBatch<Db>>),
+}
+
 /// What a handler returned.
 pub(crate) enum Ran {
     Plain(Result<FollowUps, Failure>),
@@ -36,7 +42,7 @@ pub(crate) enum Ran {
 
 /// A handler that still waits for its state.
 trait Unbound<Db: Database, S>: Send + Sync {
-    fn bind(self: Box<Self>, state: S) -> Arc<dyn Bound<Db>>;
+    fn bind(self: Box<Self>, state: S) -> Stands<Db>;
 }
 
 struct PlainHandler<H, M>(H, PhantomData<fn() -> M>);
@@ -48,8 +54,8 @@ where
     H: Handler<Db, S, M>,
     M: 'static,
 {
-    fn bind(self: Box<Self>, state: S) -> Arc<dyn Bound<Db>> {
-        Arc::new(BoundPlain { handler: self.0, state, marker: PhantomData::<fn() -> M> })
+    fn bind(self: Box<Self>, state: S) -> Stands<Db> {
+        Stands::Single(Arc::new(BoundPlain { handler: self.0, state, marker: PhantomData::<fn() -> M> }))
     }
 }
 
@@ -96,8 +102,8 @@ where
     Db: Database,
     S: Clone + Send + Sync + 'static,
 {
-    fn bind(self: Box<Self>, state: S) -> Arc<dyn Bound<Db>> {
-        Arc::new(BoundOperation { parts: *self, state })
+    fn bind(self: Box<Self>, state: S) -> Stands<Db> {
+        Stands::Single(Arc::new(BoundOperation { parts: *self, state }))
     }
 }
 
@@ -368,6 +374,11 @@ macro_rules! options {
     };
 }
 
+mod batch;
+
+pub(crate) use batch::BoundBatch;
+pub use batch::{BatchEntry, IntoBatch, batch};
+
 /// A handler with options: [`handler`].
 pub struct HandlerEntry<H> {
     handler: H,
@@ -517,6 +528,7 @@ pub struct Subscription<Db: Database, S> {
     options: Options,
     reconciles: bool,
     continues: bool,
+    gather: Option<Gather>,
     unbound: Box<dyn Unbound<Db, S>>,
 }
 
@@ -552,6 +564,7 @@ where
             options: self.options,
             reconciles: false,
             continues: false,
+            gather: None,
             unbound: Box::new(PlainHandler(self.handler, PhantomData::<fn() -> M>)),
         }
     }
@@ -569,6 +582,7 @@ where
             options: self.options,
             reconciles: self.parts.reconcile.is_some(),
             continues: self.parts.then.is_some(),
+            gather: None,
             unbound: Box::new(self.parts),
         }
     }
@@ -576,12 +590,13 @@ where
 
 enum Target<Db: Database, S> {
     Unbound(Box<dyn Unbound<Db, S>>),
-    Bound(Arc<dyn Bound<Db>>),
+    Bound(Stands<Db>),
 }
 
 struct Entry<Db: Database, S> {
     declared: Declared,
     concurrency: Option<usize>,
+    gather: Option<Gather>,
     absolute: bool,
     target: Target<Db, S>,
 }
@@ -635,7 +650,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
 
     #[track_caller]
     fn add(mut self, pattern: Pattern, absolute: bool, subscription: Subscription<Db, S>) -> Self {
-        let Subscription { kind, functions, options, reconciles, continues, unbound } = subscription;
+        let Subscription { kind, functions, options, reconciles, continues, gather, unbound } = subscription;
         assert!(
             functions.len() < 2 || kind == Kind::Transactional,
             "none of the handlers in `together((…))` takes a `Tx`: there is nothing to share; subscribe each by itself"
@@ -667,6 +682,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
                 quiet: options.quiet,
             },
             concurrency: options.concurrency,
+            gather,
             absolute,
             target: Target::Unbound(unbound),
         };
@@ -722,6 +738,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
         let entries = self.entries.into_iter().map(|entry| Entry {
             declared: entry.declared,
             concurrency: entry.concurrency,
+            gather: entry.gather,
             absolute: entry.absolute,
             target: Target::Bound(match entry.target {
                 Target::Unbound(unbound) => unbound.bind(state.clone()),
@@ -741,7 +758,8 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
 pub(crate) struct Route<Db: Database> {
     pub(crate) declared: Declared,
     pub(crate) concurrency: Option<usize>,
-    pub(crate) handler: Arc<dyn Bound<Db>>,
+    pub(crate) gather: Option<Gather>,
+    pub(crate) handler: Stands<Db>,
 }
 
 impl<Db: Database> Router<Db> {
@@ -749,6 +767,7 @@ impl<Db: Database> Router<Db> {
         let routes = self.entries.into_iter().map(|entry| Route {
             declared: entry.declared,
             concurrency: entry.concurrency,
+            gather: entry.gather,
             handler: match entry.target {
                 Target::Unbound(unbound) => unbound.bind(()),
                 Target::Bound(bound) => bound,

@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use postbox::{
-    Database, Envelope, Failure, Metadata, Operation, OperationFailure, Postbox, Postgres, Receipt, Reconciled,
-    ResultExt, Router, Settings, Sqlite, State, Tx, handler, operation,
+    Batch, Database, Envelope, Failure, Metadata, Operation, OperationFailure, Postbox, Postgres, Receipt, Reconciled,
+    ResultExt, Router, Settings, Sqlite, State, Tx, batch, handler, operation,
 };
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
@@ -52,6 +52,15 @@ async fn note(metadata: Metadata, State(remote): State<Remote>) -> Result<(), Fa
 
 async fn work_on(metadata: Metadata, State(remote): State<Remote>) -> Result<(), Failure> {
     remote.ask("work", &metadata.id.to_string()).await?;
+    Ok(())
+}
+
+/// One line for each, and the last word only when all have been said.
+async fn note_all(batch: Batch<serde_json::Value>, State(remote): State<Remote>) -> Result<(), Failure> {
+    for one in &batch {
+        remote.ask("note", &one.id().to_string()).await?;
+    }
+    postbox::crash::point("batch-done");
     Ok(())
 }
 
@@ -103,6 +112,7 @@ fn routes<Db: Database>() -> Router<Db, Remote> {
         .on("op.charge", charging)
         .on("plain.note", noting)
         .on("plain.work", handler(work_on).named("work").limit(3))
+        .on_batch("batch.note", batch(note_all).up_to(10).within(Duration::from_millis(50)))
         .on("chain.one", operation(chain_one).reconcile(find_step))
         .on("chain.two", operation(chain_two).reconcile(find_step))
         .on("chain.three", operation(chain_three).reconcile(find_step))
@@ -148,7 +158,18 @@ macro_rules! project {
             sqlx::query(sqlx::AssertSqlSafe(sql)).bind(metadata.id.to_string()).execute(&mut tx).await.permanent()?;
             Ok(())
         }
-        Router::new().on("tx.project", project)
+        async fn project_all(batch: Batch<serde_json::Value>, mut tx: Tx<$db>) -> Result<(), Failure> {
+            let table = std::env::var("TEST_TABLE").unwrap_or_default();
+            for one in &batch {
+                let sql = sqlx::query(sqlx::AssertSqlSafe(format!($insert, table)));
+                sql.bind(one.id().to_string()).execute(&mut tx).await.permanent()?;
+            }
+            postbox::crash::point("batch-done");
+            Ok(())
+        }
+        Router::new()
+            .on("tx.project", project)
+            .on_batch("batch.project", batch(project_all).up_to(10).within(Duration::from_millis(50)))
     }};
 }
 

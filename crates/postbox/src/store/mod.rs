@@ -711,6 +711,11 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// Records a transactional success in its own transaction and commits it.
     /// `Refused` when the handler ended the transaction itself; what it did before is committed.
     fn settle_open(&self, tx: Self::Tx, lease: LeaseRef, outcome: &Move, follow_ups: &[Draft]) -> impl Verb<Guarded>;
+    /// Writes flushes under several leases in a handler's own transaction and commits it: all, or nothing when
+    /// leases are gone, whose tokens it gives. `Refused` as by `settle_open`.
+    fn settle_together(&self, tx: Self::Tx, settles: &[Settle]) -> impl Verb<Vec<Uuid>>;
+    /// The same as `recheck`, for a flush.
+    fn recheck_part(&self, lease: LeaseRef, part: i32) -> impl Verb<Option<bool>>;
     /// Whether an attempt's outcome is committed, once nobody else can still be committing it:
     /// for an unknown COMMIT. `None` when the lease is gone and there is no outcome.
     fn recheck(&self, lease: LeaseRef, delivery: DeliveryId, number: u32) -> impl Verb<Option<bool>>;

@@ -57,7 +57,7 @@ impl Ended {
         Ended { error: error.map(clean), ..Ended::of(end) }
     }
 
-    fn failed(error: impl std::fmt::Display, permanent: bool) -> Ended {
+    pub(super) fn failed(error: impl std::fmt::Display, permanent: bool) -> Ended {
         Ended::new(End::Failed { permanent, retry_after: None }, Some(error.to_string()))
     }
 }
@@ -283,7 +283,7 @@ impl<Db: Database> Attempt<Db> {
     }
 }
 
-fn ended_by(failure: Failure) -> Ended {
+pub(super) fn ended_by(failure: Failure) -> Ended {
     Ended::new(failure.end, Some(failure.error))
 }
 

@@ -6,6 +6,7 @@
 
 mod batch;
 mod flush;
+mod gather;
 mod keys;
 mod limits;
 mod wire;
@@ -17,10 +18,12 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use self::batch::{Batch, Entry, Slot};
+pub(crate) use self::flush::settle_of;
 use self::flush::{due_flush, is_withheld, observation};
+use self::gather::{Turn, Waiting};
 use self::keys::{Lines, Place, in_lines};
 use self::limits::{Allowance, Asking};
-pub(crate) use self::wire::{Cancel, Command, Ended, Event, Flushed, Hold, Lane, Setup};
+pub(crate) use self::wire::{Cancel, Command, Ended, Event, Flushed, Hold, Lane, Member, Setup};
 use crate::lifecycle::{End, Kind};
 use crate::planted::planted;
 use crate::store::{ClaimRequest, Claimed, Guarded, Item, LeaseRef, SubscriptionId};
@@ -49,9 +52,20 @@ struct Load {
     /// Of those, the ones that run one at a time.
     suspects: usize,
     running: usize,
-    /// A moving average of how long an attempt runs.
+    /// The calls that they are: one each, but for batch handlers.
+    calls: usize,
+    /// Those of the queued that wait for each other, for a batch handler.
+    waiting: Waiting,
+    /// A moving average of how long a call runs.
     ran: Option<Duration>,
     allowance: Allowance,
+}
+
+/// A call that runs: of a batch handler's, the first of its deliveries holds the permit.
+#[derive(Debug)]
+struct Permit {
+    subscription: SubscriptionId,
+    others: Vec<Hold>,
 }
 
 /// What of a batch a kill would leave in doubt.
@@ -76,10 +90,12 @@ pub(crate) struct Core {
     setup: Setup,
     lanes: HashMap<SubscriptionId, (Lane, Load)>,
     batches: BTreeMap<Uuid, Batch>,
-    queue: VecDeque<Hold>,
+    queue: VecDeque<Turn>,
+    /// Those of the lanes that have batch handlers.
+    gathering: Vec<SubscriptionId>,
     lines: Lines,
     /// Who holds a permit; more than run, while a cancelled handler does not let go.
-    permits: HashMap<Hold, SubscriptionId>,
+    permits: HashMap<Hold, Permit>,
     suspect: Option<Hold>,
     /// Claims under way, and how many deliveries each has asked for.
     claiming: BTreeMap<Uuid, u32>,
@@ -102,15 +118,19 @@ pub(crate) struct Core {
     pause: Duration,
     sharing: Asking,
     rng: fastrand::Rng,
+    /// The time of this step.
+    now: Duration,
 }
 
 impl Core {
     pub(crate) fn new(setup: Setup) -> Core {
         let lanes = setup.subscriptions.iter().map(|lane| (lane.id, (lane.clone(), Load::default()))).collect();
+        let gathering = setup.subscriptions.iter().filter(|lane| lane.gather.is_some()).map(|lane| lane.id).collect();
         Core {
             lanes,
             batches: BTreeMap::new(),
             queue: VecDeque::new(),
+            gathering,
             lines: Lines::default(),
             permits: HashMap::new(),
             suspect: None,
@@ -129,6 +149,7 @@ impl Core {
             pause: FIRST_PAUSE,
             sharing: Asking::default(),
             rng: fastrand::Rng::with_seed(setup.seed),
+            now: Duration::ZERO,
             setup,
         }
     }
@@ -178,7 +199,7 @@ impl Core {
         for at in self.lost_claims.values().flatten() {
             at_latest(*at);
         }
-        if let Some(at) = self.limits_tick() {
+        for at in [self.limits_tick(), self.gather_tick()].into_iter().flatten() {
             at_latest(at);
         }
         next
@@ -186,12 +207,14 @@ impl Core {
 
     /// Takes events that happened by `now`, and says what to do.
     pub(crate) fn step(&mut self, events: impl IntoIterator<Item = Event>, now: Duration) -> Vec<Command> {
+        self.now = now;
         let mut commands = Vec::new();
         for event in events {
             self.take(event, now, &mut commands);
         }
         self.expire(now, &mut commands);
         self.refill(now);
+        self.gather(now);
         self.start(now, &mut commands);
         self.flush(now, &mut commands);
         self.claim(now, &mut commands);
@@ -215,6 +238,11 @@ impl Core {
                 }
             }
             Event::Ended(hold, ended) => self.ended(hold, ended, now, commands),
+            Event::EndedTogether(all) => {
+                for (hold, ended) in all {
+                    self.ended(hold, ended, now, commands);
+                }
+            }
             Event::Freed(hold) => self.freed(hold, now, commands),
             Event::Pulse(sent, tokens) => {
                 // A lease that is stored and that nobody here knows: its claim's answer was lost, and
@@ -318,7 +346,7 @@ impl Core {
             if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
                 place = self.lines.enter(lane, &item, (token, index));
                 if place == Place::Queue {
-                    load.enter(lane, &item);
+                    load.line_up(lane, &item, (token, index), &mut self.queue, now);
                 }
                 operation = lane.policy.kind == Kind::Operation;
             }
@@ -327,9 +355,6 @@ impl Core {
                 Place::Behind => Slot::Behind,
                 Place::Back => Slot::Released,
             };
-            if place == Place::Queue {
-                self.queue.push_back((token, index));
-            }
             entries.push(Entry { item, operation, slot });
         }
         self.hungry |= self.lines.returned(token);
@@ -349,14 +374,30 @@ impl Core {
         self.lines.empty(&which);
         let mut released: Vec<Item> = Vec::new();
         let mut kept = VecDeque::new();
-        for (token, index) in std::mem::take(&mut self.queue) {
+        let mut queue = std::mem::take(&mut self.queue);
+        for id in self.gathering.iter().filter(|id| which(**id)) {
+            if let Some((_, load)) = self.lanes.get_mut(id) {
+                let waiting = std::mem::take(&mut load.waiting);
+                queue.extend(waiting.into_holds().map(Turn::One));
+            }
+        }
+        for turn in queue {
+            let (token, index) = match turn {
+                Turn::One(hold) => hold,
+                Turn::Batch(id) => {
+                    if !which(id) {
+                        kept.push_back(turn);
+                    }
+                    continue;
+                }
+            };
             if let Some(batch) = self.batches.get_mut(&token) {
                 let Entry { item, slot, .. } = &batch.entries()[index];
                 if !matches!(slot, Slot::Queued) {
                     continue;
                 }
                 if !which(item.subscription) {
-                    kept.push_back((token, index));
+                    kept.push_back(turn);
                     continue;
                 }
                 if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
@@ -389,23 +430,33 @@ impl Core {
             self.free(hold);
         }
         for item in released {
-            self.passed(item.subscription, &item);
+            self.left(&item);
         }
     }
 
-    fn free(&mut self, hold: Hold) {
+    /// Takes its permit back; the others of its call.
+    fn free(&mut self, hold: Hold) -> Vec<Hold> {
         if self.suspect == Some(hold) {
             self.suspect = None;
         }
-        if let Some(subscription) = self.permits.remove(&hold)
-            && let Some((_, load)) = self.lanes.get_mut(&subscription)
-        {
-            load.running -= 1;
+        let Some(Permit { subscription, others }) = self.permits.remove(&hold) else { return Vec::new() };
+        if let Some((_, load)) = self.lanes.get_mut(&subscription) {
+            load.calls -= 1;
+            load.running -= 1 + others.len();
         }
+        others
     }
 
     fn freed(&mut self, hold: Hold, now: Duration, commands: &mut Vec<Command>) {
-        self.free(hold);
+        let others = self.free(hold);
+        self.let_go(hold, now, commands);
+        for other in others {
+            self.let_go(other, now, commands);
+        }
+    }
+
+    /// Its handler is gone.
+    fn let_go(&mut self, hold: Hold, now: Duration, commands: &mut Vec<Command>) {
         let Some(batch) = self.batches.get_mut(&hold.0) else { return };
         match &batch.entries()[hold.1].slot {
             // The task is gone without a word: something panicked on its way out.
@@ -434,8 +485,17 @@ impl Core {
         let mut exposed = if operations { self.exposed() } else { HashMap::new() };
         let mut waiting = Vec::new();
         while self.permits.len() < self.setup.concurrency
-            && let Some(hold) = self.queue.pop_front()
+            && let Some(turn) = self.queue.pop_front()
         {
+            let hold = match turn {
+                Turn::One(hold) => hold,
+                Turn::Batch(id) => {
+                    if !self.call(id, now, commands) {
+                        waiting.push(turn);
+                    }
+                    continue;
+                }
+            };
             let Some(batch) = self.batches.get_mut(&hold.0) else { continue };
             let Entry { item, slot, .. } = &batch.entries()[hold.1];
             if !matches!(slot, Slot::Queued) {
@@ -451,7 +511,7 @@ impl Core {
             // A message whose worker died may have killed it: such ones run one at a time, on record.
             let suspicious = is_suspect(lane, item);
             if load.is_full(lane) || (suspicious && self.suspect.is_some()) {
-                waiting.push(hold);
+                waiting.push(turn);
                 continue;
             }
             // What a kill would leave in doubt never passes the concurrency. Attempts that ended in this
@@ -463,26 +523,26 @@ impl Core {
                 };
                 let own = lane.concurrency.unwrap_or(self.setup.concurrency);
                 if besides(None) >= self.setup.concurrency || besides(Some(lane.id)) >= own {
-                    waiting.push(hold);
+                    waiting.push(turn);
                     continue;
                 }
                 exposed.entry((hold.0, lane.id)).or_default().open += 1;
             }
             load.leave(lane, item);
-            load.run();
-            self.permits.insert(hold, item.subscription);
+            load.run(1);
+            self.permits.insert(hold, Permit { subscription: item.subscription, others: Vec::new() });
             if suspicious {
                 self.suspect = Some(hold);
             }
             if suspicious || lane.policy.kind == Kind::Operation {
                 batch.put(hold.1, Slot::Reserved);
             } else {
-                commands.push(Command::Run(hold, batch.lease, Box::new(item.clone()), item.attempts + 1));
+                commands.push(run(batch, hold.1, lane));
                 batch.put(hold.1, Slot::Running { deadline: now.saturating_add(lane.timeout), cancelled: false });
             }
         }
-        for hold in waiting.into_iter().rev() {
-            self.queue.push_front(hold);
+        for turn in waiting.into_iter().rev() {
+            self.queue.push_front(turn);
         }
     }
 
@@ -523,9 +583,8 @@ impl Core {
                 }
                 Slot::Paused(until) if *until <= now => {
                     *slot = Slot::Queued;
-                    self.queue.push_back((*token, index));
                     if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
-                        load.enter(lane, item);
+                        load.line_up(lane, item, (*token, index), &mut self.queue, now);
                     }
                 }
                 _ => {}
@@ -569,9 +628,13 @@ impl Core {
             batch.put(hold.1, slot);
         } else if batch.fenced || ended.fenced {
             let seen = observation(item, &ended, batch.lease.worker, self.lanes.get(&item.subscription).map(|l| &l.0));
+            let was_fenced = batch.fenced;
             batch.put(hold.1, Slot::Settled);
             commands.push(Command::Observe(vec![seen]));
             if ended.fenced {
+                if !was_fenced {
+                    self.through(hold, false);
+                }
                 self.fence(hold.0, commands);
             }
             self.forget_if_over(hold.0);
@@ -632,7 +695,12 @@ impl Core {
         if !seen.is_empty() {
             commands.push(Command::Observe(seen));
         }
-        self.queue.retain(|(t, _)| *t != token);
+        self.queue.retain(|turn| !matches!(turn, Turn::One((t, _)) if *t == token));
+        for id in &self.gathering {
+            if let Some((_, load)) = self.lanes.get_mut(id) {
+                load.waiting.forget(token);
+            }
+        }
         self.lines_lost(token, in_lines);
         self.forget_if_over(token);
     }
@@ -739,11 +807,13 @@ impl Core {
         }
         let target = self.target();
         // What waits for a permit of its own subscription does not keep the others waiting.
-        let startable = |(lane, load): &(Lane, Load)| {
-            if load.is_full(lane) { 0 } else { load.queued - load.suspects }
-        };
-        let queued = self.lanes.values().map(startable).sum::<usize>() as u32;
-        if queued * 2 > target || under_way > target || (self.setup.batch.is_some() && queued > 0) {
+        let queued = self.lanes.values().map(|(lane, load)| load.startable(lane)).sum::<usize>() as u32;
+        let per_call = |(lane, _): &(Lane, Load)| lane.gather.map_or(1, |gather| gather.most as u32);
+        let most_per_call = self.lanes.values().map(per_call).max().unwrap_or(1);
+        if queued * 2 > target
+            || under_way > target.saturating_mul(most_per_call)
+            || (self.setup.batch.is_some() && queued > 0)
+        {
             return None;
         }
         // In front of a backlog a claim takes as much as it may: what it costs itself is shared by more.
@@ -751,7 +821,8 @@ impl Core {
         let mut wanted: Vec<(SubscriptionId, u32)> = self
             .lanes
             .values()
-            .filter_map(|(lane, load)| {
+            .filter_map(|of| {
+                let (lane, load) = of;
                 if load.allowance.dry_until.is_some() {
                     return None;
                 }
@@ -759,16 +830,25 @@ impl Core {
                 if lane.keys.is_some() && !(self.keyed.is_empty() && self.lost_claims.is_empty()) {
                     return None;
                 }
-                let limit =
-                    load.most_at_once(lane).unwrap_or(self.setup.concurrency).min(self.setup.concurrency) as u32;
+                let limit = load.most_at_once(lane, self.setup.concurrency) as u32;
+                let room = room.saturating_mul(per_call(of));
                 // A token is taken for what can begin, not for what will.
                 let room = match lane.metered {
                     true => room.min(limit.saturating_sub((load.running + load.queued) as u32)),
                     false if limit == 0 => 0,
                     false => room,
                 };
-                let share = self.setup.batch.unwrap_or_else(|| ahead(limit, load.ran));
-                let room = if self.deep { room.min(share) } else { room.min(share.saturating_sub(load.queued as u32)) };
+                let share = match self.setup.batch {
+                    Some(batch) => batch.max(per_call(of)),
+                    None => load.share(lane, limit),
+                };
+                let ready = load.waiting.turns as u32 * per_call(of);
+                let room = match self.deep {
+                    true if ready * 2 > share => 0,
+                    true => room.min(share),
+                    false => room.min(share.saturating_sub(load.queued as u32)),
+                };
+                let room = room.min(self.setup.batch.unwrap_or(u32::MAX));
                 (room > 0).then_some((lane.id, room))
             })
             .collect();
@@ -804,7 +884,7 @@ impl Core {
     /// Asks now and then whether what lies ready is still to be handed out: claims see a pause by themselves,
     /// and what was claimed before it does not.
     fn ask(&mut self, now: Duration, commands: &mut Vec<Command>) {
-        if self.queue.is_empty() && self.lines.none_behind() {
+        if self.queue.is_empty() && self.gathers_nothing() && self.lines.none_behind() {
             self.ask_at = None;
             return;
         }
@@ -840,15 +920,23 @@ fn run_started(
     now: Duration,
     commands: &mut Vec<Command>,
 ) {
-    let lease = batch.lease;
-    batch.each(|index, Entry { item, slot, .. }| {
-        if let Slot::Starting = slot {
-            let timeout = lanes.get(&item.subscription).map_or(Duration::ZERO, |(l, _)| l.timeout);
-            *slot = Slot::Running { deadline: now.saturating_add(timeout), cancelled: false };
-            let (hold, number) = ((lease.token, index), item.attempts + 1);
-            commands.push(Command::Run(hold, lease, Box::new(item.clone()), number));
-        }
-    });
+    let starting = |(_, entry): &(usize, &Entry)| matches!(entry.slot, Slot::Starting);
+    let starting: Vec<usize> = batch.entries().iter().enumerate().filter(starting).map(|(index, _)| index).collect();
+    for index in starting {
+        let Some((lane, _)) = lanes.get(&batch.entries()[index].item.subscription) else { continue };
+        commands.push(run(batch, index, lane));
+        batch.put(index, Slot::Running { deadline: now.saturating_add(lane.timeout), cancelled: false });
+    }
+}
+
+/// Calls the handler with one delivery.
+fn run(batch: &mut Batch, index: usize, lane: &Lane) -> Command {
+    if lane.gather.is_some() {
+        batch.next_part += 1;
+        return Command::RunBatch(vec![batch.member(index, batch.next_part - 1)]);
+    }
+    let item = &batch.entries()[index].item;
+    Command::Run((batch.lease.token, index), batch.lease, Box::new(item.clone()), item.attempts + 1)
 }
 
 /// Its last worker died, and may have died of it.

@@ -17,7 +17,7 @@ use crate::lifecycle::Answer;
 use crate::operation::{Receipt, Reconciled};
 use crate::postbox::Postbox;
 use crate::retention::Retention;
-use crate::router::Route;
+use crate::router::{Bound, Route, Stands};
 use crate::store::decide::believed;
 use crate::store::{Answered, Claimed, Database, Doubtful, Registration, Speaker, Store, SubscriptionId};
 
@@ -217,6 +217,8 @@ async fn settle<Db: Database>(
     worker: &str,
     max_payload_bytes: usize,
 ) -> Option<Answered> {
+    // Only operations are ever in doubt.
+    let Stands::Single(handler) = &route.handler else { return None };
     let policy = route.declared.policy;
     let Some(envelope) = doubt.envelope.clone().map(Arc::new) else {
         // Its message is gone, and with it whatever would have followed: an operator's word still counts.
@@ -248,7 +250,7 @@ async fn settle<Db: Database>(
             (Answer::Happened, receipt, Speaker::Operator, word.actor, Some(word.reason))
         }
         None => {
-            let word = context.clone().scope(reconcile(route, &call)).await?;
+            let word = context.clone().scope(reconcile(route, &**handler, &call)).await?;
             let answer = believed(&word, doubt.quiet)?;
             let receipt = if let Reconciled::Done(receipt) = word { receipt } else { Receipt::none() };
             (answer, receipt, Speaker::Reconcile, format!("reconcile by {worker}"), None)
@@ -256,19 +258,17 @@ async fn settle<Db: Database>(
     };
     let content = receipt.content.clone().map(clean_receipt);
     let follow_ups = match answer {
-        Answer::Happened => {
-            match context.scope_sync(|| continued(&*route.handler, &call, receipt, max_payload_bytes)) {
-                Ok(follow_ups) => follow_ups,
-                Err(error) => {
-                    tracing::error!(
-                        delivery = doubt.delivery,
-                        error,
-                        "it happened, but what follows cannot be published; it stays in doubt"
-                    );
-                    return None;
-                }
+        Answer::Happened => match context.scope_sync(|| continued(&**handler, &call, receipt, max_payload_bytes)) {
+            Ok(follow_ups) => follow_ups,
+            Err(error) => {
+                tracing::error!(
+                    delivery = doubt.delivery,
+                    error,
+                    "it happened, but what follows cannot be published; it stays in doubt"
+                );
+                return None;
             }
-        }
+        },
         _ => Vec::new(),
     };
     Some(Answered {
@@ -284,19 +284,20 @@ async fn settle<Db: Database>(
     })
 }
 
-async fn reconcile<Db: Database>(route: &Route<Db>, call: &Call) -> Option<Reconciled> {
+async fn reconcile<Db: Database>(route: &Route<Db>, handler: &dyn Bound<Db>, call: &Call) -> Option<Reconciled> {
+    let timeout = route.declared.timeout;
     let asked = async {
-        match route.handler.reconcile(call)? {
+        match handler.reconcile(call)? {
             Ok(future) => Some(future.await.map_err(|failure| failure.error)),
             Err(rejection) => Some(Err(rejection.0)),
         }
     };
-    let words = match tokio::time::timeout(route.declared.timeout, AssertUnwindSafe(asked).catch_unwind()).await {
+    let words = match tokio::time::timeout(timeout, AssertUnwindSafe(asked).catch_unwind()).await {
         Ok(Ok(Some(Ok(reconciled)))) => return Some(reconciled),
         Ok(Ok(None)) => return None,
         Ok(Ok(Some(Err(words)))) => words,
         Ok(Err(panic)) => panic_words(&*panic),
-        Err(_) => format!("no answer after {:?}", route.declared.timeout),
+        Err(_) => format!("no answer after {timeout:?}"),
     };
     tracing::warn!(
         subscription = route.declared.name,

@@ -1,6 +1,7 @@
 //! The worker: claims, attempts, settles, maintains; the decisions are in `core`.
 
 mod attempt;
+mod batch;
 mod core;
 mod heart;
 mod maintain;
@@ -16,14 +17,14 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use uuid::Uuid;
 
 use self::attempt::{Attempt, Means};
-use self::core::{Command, Core, Event, Flushed, Hold, Lane, Setup};
+use self::core::{Command, Core, Event, Flushed, Hold, Lane, Member, Setup};
 use self::run::{Look, Run, Running, Through};
 use crate::crash;
 use crate::error::Error;
 use crate::lifecycle::Kind;
 use crate::planted::planted;
 use crate::postbox::Postbox;
-use crate::router::{Route, Router};
+use crate::router::{Route, Router, Stands};
 use crate::schedule::Schedule;
 use crate::settings::Settings;
 use crate::store::{Database, Item, LeaseRef, Registration, Store, Stranded, SubscriptionId};
@@ -398,17 +399,7 @@ impl<Db: Database> Engine<Db> {
     ) -> Result<Self, Error> {
         let (events, inbox) = mpsc::unbounded_channel();
         let origin = life.origin;
-        let lanes = routes.iter().map(|(id, route)| Lane {
-            id: *id,
-            policy: route.declared.policy,
-            timeout: route.declared.timeout,
-            quiet: route.declared.quiet,
-            late: route.declared.quiet.saturating_add(route.declared.timeout).saturating_add(registration.lease),
-            concurrency: route.concurrency,
-            keys: route.declared.keys,
-            limited: route.declared.limits.at_once.is_some() || route.declared.keys.is_some(),
-            metered: route.declared.limits.rate.is_some(),
-        });
+        let lanes = routes.iter().map(|(id, route)| lane_of(*id, route, registration.lease));
         let setup = Setup {
             worker: registration.worker,
             concurrency: settings.concurrency()?,
@@ -560,14 +551,15 @@ impl<Db: Database> Engine<Db> {
         now: Instant,
     ) -> Option<Attempt<Db>> {
         let route = self.routes.get(&item.subscription)?;
+        let Stands::Single(handler) = &route.handler else { return None };
         let policy = route.declared.policy;
         let fate = Arc::default();
         let operation = policy.kind == Kind::Operation;
-        self.running.insert(hold, Running { fate: Arc::clone(&fate), operation, started: now });
+        self.running.insert(hold, Running { fate: Arc::clone(&fate), members: Vec::new(), operation, started: now });
         let own = item.envelope.as_ref().and_then(|e| e.max_attempts);
         Some(Attempt {
             means: self.means.clone(),
-            handler: route.handler.clone(),
+            handler: handler.clone(),
             kind: policy.kind,
             max_attempts: own.unwrap_or(policy.retry.max_attempts),
             timeout: route.declared.timeout,
@@ -578,6 +570,20 @@ impl<Db: Database> Engine<Db> {
             limited: route.declared.limits.at_once.is_some() || route.declared.keys.is_some(),
             fate,
         })
+    }
+
+    /// Calls a batch handler.
+    fn call(&mut self, members: Vec<Member>, now: Instant) {
+        let Some(first) = members.first() else { return };
+        let hold = first.hold;
+        let Some(route) = self.routes.get(&first.item.subscription) else { return };
+        let Stands::Batch(handler) = &route.handler else { return };
+        let fate = Arc::default();
+        let holds = members.iter().map(|member| member.hold).collect();
+        let running = Running { fate: Arc::clone(&fate), members: holds, operation: false, started: now };
+        self.running.insert(hold, running);
+        let lane = lane_of(first.item.subscription, route, self.registration.lease);
+        batch::start(batch::Called { means: self.means.clone(), handler: handler.clone(), lane, members, fate });
     }
 
     /// Does one; attempts are started together.
@@ -647,12 +653,31 @@ impl<Db: Database> Engine<Db> {
                 });
             }
             Command::Run(hold, lease, item, number) => attempts.extend(self.attempt(hold, lease, item, number, now)),
+            Command::RunBatch(members) => self.call(members, now),
             Command::Cancel(hold, why) => {
-                if let Some(running) = self.running.get(&hold) {
+                let shared = || self.running.values().find(|running| running.members.contains(&hold));
+                if let Some(running) = self.running.get(&hold).or_else(shared) {
                     running.cancel(hold, why, &events);
                 }
             }
         }
+    }
+}
+
+/// A subscription as the decisions see it.
+fn lane_of<Db: Database>(id: SubscriptionId, route: &Route<Db>, lease: Duration) -> Lane {
+    let declared = &route.declared;
+    Lane {
+        id,
+        policy: declared.policy,
+        timeout: declared.timeout,
+        quiet: declared.quiet,
+        late: declared.quiet.saturating_add(declared.timeout).saturating_add(lease),
+        concurrency: route.concurrency,
+        keys: declared.keys,
+        gather: route.gather,
+        limited: declared.limits.at_once.is_some(),
+        metered: declared.limits.rate.is_some(),
     }
 }
 

@@ -50,12 +50,12 @@ impl Fate {
         true
     }
 
-    fn is_cancelled(&self) -> bool {
+    pub(super) fn is_cancelled(&self) -> bool {
         matches!(*locked(&self.0), Stage::Cancelled)
     }
 
     /// It goes on in this task, which a cancellation aborts.
-    fn goes_on(&self, task: tokio::task::AbortHandle) {
+    pub(super) fn goes_on(&self, task: tokio::task::AbortHandle) {
         let mut stage = locked(&self.0);
         match *stage {
             Stage::InRun => *stage = Stage::Alone(task),
@@ -65,9 +65,11 @@ impl Fate {
     }
 }
 
-/// An attempt as the engine remembers it.
+/// A call as the engine remembers it.
 pub(super) struct Running {
     pub(super) fate: Arc<Fate>,
+    /// All that are in it, if it is a batch handler's.
+    pub(super) members: Vec<Hold>,
     pub(super) operation: bool,
     pub(super) started: Instant,
 }
@@ -93,7 +95,16 @@ impl Running {
         };
         let ended = Ended { ran, fenced: why == Cancel::Fenced, cut_off: true, ..Ended::new(end, Some(words)) };
         // Told first: that it is gone comes after.
-        events.send(Event::Ended(hold, Box::new(ended))).ok();
+        if self.members.is_empty() {
+            events.send(Event::Ended(hold, Box::new(ended))).ok();
+        } else {
+            // Of those that it shares the call with, only some are in the lease that was lost.
+            let each = |member: &Hold| {
+                let fenced = ended.fenced && member.0 == hold.0;
+                (*member, Box::new(Ended { fenced, ..ended.clone() }))
+            };
+            events.send(Event::EndedTogether(self.members.iter().map(each).collect())).ok();
+        }
         if let Stage::Alone(task) = std::mem::replace(&mut *stage, Stage::Cancelled) {
             task.abort();
         }
@@ -101,7 +112,7 @@ impl Running {
 }
 
 /// Gives the permit back when the task is gone, however it went.
-struct Permit(mpsc::UnboundedSender<Event>, Hold);
+pub(super) struct Permit(pub(super) mpsc::UnboundedSender<Event>, pub(super) Hold);
 
 impl Drop for Permit {
     fn drop(&mut self) {

@@ -549,6 +549,14 @@ impl Store for PgStore {
         settle::settle_open(self, tx, lease, outcome, follow_ups).await
     }
 
+    async fn settle_together(&self, tx: Work, settles: &[Settle]) -> Result<Vec<Uuid>, Error> {
+        settle::settle_together(self, tx, settles).await
+    }
+
+    async fn recheck_part(&self, lease: LeaseRef, part: i32) -> Result<Option<bool>, Error> {
+        settle::recheck_part(self, lease, part).await
+    }
+
     async fn recheck(&self, lease: LeaseRef, delivery: DeliveryId, number: u32) -> Result<Option<bool>, Error> {
         settle::recheck(self, lease, delivery, number).await
     }

@@ -25,21 +25,63 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         follow(store, apart.on(), &settle.follow_ups).await?;
         apart.commit().await?;
     }
-    let moves: Vec<Move> = settle.moves.iter().filter(|m| plain_success(m).is_none()).cloned().collect();
     // Those that others of their key wait for.
-    let awaited = settle.moves.iter().filter(|m| m.leads && plain_success(m).is_some());
+    let awaited = settle.moves.iter().any(|m| m.leads && plain_success(m).is_some());
     // Nothing but the one statement: it is the whole transaction, and says itself that its commit is durable.
     let single = store.alone()
-        && moves.is_empty()
+        && settle.moves.iter().all(|m| plain_success(m).is_some())
         && settle.released.is_empty()
         && settle.seen.is_empty()
         && settle.follow_ups.is_empty()
-        && awaited.clone().next().is_none()
+        && !awaited
         && !planted!("part-written-twice");
     let mut work = match single {
         true => Work::single(&store.pool).await?,
         false => store.durable().await?,
     };
+    let part = write_part(store, &mut work, settle).await?;
+    if part == Part::NotHeld {
+        let found = store.query(store.sql.part_exists).bind(lease.batch).bind(settle.part).fetch_one(work.on()).await?;
+        match single {
+            true => work.over(),
+            false => work.rollback().await?,
+        }
+        return Ok(if found.try_get("found")? { Guarded::Done } else { Guarded::Fenced });
+    }
+    if single {
+        // An earlier try had committed, or this one has.
+        work.over();
+        return Ok(Guarded::Done);
+    }
+    if part == Part::Repeated && !planted!("part-written-twice") {
+        // The answer to an earlier try was lost; it had committed.
+        work.rollback().await?;
+        return Ok(Guarded::Done);
+    }
+    write_rest(store, &mut work, settle).await?;
+    if !planted!("follow-ups-apart") {
+        follow(store, work.on(), &settle.follow_ups).await?;
+    }
+    if settle.successes.is_empty() && settle.moves.is_empty() {
+        work.commit().await?;
+    } else {
+        crash::commit("outcome-commit-sent", work.commit()).await?;
+    }
+    Ok(Guarded::Done)
+}
+
+/// What became of a flush's part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Written,
+    /// An earlier try has written it.
+    Repeated,
+    NotHeld,
+}
+
+/// The part of a flush, and what needs nothing else: under the lease's lock.
+async fn write_part(store: &PgStore, work: &mut Work, settle: &Settle) -> Result<Part, Error> {
+    let lease = settle.lease;
     // What left the lease without an outcome: the lease does not hold it any more.
     let left = settle.moves.iter().filter(|m| m.outcome.is_none()).map(|m| m.delivery);
     let left = settle.released.iter().map(|i| i.delivery).chain(left);
@@ -70,40 +112,25 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
         .bind(settle.close)
         .fetch_one(work.on())
         .await?;
-    if held.try_get::<i64, _>("held")? == 0 {
-        let found = store.query(store.sql.part_exists).bind(lease.batch).bind(settle.part).fetch_one(work.on()).await?;
-        match single {
-            true => work.over(),
-            false => work.rollback().await?,
-        }
-        return Ok(if found.try_get("found")? { Guarded::Done } else { Guarded::Fenced });
-    }
-    if single {
-        // An earlier try had committed, or this one has.
-        work.over();
-        return Ok(Guarded::Done);
-    }
-    if held.try_get::<i64, _>("written")? == 0 && !planted!("part-written-twice") {
-        // The answer to an earlier try was lost; it had committed.
-        work.rollback().await?;
-        return Ok(Guarded::Done);
-    }
-    let mut moves = moves;
+    Ok(match (held.try_get::<i64, _>("held")?, held.try_get::<i64, _>("written")?) {
+        (0, _) => Part::NotHeld,
+        (_, 0) => Part::Repeated,
+        _ => Part::Written,
+    })
+}
+
+/// What goes somewhere, or was seen besides.
+async fn write_rest(store: &PgStore, work: &mut Work, settle: &Settle) -> Result<(), Error> {
+    let mut moves: Vec<Move> = settle.moves.iter().filter(|m| plain_success(m).is_none()).cloned().collect();
     moves.extend(settle.released.iter().map(decide::released));
-    apply(store, work.on(), &moves, Some(lease)).await?;
+    apply(store, work.on(), &moves, Some(settle.lease)).await?;
+    // Those that others of their key wait for.
+    let awaited = settle.moves.iter().filter(|m| m.leads && plain_success(m).is_some());
     keys::follow(store, work.on(), awaited).await?;
     for seen in &settle.seen {
-        doubt::keep(store, &mut work, seen).await?;
+        doubt::keep(store, work, seen).await?;
     }
-    if !planted!("follow-ups-apart") {
-        follow(store, work.on(), &settle.follow_ups).await?;
-    }
-    if settle.successes.is_empty() && settle.moves.is_empty() {
-        work.commit().await?;
-    } else {
-        crash::commit("outcome-commit-sent", work.commit()).await?;
-    }
-    Ok(Guarded::Done)
+    Ok(())
 }
 
 /// A success with a row of its own, and with nothing else to it.
@@ -201,15 +228,12 @@ pub(super) async fn settle_open(
         xid = store.query(OWN_XID).fetch_one(work.on()).await?.try_get("xid")?;
     }
     let record = outcome.outcome.as_ref();
-    let ended = Error::Refused(
-        "the handler ended its own transaction (COMMIT or ROLLBACK in raw SQL); what it did before that is not undone, and the attempt counts as failed".into(),
-    );
     if !follow_ups.is_empty() {
         // Not outside of the handler's transaction, if that is over.
         let row = store.query(OWN_XID).fetch_one(work.on()).await?;
         if row.try_get::<String, _>("xid")? != xid {
             work.rollback().await?;
-            return Err(ended);
+            return Err(handler_ended_it());
         }
         follow(store, work.on(), follow_ups).await?;
     }
@@ -230,7 +254,7 @@ pub(super) async fn settle_open(
         .await?;
     if row.try_get::<String, _>("xid")? != xid {
         work.rollback().await?;
-        return Err(ended);
+        return Err(handler_ended_it());
     }
     if row.try_get::<i64, _>("held")? == 0 {
         work.rollback().await?;
@@ -241,6 +265,55 @@ pub(super) async fn settle_open(
     }
     crash::commit("outcome-commit-sent", work.commit()).await?;
     Ok(Guarded::Done)
+}
+
+fn handler_ended_it() -> Error {
+    Error::Refused(
+        "the handler ended its own transaction (COMMIT or ROLLBACK in raw SQL); what it did before that is not undone, and the attempt counts as failed".into(),
+    )
+}
+
+pub(super) async fn settle_together(store: &PgStore, mut work: Work, settles: &[Settle]) -> Result<Vec<Uuid>, Error> {
+    let mut xid = work.xid.clone().unwrap_or_default();
+    if planted!("effects-before-outcome") {
+        work.commit().await?;
+        work = store.durable().await?;
+        xid = store.query(OWN_XID).fetch_one(work.on()).await?.try_get("xid")?;
+    }
+    // Not outside of the handler's transaction, if that is over.
+    let row = store.query(OWN_XID).fetch_one(work.on()).await?;
+    if row.try_get::<String, _>("xid")? != xid {
+        work.rollback().await?;
+        return Err(handler_ended_it());
+    }
+    for settle in settles {
+        write_rest(store, &mut work, settle).await?;
+        follow(store, work.on(), &settle.follow_ups).await?;
+    }
+    // Locked last, so that the lease rows are shared for a moment only.
+    let mut gone = Vec::new();
+    for settle in settles {
+        if write_part(store, &mut work, settle).await? != Part::Written {
+            gone.push(settle.lease.token);
+        }
+    }
+    if !gone.is_empty() {
+        work.rollback().await?;
+        return Ok(gone);
+    }
+    crash::commit("outcome-commit-sent", work.commit()).await?;
+    Ok(gone)
+}
+
+pub(super) async fn recheck_part(store: &PgStore, lease: LeaseRef, part: i32) -> Result<Option<bool>, Error> {
+    let mut work = store.work().await?;
+    // Waits for a backend that is still committing; only then is the answer final.
+    let sql = format!("select 1 from {}.lease where token = $1 for update", store.schema);
+    let held = store.dynamic(sql).bind(lease.token).fetch_optional(work.on()).await?.is_some();
+    let found = store.query(store.sql.part_exists).bind(lease.batch).bind(part).fetch_one(work.on()).await?;
+    let found: bool = found.try_get("found")?;
+    work.rollback().await?;
+    Ok(if held || found { Some(found) } else { None })
 }
 
 pub(super) async fn recheck(

@@ -24,15 +24,7 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
         apart.commit().await?;
     }
     let mut work = store.write().await?;
-    let part: u64 = sqlx::query(
-        "insert into postbox_part (batch, part, at) select ?1, ?2, now from postbox_clock where true on conflict do nothing",
-    )
-    .bind(lease.batch)
-    .bind(settle.part)
-    .execute(work.on())
-    .await?
-    .rows_affected();
-    if part == 0 && !planted!("part-written-twice") {
+    if !write_part(work.on(), settle).await? && !planted!("part-written-twice") {
         // The answer to an earlier try was lost; it had committed.
         work.rollback().await?;
         return Ok(Guarded::Done);
@@ -41,19 +33,9 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
         // Each statement looks for the token, too: without the check it would be whoever has it now.
         lease.token = holder(work.on(), settle).await?.unwrap_or(lease.token);
     }
-    let Some(mut held) = Held::of(work.on(), lease).await? else {
+    if !write_outcomes(work.on(), lease, settle).await? {
         work.rollback().await?;
         return Ok(Guarded::Fenced);
-    };
-    succeed(work.on(), lease, &mut held, &settle.successes).await?;
-    let mut moves: Vec<Move> = settle.moves.clone();
-    moves.extend(settle.released.iter().map(decide::released));
-    let rows = moves.iter().map(|m| m.delivery).chain(settle.starts.iter().map(|(delivery, _)| *delivery));
-    held.restore(work.on(), rows).await?;
-    held.keep(work.on()).await?;
-    apply(work.on(), &moves, Some(lease)).await?;
-    for seen in &settle.seen {
-        keep(work.on(), seen).await?;
     }
     if !planted!("follow-ups-apart") {
         follow(work.on(), &settle.follow_ups).await?;
@@ -67,10 +49,36 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
     } else {
         crash::commit("outcome-commit-sent", work.commit()).await?;
     }
-    if !settle.follow_ups.is_empty() || moves.iter().any(|m| m.standing.state == State::Pending) {
+    let ready = |m: &Move| m.standing.state == State::Pending;
+    if !settle.follow_ups.is_empty() || !settle.released.is_empty() || settle.moves.iter().any(ready) {
         store.shared.bell.ring();
     }
     Ok(Guarded::Done)
+}
+
+/// Whether it was not written before.
+async fn write_part(db: &mut SqliteConnection, settle: &Settle) -> Result<bool, Error> {
+    let part = sqlx::query(
+        "insert into postbox_part (batch, part, at) select ?1, ?2, now from postbox_clock where true on conflict do nothing",
+    );
+    let written = part.bind(settle.lease.batch).bind(settle.part).execute(db).await?;
+    Ok(written.rows_affected() > 0)
+}
+
+/// What ended and what is handed back, if the lease is there (still).
+async fn write_outcomes(db: &mut SqliteConnection, lease: LeaseRef, settle: &Settle) -> Result<bool, Error> {
+    let Some(mut held) = Held::of(db, lease).await? else { return Ok(false) };
+    succeed(db, lease, &mut held, &settle.successes).await?;
+    let mut moves: Vec<Move> = settle.moves.clone();
+    moves.extend(settle.released.iter().map(decide::released));
+    let rows = moves.iter().map(|m| m.delivery).chain(settle.starts.iter().map(|(delivery, _)| *delivery));
+    held.restore(db, rows).await?;
+    held.keep(db).await?;
+    apply(db, &moves, Some(lease)).await?;
+    for seen in &settle.seen {
+        keep(db, seen).await?;
+    }
+    Ok(true)
 }
 
 /// Whose the deliveries of a flush are, whoever sends it: for a planted bug.
@@ -223,6 +231,61 @@ pub(super) async fn open(store: &SqliteStore) -> Result<Work, Error> {
     Ok(work)
 }
 
+/// Before anything is written: without the transaction, each statement would commit by itself.
+async fn unguard(work: &mut Work) -> Result<(), Error> {
+    if sqlx::query("RELEASE postbox_guard").execute(work.on()).await.is_err() {
+        // What the handler may have begun in its place is rolled back with the connection.
+        return Err(Error::Refused(
+            "the handler ended its own transaction (COMMIT or ROLLBACK in raw SQL); what it committed before that is not undone, and the attempt counts as failed".into(),
+        ));
+    }
+    Ok(())
+}
+
+pub(super) async fn settle_together(
+    store: &SqliteStore,
+    mut work: Work,
+    settles: &[Settle],
+) -> Result<Vec<Uuid>, Error> {
+    unguard(&mut work).await?;
+    if planted!("effects-before-outcome") {
+        work.commit().await?;
+        work = store.write().await?;
+    }
+    let mut gone = Vec::new();
+    for settle in settles {
+        if !write_part(work.on(), settle).await? || !write_outcomes(work.on(), settle.lease, settle).await? {
+            gone.push(settle.lease.token);
+            continue;
+        }
+        follow(work.on(), &settle.follow_ups).await?;
+    }
+    if !gone.is_empty() {
+        work.rollback().await?;
+        return Ok(gone);
+    }
+    crash::commit("outcome-commit-sent", work.commit()).await?;
+    // The handler may have published in it.
+    store.shared.bell.ring();
+    Ok(gone)
+}
+
+pub(super) async fn recheck_part(store: &SqliteStore, lease: LeaseRef, part: i32) -> Result<Option<bool>, Error> {
+    // Waits for a connection that is still committing; only then is the answer final.
+    let mut work = store.write().await?;
+    let (held, found): (bool, bool) = sqlx::query_as(
+        "select exists (select 1 from postbox_lease where token = ?1),
+            exists (select 1 from postbox_part where batch = ?2 and part = ?3)",
+    )
+    .bind(lease.token)
+    .bind(lease.batch)
+    .bind(part)
+    .fetch_one(work.on())
+    .await?;
+    work.rollback().await?;
+    Ok(if held || found { Some(found) } else { None })
+}
+
 pub(super) async fn settle_open(
     store: &SqliteStore,
     mut work: Work,
@@ -230,13 +293,7 @@ pub(super) async fn settle_open(
     outcome: &Move,
     follow_ups: &[Draft],
 ) -> Result<Guarded, Error> {
-    // Before anything is written: without the transaction, each statement would commit by itself.
-    if sqlx::query("RELEASE postbox_guard").execute(work.on()).await.is_err() {
-        // What the handler may have begun in its place is rolled back with the connection.
-        return Err(Error::Refused(
-            "the handler ended its own transaction (COMMIT or ROLLBACK in raw SQL); what it committed before that is not undone, and the attempt counts as failed".into(),
-        ));
-    }
+    unguard(&mut work).await?;
     if planted!("effects-before-outcome") {
         work.commit().await?;
         work = store.write().await?;

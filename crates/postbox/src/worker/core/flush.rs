@@ -11,7 +11,7 @@ use super::{LONGEST_PAUSE, Load};
 use crate::keys::Keys;
 use crate::lifecycle::{Answer, End, Event as Lived, Kind, Policy, Standing, State, transition};
 use crate::planted::planted;
-use crate::store::{Evidence, Item, Move, Observation, OutcomeRecord, Settle, SubscriptionId, Success};
+use crate::store::{Evidence, Item, LeaseRef, Move, Observation, OutcomeRecord, Settle, SubscriptionId, Success};
 
 /// What has ended waits this long for company before it is settled.
 pub(super) const FLUSH_AFTER: Duration = Duration::from_millis(25);
@@ -90,17 +90,7 @@ pub(super) fn due_flush(
     // The first alone, if a flush with company was refused.
     let mut room = if batch.one_by_one { 1 } else { usize::MAX };
     let complete = complete && (!batch.one_by_one || done <= 1);
-    let mut settle = Settle {
-        lease: batch.lease,
-        part: batch.next_part,
-        successes: Vec::new(),
-        moves: Vec::new(),
-        released: Vec::new(),
-        seen: Vec::new(),
-        follow_ups: Vec::new(),
-        starts: Vec::new(),
-        close: complete,
-    };
+    let mut settle = Settle { close: complete, ..nothing(batch.lease, batch.next_part) };
     batch.next_part += 1;
     batch.each(|_, Entry { item, slot, .. }| {
         if room == 0 || !matches!(slot, Slot::Ended(..) | Slot::Released | Slot::Withheld | Slot::Reserved) {
@@ -128,6 +118,33 @@ pub(super) fn due_flush(
     Some(settle)
 }
 
+/// A flush with nothing in it.
+fn nothing(lease: LeaseRef, part: i32) -> Settle {
+    Settle {
+        lease,
+        part,
+        successes: Vec::new(),
+        moves: Vec::new(),
+        released: Vec::new(),
+        seen: Vec::new(),
+        follow_ups: Vec::new(),
+        starts: Vec::new(),
+        close: false,
+    }
+}
+
+/// What a transactional batch handler's transaction writes under one lease.
+pub(crate) fn settle_of<'a>(
+    (lease, part): (LeaseRef, i32),
+    ended: impl Iterator<Item = (&'a Item, &'a Ended)>,
+    lane: &Lane,
+    rng: &mut fastrand::Rng,
+) -> Settle {
+    let mut settle = nothing(lease, part);
+    ended.for_each(|(item, ended)| judge(item, ended, Duration::ZERO, Some(lane), rng, &mut settle));
+    settle
+}
+
 /// Turns an attempt's end into what is written: the lifecycle decides.
 fn judge(item: &Item, ended: &Ended, ago: Duration, lane: Option<&Lane>, rng: &mut fastrand::Rng, settle: &mut Settle) {
     let policy = policy_for(item, lane);
@@ -136,7 +153,7 @@ fn judge(item: &Item, ended: &Ended, ago: Duration, lane: Option<&Lane>, rng: &m
     let bare = ended.follow_ups.is_empty() || planted!("success-without-follow-ups");
     // Compact successes carry no revision: only what went the straight way has the one they stand for.
     let straight = number == 1 && !begun && item.rev == FIRST_LEASED_REV;
-    if ended.end == End::Succeeded && straight && bare && policy.kind == Kind::Plain && !item.leads {
+    if ended.end == End::Succeeded && straight && bare && policy.kind != Kind::Operation && !item.leads {
         settle.successes.push(Success {
             delivery: item.delivery,
             message: item.message,
@@ -224,7 +241,7 @@ fn leads(item: &Item, lane: Option<&Lane>, state: State) -> bool {
     item.leads || ordered && state != State::Succeeded
 }
 
-fn policy_for(item: &Item, lane: Option<&Lane>) -> Policy {
+pub(super) fn policy_for(item: &Item, lane: Option<&Lane>) -> Policy {
     let mut policy =
         lane.map_or(Policy { kind: Kind::Plain, retry: Default::default(), idempotent: false }, |lane| lane.policy);
     if let Some(own) = item.envelope.as_ref().and_then(|e| e.max_attempts) {

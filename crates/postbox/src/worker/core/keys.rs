@@ -215,9 +215,16 @@ impl Core {
         let Some(batch) = self.batches.get_mut(&next.0) else { return };
         // Whatever made it full.
         self.hungry = true;
-        load.enter(lane, &batch.entries()[next.1].item);
+        let item = &batch.entries()[next.1].item;
+        load.line_up(lane, item, next, &mut self.queue, self.now);
         batch.put(next.1, Slot::Queued);
-        self.queue.push_back(next);
+    }
+
+    /// The same of one that goes back with all that was behind it.
+    pub(super) fn left(&mut self, item: &Item) {
+        if let Some((lane, _)) = self.lanes.get(&item.subscription) {
+            self.lines.next(lane, item);
+        }
     }
 
     /// A delivery has ended, well or not.

@@ -33,22 +33,28 @@ pub(super) struct Allowance {
 }
 
 impl Load {
-    /// How many may run at once in this worker, `None` for as many as it runs.
-    pub(super) fn most_at_once(&self, lane: &Lane) -> Option<usize> {
+    /// How many may run at once in this worker, which makes so many calls at once.
+    pub(super) fn most_at_once(&self, lane: &Lane, calls: usize) -> usize {
         match lane.limited && !planted!("limit-not-kept") {
-            true => Some(lane.concurrency.unwrap_or(usize::MAX).min(self.allowance.permits)),
-            false => lane.concurrency,
+            true => lane.own(calls).min(self.allowance.permits),
+            false => lane.own(calls),
         }
     }
 
-    /// One more would run than may.
-    pub(super) fn is_full(&self, lane: &Lane) -> bool {
-        self.most_at_once(lane).is_some_and(|most| self.running >= most)
+    /// How many more may run, whatever number of calls they are.
+    pub(super) fn room(&self, lane: &Lane) -> usize {
+        if lane.limited { self.allowance.permits.saturating_sub(self.running) } else { usize::MAX }
     }
 
-    /// One more runs.
-    pub(super) fn run(&mut self) {
-        self.running += 1;
+    /// One more call would run than may.
+    pub(super) fn is_full(&self, lane: &Lane) -> bool {
+        lane.concurrency.is_some_and(|most| self.calls >= most) || self.room(lane) == 0
+    }
+
+    /// A call with so many more runs.
+    pub(super) fn run(&mut self, deliveries: usize) {
+        self.calls += 1;
+        self.running += deliveries;
         self.allowance.most = self.allowance.most.max(self.running);
         self.allowance.short |= self.running >= self.allowance.permits;
     }
@@ -101,7 +107,7 @@ impl Core {
         let all = self.setup.concurrency;
         let mut wishes: Vec<PermitWish> = Vec::new();
         for (lane, load) in self.lanes.values_mut().filter(|(lane, _)| lane.limited) {
-            let own = lane.concurrency.unwrap_or(all).min(all);
+            let own = lane.own(all);
             let Allowance { permits, fair, most, short, .. } = load.allowance;
             // One is kept while idle, so that what comes can begin.
             let wanted = if short { own } else { most.max(load.running).max(1) };
@@ -129,7 +135,7 @@ impl Core {
         let Some(permits) = permits.filter(|_| worker == self.setup.worker) else { return };
         for Permits { subscription, granted, fair } in permits {
             let Some((lane, load)) = self.lanes.get_mut(&subscription) else { continue };
-            let own = lane.concurrency.unwrap_or(self.setup.concurrency).min(self.setup.concurrency);
+            let own = lane.own(self.setup.concurrency);
             let granted = granted as usize;
             self.hungry |= granted > load.allowance.permits;
             load.allowance.permits = granted;
@@ -196,6 +202,7 @@ mod tests {
             late: second,
             concurrency: None,
             keys: None,
+            gather: None,
             limited,
             metered,
         };

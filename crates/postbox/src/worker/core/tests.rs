@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
+use crate::handler::Gather;
 use crate::lifecycle::{Answer, Policy, State};
 use crate::retry::RetryPolicy;
 use crate::store::Settle;
@@ -10,6 +11,8 @@ use crate::store::Settle;
 const OPERATION: SubscriptionId = 1;
 const PLAIN: SubscriptionId = 2;
 const IDEMPOTENT: SubscriptionId = 3;
+/// With a batch handler.
+const BATCHES: SubscriptionId = 4;
 /// The delivery whose outcome no store takes.
 const POISON: i64 = 5;
 
@@ -23,6 +26,7 @@ fn lane(id: SubscriptionId, kind: Kind) -> Lane {
         late: Duration::from_secs(95),
         concurrency: None,
         keys: None,
+        gather: (id == BATCHES).then_some(Gather { most: 4, within: Duration::from_millis(10) }),
         limited: false,
         metered: false,
     }
@@ -38,6 +42,7 @@ fn core(seed: u64, concurrency: usize) -> Core {
             lane(OPERATION, Kind::Operation),
             lane(PLAIN, Kind::Plain),
             lane(IDEMPOTENT, Kind::Operation),
+            lane(BATCHES, Kind::Plain),
         ],
         seed,
     })
@@ -170,8 +175,8 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
     let mut core = core(seed, concurrency);
     let mut model = Model::default();
     for delivery in 1..=deliveries {
-        let subscription = [OPERATION, PLAIN, IDEMPOTENT][dice.usize(..3)];
-        if subscription != PLAIN {
+        let subscription = [OPERATION, PLAIN, IDEMPOTENT, BATCHES, BATCHES][dice.usize(..5)];
+        if matches!(subscription, OPERATION | IDEMPOTENT) {
             model.operations.insert(delivery);
         }
         model.ready.push_back(item(delivery, subscription, u32::from(dice.u8(0..10) == 0)));
@@ -181,6 +186,8 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
     let mut inbox: Vec<Event> = vec![Event::Tick];
     let mut running: BTreeMap<Hold, (i64, u32, bool)> = BTreeMap::new();
     let mut called: BTreeSet<(i64, u32)> = BTreeSet::new();
+    // Those of a call of the batch handler, by the one that holds its permit.
+    let mut together: BTreeMap<Hold, Vec<(Hold, i64, u32, bool)>> = BTreeMap::new();
     let mut stopped = false;
     for step in 0..200_000 {
         let over = stop_after.map_or(model.terminal.len() as i64 == deliveries, |after| step >= after);
@@ -236,6 +243,7 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
                 Command::Run(hold, _, item, number) => {
                     let key = (item.delivery, number);
                     assert!(called.insert(key), "an attempt is made once: {key:?}");
+                    assert_ne!(item.subscription, BATCHES);
                     let recorded = item.subscription != PLAIN || item.lost > 0;
                     assert!(item.subscription != OPERATION || item.lost == 0, "it may have happened: {key:?}");
                     assert!(!recorded || model.begun.contains(&key), "on record before the call: {key:?}");
@@ -243,8 +251,31 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
                     assert!(running.len() <= concurrency, "{} at once", running.len());
                     assert!(running.values().filter(|r| r.2).count() <= concurrency);
                 }
+                Command::RunBatch(members) => {
+                    let shares = |m: &Member| m.item.lost == 0 && (m.number == 1 || m.number < 2);
+                    assert!(members.len() <= 4 && (members.len() == 1 || members.iter().all(shares)), "{members:?}");
+                    let mut call = Vec::new();
+                    for Member { hold, item, number, .. } in members {
+                        let key = (item.delivery, number);
+                        assert!(called.insert(key), "an attempt is made once: {key:?}");
+                        assert_eq!(item.subscription, BATCHES);
+                        assert!(item.lost == 0 || model.begun.contains(&key), "on record before the call: {key:?}");
+                        call.push((hold, item.delivery, number, item.lost > 0));
+                    }
+                    let (hold, delivery, number, recorded) = call[0];
+                    assert!(running.insert(hold, (delivery, number, recorded)).is_none());
+                    assert!(running.len() <= concurrency, "{} at once", running.len());
+                    together.insert(hold, call);
+                }
                 Command::Cancel(hold, _) => {
-                    if running.remove(&hold).is_some() {
+                    let shared = together.iter().find(|(_, call)| call.iter().any(|(member, ..)| *member == hold));
+                    if let Some((first, _)) = shared.map(|(first, call)| (*first, call.len())) {
+                        let call = together.remove(&first).expect("it runs");
+                        running.remove(&first);
+                        let ends = call.into_iter().map(|(member, ..)| (member, ended(End::TimedOut)));
+                        inbox.push(Event::EndedTogether(ends.collect()));
+                        inbox.push(Event::Freed(first));
+                    } else if running.remove(&hold).is_some() {
                         inbox.push(Event::Ended(hold, ended(End::TimedOut)));
                         inbox.push(Event::Freed(hold));
                     }
@@ -264,7 +295,8 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
         if !running.is_empty() && dice.u8(0..3) == 0 {
             let nth = dice.usize(..running.len());
             let hold = *running.keys().nth(nth).expect("one of them");
-            let (delivery, number, recorded) = running.remove(&hold).expect("it runs");
+            let one = running.remove(&hold).map(|(delivery, number, recorded)| (hold, delivery, number, recorded));
+            let call = together.remove(&hold).unwrap_or_else(|| one.into_iter().collect());
             let ends = [
                 End::Succeeded,
                 End::Failed { permanent: false, retry_after: None },
@@ -273,12 +305,19 @@ fn run(seed: u64, deliveries: i64, stop_after: Option<usize>) -> (Model, Vec<Str
                 End::Discarded,
                 End::Snoozed { wait: Duration::ZERO },
             ];
-            let end = ends[dice.usize(..ends.len())];
-            if matches!(end, End::Snoozed { .. }) && !recorded {
-                // No attempt: the next one has the same number.
-                called.remove(&(delivery, number));
+            let mut told = Vec::new();
+            for (member, delivery, number, recorded) in call {
+                let end = ends[dice.usize(..ends.len())];
+                if matches!(end, End::Snoozed { .. }) && !recorded {
+                    // No attempt: the next one has the same number.
+                    called.remove(&(delivery, number));
+                }
+                told.push((member, ended(end)));
             }
-            inbox.push(Event::Ended(hold, ended(end)));
+            inbox.push(match told.len() {
+                1 if dice.bool() => Event::Ended(hold, told.remove(0).1),
+                _ => Event::EndedTogether(told),
+            });
             inbox.push(Event::Freed(hold));
         }
         if inbox.is_empty() {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use crate::handler::Gather;
 use crate::keys::Keys;
 use crate::lifecycle::{End, Policy};
 use crate::message::Draft;
@@ -38,6 +39,8 @@ pub(crate) struct Lane {
     pub(crate) concurrency: Option<usize>,
     /// What holds for those of one key.
     pub(crate) keys: Option<Keys>,
+    /// How deliveries come together, for a batch handler.
+    pub(crate) gather: Option<Gather>,
     /// How many run at once is limited across workers.
     pub(crate) limited: bool,
     /// How many begin in a time is limited across workers.
@@ -46,6 +49,18 @@ pub(crate) struct Lane {
 
 /// One delivery in hand: the batch's token and its place in the batch.
 pub(crate) type Hold = (Uuid, usize);
+
+/// One of the deliveries that a batch handler is called with.
+#[derive(Debug, Clone)]
+pub(crate) struct Member {
+    pub(crate) hold: Hold,
+    pub(crate) lease: LeaseRef,
+    pub(crate) item: Item,
+    /// Which attempt this is.
+    pub(crate) number: u32,
+    /// The number of the flush that settles it, if that is in its handler's transaction.
+    pub(crate) part: i32,
+}
 
 /// How an attempt ended, as the runner reports it.
 #[derive(Debug, Clone)]
@@ -108,7 +123,9 @@ pub(crate) enum Event {
     Disowned(Uuid, bool),
     /// An attempt ended.
     Ended(Hold, Box<Ended>),
-    /// Its task is gone, and with it the permit.
+    /// Attempts of one call ended.
+    EndedTogether(Vec<(Hold, Box<Ended>)>),
+    /// Its task is gone, and with it the permit; of a call with several, the first tells it for all.
     Freed(Hold),
     /// A heartbeat, sent at this time, found these leases.
     Pulse(Duration, Vec<Uuid>),
@@ -141,6 +158,9 @@ pub(crate) enum Command {
     Settle(Arc<Settle>),
     Disown(Uuid),
     Run(Hold, LeaseRef, Box<Item>, u32),
+    /// Calls a batch handler with these.
+    RunBatch(Vec<Member>),
+    /// Cancels the call that this one is in.
     Cancel(Hold, Cancel),
     Observe(Vec<Observation>),
     Asleep(bool),

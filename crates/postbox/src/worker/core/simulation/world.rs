@@ -18,7 +18,7 @@ use crate::lifecycle::{End, Kind};
 use crate::store::{DeliveryId, Doubtful, Item, LeaseRef, SubscriptionId};
 
 /// What must have happened in some seed.
-pub(super) const FAULTS: [&str; 23] = [
+pub(super) const FAULTS: [&str; 24] = [
     "crash",
     "pause before the call",
     "pause past the lease",
@@ -42,6 +42,7 @@ pub(super) const FAULTS: [&str; 23] = [
     "followed by evidence",
     "followed by an answer",
     "paused",
+    "a batch",
 ];
 
 /// A worker process: its place and its life.
@@ -114,7 +115,12 @@ struct Run {
     checked: Duration,
     /// Its worker knows that a repeat is harmless.
     declares: bool,
+    /// The call of a batch handler that it is in, by the first of that.
+    call: Option<Hold>,
 }
+
+/// A call of a batch handler: what is in it, and which of it has ended.
+type Call = (Vec<Hold>, Vec<(Hold, Box<Ended>)>);
 
 #[derive(Debug)]
 struct Node {
@@ -135,6 +141,7 @@ struct Node {
     asleep: bool,
     tick: Option<Duration>,
     running: BTreeMap<Hold, Run>,
+    calls: BTreeMap<Hold, Call>,
 }
 
 #[derive(Debug)]
@@ -201,6 +208,7 @@ impl World {
                 asleep: false,
                 tick: None,
                 running: BTreeMap::new(),
+                calls: BTreeMap::new(),
             });
             world.after(0..500, Happening::Start(place));
         }

@@ -6,12 +6,13 @@ use uuid::Uuid;
 
 use super::super::remote::Fate;
 use super::super::store::{Place, Verb};
-use super::super::{ALL, Checked, LEASE, QUIET, TIMEOUT, ensure, follow_ups, policy, policy_of};
+use super::super::{AFTER, ALL, Checked, LEASE, PLAIN, QUIET, TIMEOUT, ensure, follow_ups, policy, policy_of};
 use super::{AGAIN, At, Context, Happening, Run, Stage, World, ended};
+use crate::handler::Gather;
 use crate::lifecycle::{End, Kind};
 use crate::operation::Operation;
 use crate::store::{Item, LeaseRef, Observation};
-use crate::worker::core::{Cancel, Command, Core, Ended, Event, Hold, Lane, Setup};
+use crate::worker::core::{Cancel, Command, Core, Ended, Event, Hold, Lane, Member, Setup};
 use crate::worker::ran_out;
 
 impl World {
@@ -19,6 +20,7 @@ impl World {
         let worker = Uuid::from_u128(self.dice.u128(..));
         let late = QUIET + TIMEOUT + LEASE;
         let declares = self.chance(80);
+        let batches = self.chance(70).then_some(Gather { most: 3, within: Duration::from_millis(30) });
         let lane = |id| Lane {
             id,
             policy: policy_of(id, declares),
@@ -27,6 +29,7 @@ impl World {
             late,
             concurrency: None,
             keys: None,
+            gather: batches.filter(|_| matches!(id, PLAIN | AFTER)),
             limited: false,
             metered: false,
         };
@@ -60,6 +63,7 @@ impl World {
         let node = &mut self.nodes[place];
         node.core = None;
         node.running.clear();
+        node.calls.clear();
         self.after(again, Happening::Start(place));
     }
 
@@ -125,6 +129,20 @@ impl World {
                 self.after(0..50, Happening::Tell(at, Event::Paused(queued)));
             }
             Command::Run(hold, lease, item, number) => self.attempt(at, hold, lease, *item, number)?,
+            Command::RunBatch(members) => {
+                if members.len() > 1 {
+                    self.hit("a batch");
+                }
+                let holds: Vec<Hold> = members.iter().map(|m| m.hold).collect();
+                let call = holds[0];
+                self.nodes[at.0].calls.insert(call, (holds, Vec::new()));
+                for Member { hold, lease, item, number, .. } in members {
+                    self.attempt(at, hold, lease, item, number)?;
+                    if let Some(run) = self.nodes[at.0].running.get_mut(&hold) {
+                        run.call = Some(call);
+                    }
+                }
+            }
             Command::Cancel(hold, why) => self.cancel(at, hold, why),
         }
         Ok(())
@@ -144,7 +162,17 @@ impl World {
             self.tell_end(at, hold, ended(AGAIN));
             return Ok(());
         }
-        let run = Run { item, number, lease, kind, stage: Stage::Working, sent: false, checked: self.now, declares };
+        let run = Run {
+            item,
+            number,
+            lease,
+            kind,
+            stage: Stage::Working,
+            sent: false,
+            checked: self.now,
+            declares,
+            call: None,
+        };
         self.nodes[at.0].running.insert(hold, run);
         if kind == Kind::Transactional {
             let end = if self.healed() || self.chance(80) { End::Succeeded } else { AGAIN };
@@ -233,8 +261,17 @@ impl World {
     }
 
     pub(super) fn end(&mut self, at: At, hold: Hold, ended: Ended) {
-        if self.nodes[at.0].running.remove(&hold).is_some() {
-            self.tell_end(at, hold, ended);
+        let node = &mut self.nodes[at.0];
+        let Some(run) = node.running.remove(&hold) else { return };
+        let Some(call) = run.call else { return self.tell_end(at, hold, ended) };
+        // A batch handler returns when it is through with all of them.
+        let Some((members, ends)) = node.calls.get_mut(&call) else { return };
+        ends.push((hold, Box::new(ended)));
+        if ends.len() == members.len() {
+            let ends = std::mem::take(ends);
+            node.calls.remove(&call);
+            self.at(self.now, Happening::Tell(at, Event::EndedTogether(ends)));
+            self.after(0..3, Happening::Tell(at, Event::Freed(call)));
         }
     }
 
@@ -245,6 +282,10 @@ impl World {
 
     pub(super) fn cancel(&mut self, at: At, hold: Hold, why: Cancel) {
         let deaf = self.chance(15);
+        let shared = self.nodes[at.0].calls.iter().find(|(_, (members, _))| members.contains(&hold));
+        if let Some(call) = shared.map(|(call, _)| *call) {
+            return self.cancel_call(at, call, hold, why, deaf);
+        }
         let Some(run) = self.nodes[at.0].running.get_mut(&hold).filter(|r| r.stage == Stage::Working) else { return };
         let end = match why {
             Cancel::TimedOut => End::TimedOut,
@@ -261,5 +302,30 @@ impl World {
             self.nodes[at.0].running.remove(&hold);
             self.after(0..3, Happening::Tell(at, Event::Freed(hold)));
         }
+    }
+
+    /// All of a batch handler's call, of which this one was named.
+    fn cancel_call(&mut self, at: At, call: Hold, named: Hold, why: Cancel, deaf: bool) {
+        let node = &mut self.nodes[at.0];
+        let Some((members, _)) = node.calls.remove(&call) else { return };
+        let end = match why {
+            Cancel::TimedOut => End::TimedOut,
+            Cancel::Stopped | Cancel::Fenced => End::Failed { permanent: false, retry_after: Some(Duration::ZERO) },
+        };
+        let ends = members.iter().map(|member| {
+            let fenced = why == Cancel::Fenced && member.0 == named.0;
+            (*member, Box::new(Ended { fenced, cut_off: true, ..ended(end) }))
+        });
+        let told = Event::EndedTogether(ends.collect());
+        for member in &members {
+            match node.running.get_mut(member) {
+                Some(run) if deaf => run.stage = Stage::Deaf,
+                _ => {
+                    node.running.remove(member);
+                }
+            }
+        }
+        self.at(self.now, Happening::Tell(at, told));
+        self.after(if deaf { 1..1_500 } else { 0..3 }, Happening::Tell(at, Event::Freed(call)));
     }
 }
