@@ -41,6 +41,14 @@ fn ticks_fire_once() {
 }
 
 #[test]
+fn keys_are_in_order() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let report = kept("order", "postgres", "4s");
+    let repeated = report["measured"]["order, calls that were repeated"].as_f64();
+    assert!(repeated.is_some_and(|n| n > 0.0), "some failed, and some were lost: {report}");
+}
+
+#[test]
 fn planted_bugs_are_caught() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     postbox_testkit::planted::each_is_caught("scenarios");

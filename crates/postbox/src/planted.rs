@@ -65,11 +65,12 @@ mod bugs {
 
     const LIMITS: &[&str] = &["limits_are_kept_and_used"];
     const TICKS: &[&str] = &["ticks_fire_once"];
+    const ORDER: &[&str] = &["keys_are_in_order"];
     const SETTLING: &[&str] =
         &["postgres::a_settle_counts_once_and_needs_its_lease", "sqlite::a_settle_counts_once_and_needs_its_lease"];
 
     /// All of them.
-    pub const BUGS: [Bug; 37] = [
+    pub const BUGS: [Bug; 40] = [
         decided("call-before-start", "an operation is called before its attempt is committed"),
         decided("start-without-lease", "attempts whose start was fenced are made all the same"),
         decided("no-last-look", "a worker that slept through its lease calls without looking at the clock"),
@@ -163,6 +164,9 @@ mod bugs {
         shared("limit-not-kept", "a worker begins attempts that it has no permit for", LIMITS),
         shared("rate-not-kept", "a claim takes more than the bucket had tokens", LIMITS),
         shared("lowest-starve", "deliveries of a lower priority have no share", LIMITS),
+        shared("followers-go-on", "a worker goes on with a key whose delivery has failed", ORDER),
+        shared("two-of-a-key", "a worker runs two of a key in order at once", ORDER),
+        shared("key-not-held", "it is not on record that a key waits for a delivery that has failed", ORDER),
         shared("tick-apart", "a tick is published apart from its schedule's row, and has no dedup key", TICKS),
         shared("latest-tick-only", "of several ticks that are due only the latest is published", TICKS),
     ];

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::{Move, SubscriptionId};
 use crate::lifecycle::State;
+use crate::planted::planted;
 
 /// The level of the first lane.
 pub(crate) const FIRST_LANE: i16 = 64;
@@ -79,7 +80,7 @@ impl<'m> Followed<'m> {
                 State::Succeeded if one.leads => followed.over.push(one),
                 State::Cancelled => followed.over.push(one),
                 State::Succeeded => {}
-                _ if one.leads => followed.leading.push(one),
+                _ if one.leads && !planted!("key-not-held") => followed.leading.push(one),
                 _ => {}
             }
         }

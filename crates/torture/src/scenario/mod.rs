@@ -3,6 +3,7 @@
 
 pub(crate) mod crew;
 pub(crate) mod limits;
+pub(crate) mod order;
 mod place;
 pub(crate) mod schedules;
 
@@ -29,6 +30,8 @@ pub(crate) enum Scenario {
     Limits,
     /// Each tick of a schedule fires once.
     Schedules,
+    /// Deliveries of a key are handled in their order, one at a time.
+    Order,
 }
 
 /// The name under which all members work.
@@ -95,6 +98,8 @@ pub(crate) async fn play(scenario: Scenario, setting: Setting<'_>) -> Result<Fou
         (Scenario::Limits, Kind::Sqlite) => limits::play::<Sqlite>(&setting).await,
         (Scenario::Schedules, Kind::Postgres) => schedules::play::<Postgres>(&setting).await,
         (Scenario::Schedules, Kind::Sqlite) => schedules::play::<Sqlite>(&setting).await,
+        (Scenario::Order, Kind::Postgres) => order::play::<Postgres>(&setting).await,
+        (Scenario::Order, Kind::Sqlite) => order::play::<Sqlite>(&setting).await,
     }
 }
 
@@ -104,6 +109,7 @@ pub(crate) async fn member<Db: Site>(part: Part) -> Result<(), Box<dyn std::erro
         Scenario::Mix => Err("the mix has other children".into()),
         Scenario::Limits => limits::member::work::<Db>(part).await,
         Scenario::Schedules => schedules::member::work::<Db>(part).await,
+        Scenario::Order => order::member::work::<Db>(part).await,
     }
 }
 

@@ -13,11 +13,11 @@ use crate::site::Site;
 use crate::traffic::MANY;
 
 #[derive(Clone)]
-struct Remote(String);
+pub(crate) struct Remote(pub(crate) String);
 
 impl Remote {
     /// Asks for something that takes the remote so long.
-    async fn pass(&self, what: &str, ms: u64, attempt: Attempt) -> Result<(), Failure> {
+    pub(crate) async fn pass(&self, what: &str, ms: u64, attempt: Attempt) -> Result<(), Failure> {
         let begun = now_us();
         let mut stream = TcpStream::connect(&self.0).await?;
         let line = format!("pass {what} {ms} {} {} {begun}\n", attempt.delivery, std::process::id());
