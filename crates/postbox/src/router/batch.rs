@@ -8,6 +8,7 @@ use jiff::Timestamp;
 
 use super::{Bare, IntoSubscription, MAX_TIMEOUT, Options, Router, Stands, Subscription, Unbound, WithOptions, parsed};
 use crate::handler::{BatchHandler, Call, Gather, Reading, read};
+use crate::keys::{Keys, OnDead};
 use crate::lifecycle::Kind;
 use crate::limits::Rate;
 use crate::retention::MIN_KEEP;

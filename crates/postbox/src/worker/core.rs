@@ -430,7 +430,7 @@ impl Core {
             self.free(hold);
         }
         for item in released {
-            self.left(&item);
+            self.went_back(&item);
         }
     }
 

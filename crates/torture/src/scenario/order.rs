@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::crew::{Crew, Place, Trouble, each};
 use super::place::{Ground, Remote};
-use super::{APPLICATION, Found, Part, Scenario, Setting};
+use super::{Found, Part, Scenario, Setting};
 use crate::fault::Kind;
 use crate::site::{Site, number};
 use crate::world::locked;
@@ -75,7 +75,9 @@ pub(super) async fn play<Db: Site>(setting: &Setting<'_>) -> Result<Found, Strin
             break;
         }
         if Instant::now() > deadline {
-            found.broken.push(format!("order: {left} of {published} are not through {:.1?} after the faults", begun.elapsed()));
+            found
+                .broken
+                .push(format!("order: {left} of {published} are not through {:.1?} after the faults", begun.elapsed()));
             break;
         }
         tokio::time::sleep(Duration::from_millis(200)).await;

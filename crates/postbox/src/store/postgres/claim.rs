@@ -48,11 +48,17 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     let (subscriptions, rooms): (Vec<i32>, Vec<i32>) =
         wanted.iter().map(|(id, room)| (*id, i32::try_from(*room).unwrap_or(i32::MAX))).unzip();
     let begun = Instant::now();
-    let froms: Vec<[From; 3]> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
+    let mut froms: Vec<[From; 3]> = subscriptions.iter().map(|id| store.marks.from(*id, begun)).collect();
     let shares: Vec<Share> = wanted.iter().map(|(id, room)| store.turns.share(*id, *room)).collect();
     let many = lanes.is_none()
         && rooms.iter().map(|room| i64::from(*room)).sum::<i64>() >= MANY
-        && froms.iter().all(|[_, normal, _]| !normal.sweeps);
+        && froms.iter().all(|[high, normal, _]| !high.sweeps && !normal.sweeps);
+    if many {
+        // Seldom looked at behind so many others: swept by a smaller claim.
+        for [.., low] in &mut froms {
+            *low = low.unswept();
+        }
+    }
     if many {
         sqlx::raw_sql(LOCK_NOT_LONG).execute(work.on()).await?;
     }
@@ -115,10 +121,13 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         wanted.iter().zip(froms).zip(shares).filter(|(((_, room), _), _)| *room > 0)
     {
         let taken = last.remove(subscription).unwrap_or_default();
-        // A sweep finds what a claim without row locks passes over: that is none of this level.
-        let levels = Priority::ALL.into_iter().zip(froms).zip(taken.furthest);
-        for ((level, from), furthest) in levels.filter(|((_, from), _)| !(many && from.sweeps)) {
-            store.marks.found((*subscription, level), from, furthest, taken.count >= *room, begun, took);
+        // A level is looked at if those above have left it room, or it had a share of its own.
+        let mut left = room.saturating_sub(share.most);
+        for ((level, from), furthest) in Priority::ALL.into_iter().zip(froms).zip(taken.furthest) {
+            if left > 0 || furthest.is_some() {
+                store.marks.found((*subscription, level), from, furthest, taken.count >= *room, begun, took);
+            }
+            left = left.saturating_sub(taken.of[level as usize]);
         }
         if let Some(top) = taken.top() {
             store.turns.took(*subscription, share, taken.count, top);
@@ -153,13 +162,15 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
 #[derive(Default)]
 struct Taken {
     count: u32,
-    /// The last place, of each level.
+    /// How many, and the last place, of each level.
+    of: [u32; 3],
     furthest: [Option<i64>; 3],
 }
 
 impl Taken {
     fn add(&mut self, level: i16, pos: i64) {
         self.count += 1;
+        self.of[Priority::of(level) as usize] += 1;
         let furthest = &mut self.furthest[Priority::of(level) as usize];
         *furthest = (*furthest).max(Some(pos));
     }

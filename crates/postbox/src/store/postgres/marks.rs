@@ -45,6 +45,8 @@ struct Mark {
 pub(super) struct From {
     /// It takes what comes after this.
     pub(super) after: i64,
+    /// The same, if it did not begin at the start.
+    pub(super) mark: i64,
     /// It begins at the start.
     pub(super) sweeps: bool,
 }
@@ -52,15 +54,19 @@ pub(super) struct From {
 impl Marks {
     /// Where the next claim of a subscription begins, for each level.
     pub(super) fn from(&self, subscription: SubscriptionId, now: Instant) -> [From; 3] {
-        let Ok(marks) = self.0.lock() else { return [From { after: START, sweeps: true }; 3] };
+        let unknown = From { after: START, mark: START, sweeps: true };
+        let Ok(marks) = self.0.lock() else { return [unknown; 3] };
         Priority::ALL.map(|level| match marks.get(&(subscription, level)) {
-            Some(mark) if !mark.is_due(now) => From { after: mark.place.saturating_sub(SLACK), sweeps: false },
-            _ => From { after: START, sweeps: true },
+            Some(mark) => {
+                let (below, sweeps) = (mark.place.saturating_sub(SLACK), mark.is_due(now));
+                From { after: if sweeps { START } else { below }, mark: below, sweeps }
+            }
+            None => unknown,
         })
     }
 
-    /// What a claim found of a level that began there: the last place it took, and whether it took all it might
-    /// of the subscription.
+    /// What a claim found of a level that it looked at from there: the last place it took, and whether it took all
+    /// it might of the subscription.
     pub(super) fn found(
         &self,
         of: (SubscriptionId, Priority),
@@ -70,10 +76,6 @@ impl Marks {
         begun: Instant,
         took: Duration,
     ) {
-        // Those above have left it no room: it was not looked at.
-        if full && last.is_none() {
-            return;
-        }
         let Ok(mut marks) = self.0.lock() else { return };
         let mark = marks.entry(of).or_insert(Mark { place: START, swept: None, took: Duration::ZERO });
         match last {
@@ -85,6 +87,13 @@ impl Marks {
         if from.sweeps {
             (mark.swept, mark.took) = (Some(begun + took), took);
         }
+    }
+}
+
+impl From {
+    /// Without beginning at the start, whenever that is due.
+    pub(super) fn unswept(self) -> From {
+        From { after: self.mark, sweeps: false, ..self }
     }
 }
 
@@ -122,7 +131,7 @@ mod tests {
         let first = from(&marks, 1, now);
         assert!(first.sweeps && first.after == START, "nothing is known yet");
         found(&marks, first, Some(9_000), true, now, MS);
-        assert_eq!(from(&marks, 1, now), From { after: 8_500, sweeps: false });
+        assert_eq!(from(&marks, 1, now), From { after: 8_500, mark: 8_500, sweeps: false });
         assert!(from(&marks, 2, now).sweeps, "another one has a mark of its own");
         found(&marks, from(&marks, 1, now), None, false, now, MS);
         assert_eq!(from(&marks, 1, now).after, 8_500, "nothing found, nothing learnt");
@@ -135,9 +144,9 @@ mod tests {
         let [high, normal, low] = marks.from(1, now);
         assert!(high.after == START && high.sweeps, "what comes there is found, wherever the others are");
         assert!(low.after == START && low.sweeps && normal.after == 8_500);
-        // There was no room for low ones: nothing is known of them, and the sweep is still to be made.
-        marks.found((1, Priority::Low), low, None, true, now, MS);
-        assert!(marks.from(1, now)[2].sweeps);
+        // One that is full has found that there are no high ones.
+        marks.found((1, Priority::High), high, None, true, now, MS);
+        assert!(!marks.from(1, now)[0].sweeps && marks.from(1, now)[2].sweeps);
         marks.found((1, Priority::Low), low, None, false, now, MS);
         assert!(!marks.from(1, now)[2].sweeps);
     }
@@ -148,7 +157,7 @@ mod tests {
         found(&marks, from(&marks, 1, now), Some(9_000), true, now, MS);
         let later = now + SWEEP + MS;
         let sweep = from(&marks, 1, later);
-        assert!(sweep.sweeps);
+        assert!(sweep.sweeps && sweep.unswept() == From { after: 8_500, mark: 8_500, sweeps: false });
         // A late commit left many below: the next claim goes on behind the last that was taken.
         found(&marks, sweep, Some(700), true, later, MS);
         assert_eq!(from(&marks, 1, later).after, 200);

@@ -214,6 +214,7 @@ mod tests {
             quiet: second,
             late: second,
             concurrency: None,
+            keys: None,
             gather: (id == BATCHES).then_some(Gather { most: 10, within: MS * 20 }),
             limited: false,
             metered: false,
@@ -236,7 +237,17 @@ mod tests {
     }
 
     fn item(delivery: i64, subscription: SubscriptionId) -> Item {
-        Item { delivery, subscription, message: Uuid::nil(), priority: 0, attempts: 0, lost: 0, rev: 1, envelope: None }
+        Item {
+            delivery,
+            subscription,
+            message: Uuid::nil(),
+            priority: 0,
+            attempts: 0,
+            lost: 0,
+            rev: 1,
+            leads: false,
+            envelope: None,
+        }
     }
 
     fn claim(commands: &[Command]) -> Option<(Uuid, Vec<(SubscriptionId, u32)>)> {

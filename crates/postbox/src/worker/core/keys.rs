@@ -222,7 +222,7 @@ impl Core {
     }
 
     /// The same of one that goes back with all that was behind it.
-    pub(super) fn left(&mut self, item: &Item) {
+    pub(super) fn went_back(&mut self, item: &Item) {
         if let Some((lane, _)) = self.lanes.get(&item.subscription) {
             self.lines.next(lane, item);
         }

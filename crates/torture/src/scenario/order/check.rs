@@ -110,7 +110,8 @@ mod tests {
 
     #[test]
     fn an_order_that_is_kept() {
-        let again = [call(1, 10, 19), call(2, 20, 29), call(2, 30, 39), call(1, 40, 49), call(2, 50, 59), call(3, 60, 69)];
+        let again =
+            [call(1, 10, 19), call(2, 20, 29), call(2, 30, 39), call(1, 40, 49), call(2, 50, 59), call(3, 60, 69)];
         assert_eq!(said(&again, &[]), "");
         assert_eq!(repeated(&again), 3);
     }
