@@ -21,7 +21,7 @@ use self::batch::{Batch, Entry, Slot};
 pub(crate) use self::flush::settle_of;
 use self::flush::{due_flush, is_withheld, observation};
 use self::gather::{Turn, Waiting};
-use self::keys::{Lines, Place, in_lines};
+use self::keys::{Lines, Place, Through, in_lines};
 use self::limits::{Allowance, Asking};
 pub(crate) use self::wire::{Cancel, Command, Ended, Event, Flushed, Hold, Lane, Member, Setup};
 use crate::lifecycle::{End, Kind};
@@ -466,9 +466,9 @@ impl Core {
             }
             Slot::CutOff(_) => {
                 if let Slot::CutOff(ended) = batch.put(hold.1, Slot::Settled) {
-                    let succeeded = ended.end == End::Succeeded;
+                    let how = Through::of(ended.end);
                     batch.put(hold.1, Slot::Ended(ended, now));
-                    self.through(hold, succeeded);
+                    self.through(hold, how);
                 }
             }
             _ => {}
@@ -505,7 +505,7 @@ impl Core {
             if is_withheld(item, lane) {
                 load.leave(lane, item);
                 batch.put(hold.1, Slot::Withheld);
-                self.through(hold, false);
+                self.through(hold, Through::Failed);
                 continue;
             }
             // A message whose worker died may have killed it: such ones run one at a time, on record.
@@ -615,7 +615,7 @@ impl Core {
         }
         if ended.settled {
             batch.put(hold.1, Slot::Settled);
-            self.through(hold, true);
+            self.through(hold, Through::OnRecord);
             self.forget_if_over(hold.0);
         } else if ended.cut_off && operation && !batch.fenced && self.permits.contains_key(&hold) {
             // Nothing is said about it while it may still do its work.
@@ -633,15 +633,15 @@ impl Core {
             commands.push(Command::Observe(vec![seen]));
             if ended.fenced {
                 if !was_fenced {
-                    self.through(hold, false);
+                    self.through(hold, Through::Failed);
                 }
                 self.fence(hold.0, commands);
             }
             self.forget_if_over(hold.0);
         } else {
-            let succeeded = ended.end == End::Succeeded;
+            let how = Through::of(ended.end);
             batch.put(hold.1, Slot::Ended(ended, now));
-            self.through(hold, succeeded);
+            self.through(hold, how);
         }
     }
 
@@ -758,7 +758,10 @@ impl Core {
                 batch.again_at = Some(now + batch.pause);
                 batch.pause = (batch.pause * 2).min(LONGEST_PAUSE);
             }
-            Flushed::Refused(error) => batch.refused(&error, now),
+            Flushed::Refused(error) => {
+                batch.refused(&error, now);
+                self.lines_refused(token);
+            }
             Flushed::Known(Guarded::Fenced) => {
                 if planted!("start-without-lease") {
                     run_started(batch, &self.lanes, now, commands);
@@ -773,11 +776,17 @@ impl Core {
                         entry.slot = Slot::Settled;
                     }
                 });
+                let mut following = Vec::new();
                 if !self.lines.is_empty() {
                     let settled = |index: usize| matches!(batch.entries()[index].slot, Slot::Settled);
-                    self.hungry |= self.lines.on_record(token, settled, &self.keyed);
+                    let (opened, holds) = self.lines.on_record(token, settled, &self.keyed);
+                    self.hungry |= opened;
+                    following = holds;
                 }
                 run_started(batch, &self.lanes, now, commands);
+                for hold in following {
+                    self.comes(hold);
+                }
                 if close {
                     self.batches.remove(&token);
                 } else if self.phase == Phase::StoppingNow {

@@ -9,6 +9,7 @@ use super::batch::{Batch, Slot};
 use super::wire::{Hold, Lane};
 use super::{Core, Load};
 use crate::keys::Keys;
+use crate::lifecycle::End;
 use crate::planted::planted;
 use crate::store::{Item, SubscriptionId};
 
@@ -24,7 +25,17 @@ struct Line {
     level: i16,
     /// Behind them, in order.
     behind: VecDeque<Hold>,
+    /// In order: the last that has succeeded, until that is on record. What follows under another lease waits for
+    /// it: else it could be on record alone, and this one would come again after it.
+    ahead: Option<Hold>,
     closed: Closed,
+}
+
+impl Line {
+    /// Nothing is known of its key that has to be kept.
+    fn is_over(&self) -> bool {
+        self.going == 0 && self.behind.is_empty() && self.ahead.is_none() && self.closed == Closed::No
+    }
 }
 
 /// Whether more of a key may come.
@@ -45,6 +56,22 @@ pub(super) enum Place {
     Behind,
     /// One before it did not succeed.
     Back,
+}
+
+/// How a delivery has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Through {
+    /// It is to be put on record.
+    Succeeded,
+    /// That is on record already.
+    OnRecord,
+    Failed,
+}
+
+impl Through {
+    pub(super) fn of(end: End) -> Through {
+        if end == End::Succeeded { Through::Succeeded } else { Through::Failed }
+    }
 }
 
 /// The lines of all keys in hand.
@@ -73,13 +100,32 @@ impl Lines {
         if line.closed != Closed::No {
             return Place::Back;
         }
-        if line.going < keys.at_once() as usize + usize::from(planted!("two-of-a-key")) {
+        let may_follow = line.ahead.is_none_or(|ahead| ahead.0 == hold.0 || planted!("follows-what-is-not-on-record"));
+        if may_follow && line.going < keys.at_once() as usize + usize::from(planted!("two-of-a-key")) {
             line.going += 1;
             return Place::Queue;
         }
         line.behind.push_back(hold);
         *self.behind.entry((lane.id, item.priority)).or_default() += 1;
         Place::Behind
+    }
+
+    /// One in order has succeeded, and that is not on record: the next of its key, if it is under the same lease.
+    fn follower(&mut self, lane: &Lane, item: &Item, hold: Hold) -> Option<Hold> {
+        let (_, key) = key(lane, item)?;
+        let line = self.of.get_mut(&lane.id)?.get_mut(key)?;
+        if line.behind.front().is_some_and(|next| next.0 == hold.0 || planted!("follows-what-is-not-on-record")) {
+            return self.next(lane, item);
+        }
+        line.going = line.going.saturating_sub(1);
+        line.ahead = Some(hold);
+        None
+    }
+
+    fn is_ahead(&self, item: &Item, hold: Hold) -> bool {
+        let key = item.envelope.as_ref().and_then(|envelope| envelope.key.as_deref());
+        let line = self.of.get(&item.subscription).zip(key).and_then(|(lines, key)| lines.get(key));
+        line.is_some_and(|line| line.ahead == Some(hold))
     }
 
     /// One is not on its way any more: the next of its key.
@@ -92,7 +138,7 @@ impl Lines {
         if next.is_some() {
             line.going += 1;
             self.came_out(lane.id, item.priority, 1);
-        } else if line.going == 0 && line.closed == Closed::No {
+        } else if line.is_over() {
             lines.remove(key);
         }
         next
@@ -103,6 +149,7 @@ impl Lines {
         let Some((_, key)) = key(lane, item) else { return Vec::new() };
         let line = self.of.entry(lane.id).or_default().entry(key.to_owned()).or_default();
         line.going = line.going.saturating_sub(1);
+        line.ahead = None;
         line.closed = closed;
         let behind: Vec<Hold> = std::mem::take(&mut line.behind).into();
         self.came_out(lane.id, item.priority, behind.len());
@@ -128,7 +175,11 @@ impl Lines {
 
     /// What is behind others and belongs to this batch is not any more.
     fn forget(&mut self, token: Uuid, claiming: &BTreeSet<Uuid>) {
-        self.on_record(token, |_| true, claiming);
+        self.on_record(token, |_| false, claiming);
+        self.each_closed(|closed| match closed {
+            Closed::Settling((of, _)) if *of == token => *closed = Closed::Claiming(claiming.clone()),
+            _ => {}
+        });
         self.behind.clear();
         for (subscription, lines) in &mut self.of {
             for line in lines.values_mut() {
@@ -162,20 +213,39 @@ impl Lines {
         full
     }
 
-    /// What has ended in this batch is on record: claims that begin now know of it.
-    /// Whether keys are open again for it.
+    /// What has ended in this batch is on record: claims that begin now know of it. Whether keys are open again for it,
+    /// and what may follow.
     pub(super) fn on_record(
         &mut self,
         token: Uuid,
         settled: impl Fn(usize) -> bool,
         claiming: &BTreeSet<Uuid>,
-    ) -> bool {
-        self.each_closed(|closed| match closed {
-            Closed::Settling((of, index)) if *of == token && settled(*index) => {
-                *closed = Closed::Claiming(claiming.clone())
-            }
+    ) -> (bool, Vec<Hold>) {
+        let is_settled = |hold: &Hold| hold.0 == token && settled(hold.1);
+        let mut following = Vec::new();
+        for (subscription, lines) in &mut self.of {
+            lines.retain(|_, line| {
+                if line.ahead.as_ref().is_none_or(|ahead| !is_settled(ahead)) {
+                    return true;
+                }
+                line.ahead = None;
+                if line.going == 0
+                    && let Some(next) = line.behind.pop_front()
+                {
+                    line.going = 1;
+                    following.push((next, (*subscription, line.level)));
+                }
+                !line.is_over()
+            });
+        }
+        for (_, lane) in &following {
+            self.came_out(lane.0, lane.1, 1);
+        }
+        let opened = self.each_closed(|closed| match closed {
+            Closed::Settling(hold) if is_settled(hold) => *closed = Closed::Claiming(claiming.clone()),
             _ => {}
-        })
+        });
+        (opened, following.into_iter().map(|(hold, _)| hold).collect())
     }
 
     /// A claim has returned, or never will. Whether keys are open again for it.
@@ -200,7 +270,7 @@ impl Lines {
                     line.closed = Closed::No;
                     opened = true;
                 }
-                line.closed != Closed::No || line.going > 0
+                !line.is_over()
             });
         }
         opened
@@ -211,12 +281,19 @@ impl Core {
     /// A delivery is not on its way any more: it ended well, or goes back without having begun. The next of its
     /// key may go.
     pub(super) fn passed(&mut self, subscription: SubscriptionId, item: &Item) {
-        let Some((lane, load)) = self.lanes.get_mut(&subscription) else { return };
-        let Some(next) = self.lines.next(lane, item) else { return };
+        let Some((lane, _)) = self.lanes.get(&subscription) else { return };
+        if let Some(next) = self.lines.next(lane, item) {
+            self.comes(next);
+        }
+    }
+
+    /// One that was behind others takes its turn.
+    pub(super) fn comes(&mut self, next: Hold) {
         let Some(batch) = self.batches.get_mut(&next.0) else { return };
-        // Whatever made it full.
-        self.hungry = true;
         let item = &batch.entries()[next.1].item;
+        let Some((lane, load)) = self.lanes.get_mut(&item.subscription) else { return };
+        // Whatever made its lane full.
+        self.hungry = true;
         load.line_up(lane, item, next, &mut self.queue, self.now);
         batch.put(next.1, Slot::Queued);
     }
@@ -228,17 +305,36 @@ impl Core {
         }
     }
 
-    /// A delivery has ended, well or not.
-    pub(super) fn through(&mut self, hold: Hold, succeeded: bool) {
+    /// A delivery has ended: how, as far as its key goes.
+    pub(super) fn through(&mut self, hold: Hold, how: Through) {
         let Some(item) = self.batches.get(&hold.0).map(|batch| batch.entries()[hold.1].item.clone()) else { return };
         let Some((lane, _)) = self.lanes.get(&item.subscription) else { return };
-        match lane.keys {
-            None => {}
-            Some(Keys::Ordered(_)) if !succeeded && !planted!("followers-go-on") => {
+        match (lane.keys, how) {
+            (None, _) => {}
+            (Some(Keys::Ordered(_)), Through::Failed) if !planted!("followers-go-on") => {
                 let behind = self.lines.close(lane, &item, Closed::Settling(hold));
                 self.back(behind);
             }
-            Some(_) => self.passed(item.subscription, &item),
+            (Some(Keys::Ordered(_)), Through::Succeeded) => {
+                if let Some(next) = self.lines.follower(lane, &item, hold) {
+                    self.comes(next);
+                }
+            }
+            (Some(_), _) => self.passed(item.subscription, &item),
+        }
+    }
+
+    /// What was refused by the database has failed, whatever it came to: nothing of its key follows it.
+    pub(super) fn lines_refused(&mut self, token: Uuid) {
+        let Some(batch) = self.batches.get(&token).filter(|_| !self.lines.is_empty()) else { return };
+        let failed = |slot: &Slot| matches!(slot, Slot::Ended(ended, _) if ended.end != End::Succeeded);
+        let entries = batch.entries().iter().enumerate().filter(|(_, entry)| failed(&entry.slot));
+        let ahead: Vec<Hold> = entries
+            .filter(|(index, entry)| self.lines.is_ahead(&entry.item, (token, *index)))
+            .map(|(index, _)| (token, index))
+            .collect();
+        for hold in ahead {
+            self.through(hold, Through::Failed);
         }
     }
 
@@ -253,23 +349,23 @@ impl Core {
         }
     }
 
-    /// The lease of a batch was lost: what of it was on its way is somebody else's, and with it all of its keys.
-    pub(super) fn lines_lost(&mut self, token: Uuid, lost: Vec<(Item, bool)>) {
+    /// The lease of a batch was lost: what of it was on its way, or had ended, is somebody else's, and with it all of
+    /// its keys.
+    pub(super) fn lines_lost(&mut self, token: Uuid, lost: Vec<(Item, Lost)>) {
         if lost.is_empty() {
             return;
         }
         let claims = self.keyed.clone();
         self.lines.forget(token, &claims);
-        for (item, going) in lost {
+        for (item, lost) in lost {
             let Some((lane, _)) = self.lanes.get(&item.subscription) else { continue };
-            match lane.keys {
-                None => {}
-                Some(Keys::Ordered(_)) if going => {
+            match (lane.keys, lost) {
+                (Some(Keys::Ordered(_)), Lost::OnItsWay | Lost::Ended) => {
                     let behind = self.lines.close(lane, &item, Closed::Claiming(claims.clone()));
                     self.back(behind);
                 }
-                Some(_) if going => self.passed(item.subscription, &item),
-                Some(_) => {}
+                (Some(_), Lost::OnItsWay) => self.passed(item.subscription, &item),
+                _ => {}
             }
         }
         // Where no claim is under way, nothing is waited for.
@@ -283,15 +379,200 @@ impl Core {
     }
 }
 
-/// What of a batch was on its way, before its slots change.
-pub(super) fn in_lines(batch: &Batch, lanes: &HashMap<SubscriptionId, (Lane, Load)>) -> Vec<(Item, bool)> {
+/// Where a delivery by key stood whose lease was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lost {
+    OnItsWay,
+    /// And it was not on record.
+    Ended,
+    Otherwise,
+}
+
+/// Where the deliveries by key of a batch stand, before its slots change.
+pub(super) fn in_lines(batch: &Batch, lanes: &HashMap<SubscriptionId, (Lane, Load)>) -> Vec<(Item, Lost)> {
     let by_key = |item: &Item| lanes.get(&item.subscription).is_some_and(|(lane, _)| lane.keys.is_some());
-    let going = |slot: &Slot| {
-        matches!(
-            slot,
-            Slot::Queued | Slot::Reserved | Slot::Starting | Slot::Running { .. } | Slot::Paused(_) | Slot::CutOff(_)
-        )
+    let stood = |slot: &Slot| match slot {
+        Slot::Queued | Slot::Reserved | Slot::Starting | Slot::Running { .. } | Slot::Paused(_) | Slot::CutOff(_) => {
+            Lost::OnItsWay
+        }
+        Slot::Ended(..) | Slot::Settling(Some(_)) => Lost::Ended,
+        _ => Lost::Otherwise,
     };
     let entries = batch.entries().iter().filter(|entry| by_key(&entry.item));
-    entries.map(|entry| (entry.item.clone(), going(&entry.slot))).collect()
+    entries.map(|entry| (entry.item.clone(), stood(&entry.slot))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::super::wire::{Command, Ended, Event, Flushed, Setup};
+    use super::*;
+    use crate::content::Content;
+    use crate::keys::OnDead;
+    use crate::lifecycle::{Kind, Policy};
+    use crate::message::Envelope;
+    use crate::retry::RetryPolicy;
+    use crate::store::{Claimed, Guarded, Settle};
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn core(keys: Keys) -> Core {
+        let second = Duration::from_secs(1);
+        let policy = Policy { kind: Kind::Plain, retry: RetryPolicy::default(), idempotent: false };
+        let lane = Lane {
+            id: 1,
+            policy,
+            timeout: second,
+            quiet: second,
+            late: second,
+            concurrency: None,
+            keys: Some(keys),
+            gather: None,
+            limited: false,
+            metered: false,
+        };
+        Core::new(Setup {
+            worker: Uuid::from_u128(1),
+            concurrency: 8,
+            batch: None,
+            poll_interval: second,
+            subscriptions: vec![lane],
+            seed: 1,
+        })
+    }
+
+    fn item(delivery: i64, key: &str) -> Item {
+        let envelope = Envelope {
+            id: Uuid::nil(),
+            topic: "t".into(),
+            key: Some(key.into()),
+            payload: Content::stored(Some("1".into()), None, None).expect("a payload"),
+            headers: Default::default(),
+            occurred_at: jiff::Timestamp::UNIX_EPOCH,
+            received_at: jiff::Timestamp::UNIX_EPOCH,
+            source: None,
+            external_id: None,
+            correlation_id: None,
+            causation_id: None,
+            max_attempts: None,
+        };
+        Item {
+            delivery,
+            subscription: 1,
+            message: Uuid::nil(),
+            priority: 64,
+            attempts: 0,
+            lost: 0,
+            rev: 1,
+            leads: false,
+            envelope: Some(Arc::new(envelope)),
+        }
+    }
+
+    fn claim(commands: &[Command]) -> Uuid {
+        let token = |c: &Command| if let Command::Claim(request) = c { Some(request.token) } else { None };
+        commands.iter().find_map(token).expect("a claim")
+    }
+
+    fn got(token: Uuid, batch: i64, items: &[(i64, &str)]) -> Event {
+        let items = items.iter().map(|(delivery, key)| item(*delivery, key)).collect();
+        Event::Claimed(token, Some(Claimed { batch, token, items, next_due: None, dry: Vec::new() }))
+    }
+
+    fn runs(commands: &[Command]) -> Vec<i64> {
+        let run = |c: &Command| if let Command::Run(_, _, item, _) = c { Some(item.delivery) } else { None };
+        commands.iter().filter_map(run).collect()
+    }
+
+    fn hold(commands: &[Command], delivery: i64) -> Hold {
+        let run = |c: &Command| match c {
+            Command::Run(hold, _, item, _) if item.delivery == delivery => Some(*hold),
+            _ => None,
+        };
+        commands.iter().find_map(run).expect("it runs")
+    }
+
+    fn ends(hold: Hold, end: End) -> [Event; 2] {
+        [Event::Ended(hold, Box::new(Ended::of(end))), Event::Freed(hold)]
+    }
+
+    fn flushes(commands: &[Command]) -> Vec<Arc<Settle>> {
+        let flush = |c: &Command| if let Command::Settle(settle) = c { Some(settle.clone()) } else { None };
+        commands.iter().filter_map(flush).collect()
+    }
+
+    const DONE: fn(Uuid) -> Event = |token| Event::Settled(token, Flushed::Known(Guarded::Done));
+    const FAILED: End = End::Failed { permanent: false, retry_after: None };
+
+    #[test]
+    fn one_of_a_key_at_a_time_and_the_next_under_another_lease_when_that_is_on_record() {
+        let mut core = core(Keys::Ordered(OnDead::Block));
+        let first = claim(&core.step([Event::Tick], MS));
+        let running = core.step([got(first, 1, &[(1, "a"), (2, "a"), (3, "b")])], MS * 2);
+        assert_eq!(runs(&running), [1, 3], "different keys run side by side");
+        let second = claim(&running);
+        assert_eq!(runs(&core.step([got(second, 2, &[(4, "a"), (5, "c")])], MS * 3)), [5]);
+        let next = core.step(ends(hold(&running, 1), End::Succeeded), MS * 4);
+        assert_eq!(runs(&next), [2], "under the same lease they are on record together");
+        let last = core.step(ends(hold(&next, 2), End::Succeeded), MS * 5);
+        assert!(runs(&last).is_empty(), "1 and 2 are not on record");
+        let flushed = core.step([Event::Tick], MS * 40);
+        assert_eq!(flushes(&flushed).len(), 1);
+        assert_eq!(runs(&core.step([DONE(first)], MS * 41)), [4]);
+    }
+
+    #[test]
+    fn one_that_fails_sends_back_what_is_behind_it_and_closes_its_key() {
+        let mut core = core(Keys::Ordered(OnDead::Block));
+        let first = claim(&core.step([Event::Tick], MS));
+        let running = core.step([got(first, 1, &[(1, "a"), (2, "a"), (3, "b")])], MS * 2);
+        let second = claim(&running);
+        let failed = core.step(ends(hold(&running, 1), FAILED), MS * 3);
+        let released: Vec<i64> = flushes(&failed).iter().flat_map(|f| f.released.iter().map(|i| i.delivery)).collect();
+        assert_eq!(released, [2]);
+        assert!(flushes(&failed)[0].moves[0].leads, "it is on record that the others wait");
+        // A claim that was made before that was on record brings another one.
+        let back = core.step([DONE(first), got(second, 2, &[(4, "a"), (5, "b")])], MS * 4);
+        assert!(runs(&back).is_empty());
+        let third = claim(&back);
+        assert_eq!(runs(&core.step([got(third, 3, &[(1, "a")])], MS * 7)), [1], "it is open again for the first");
+    }
+
+    #[test]
+    fn what_is_lost_with_its_lease_is_forgotten() {
+        let mut core = core(Keys::Ordered(OnDead::Block));
+        let first = claim(&core.step([Event::Tick], MS));
+        let running = core.step([got(first, 1, &[(1, "a"), (2, "a")])], MS * 2);
+        let second = claim(&running);
+        let third = claim(&core.step([got(second, 2, &[(3, "a")])], MS * 3));
+        core.step([Event::Reborn(Uuid::from_u128(2))], MS * 4);
+        core.step(ends(hold(&running, 1), End::Succeeded), MS * 5);
+        // Made before it was taken over.
+        let fourth = claim(&core.step([got(third, 3, &[])], MS * 6));
+        assert_eq!(runs(&core.step([got(fourth, 4, &[(1, "a")])], MS * 7)), [1]);
+        assert!(core.lines.none_behind());
+    }
+
+    #[test]
+    fn so_many_of_a_key_at_once() {
+        let mut core = core(Keys::AtOnce(2));
+        let first = claim(&core.step([Event::Tick], MS));
+        let running = core.step([got(first, 1, &[(1, "a"), (2, "a"), (3, "a"), (4, "a")])], MS * 2);
+        assert_eq!(runs(&running), [1, 2]);
+        assert_eq!(runs(&core.step(ends(hold(&running, 2), FAILED), MS * 3)), [3], "whatever the other came to");
+    }
+
+    #[test]
+    fn one_claim_of_keys_at_a_time_and_none_while_one_may_have_been_made() {
+        let mut core = core(Keys::Ordered(OnDead::Block));
+        let first = core.step([Event::Tick], MS);
+        let token = claim(&first);
+        assert_eq!(first.iter().filter(|c| matches!(c, Command::Claim(_))).count(), 1);
+        let lost = core.step([Event::Claimed(token, None)], MS * 2);
+        assert!(!lost.iter().any(|c| matches!(c, Command::Claim(_))));
+        assert!(!core.step([Event::Woken], MS * 3).iter().any(|c| matches!(c, Command::Claim(_))));
+        claim(&core.step([Event::Disowned(token, true), Event::Woken], MS * 4));
+    }
 }
