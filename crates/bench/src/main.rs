@@ -150,6 +150,7 @@ async fn run(cli: &Cli) -> Result<Vec<Figure>, Problem> {
         tell(drain::wal(&site, extent).await?)?;
     }
     if wants(Part::Batches) {
+        tell(batches::idle(&site, extent).await?)?;
         tell(batches::plain(&site, extent).await?)?;
         tell(batches::transactional(&site, extent).await?)?;
     }
