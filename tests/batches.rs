@@ -78,7 +78,7 @@ async fn all<Db: Testable>(
     let mut details = BTreeMap::new();
     for row in rows {
         let detail = admin.show(row.id).await.expect("show");
-        let payload = detail.envelope.as_ref().map(|e| String::from_utf8_lossy(&e.payload_bytes()).into_owned());
+        let payload = detail.envelope.as_ref().map(|e| String::from_utf8_lossy(e.payload_bytes()).into_owned());
         details.insert(format!("{} {}", row.subscription, payload.unwrap_or_default()), detail);
     }
     details

@@ -1,5 +1,5 @@
-//! Batch handlers beside handlers of single messages: plain ones that read their payload and do nothing, and
-//! transactional ones that insert a row for each message.
+//! Batch handlers beside handlers of single messages: plain ones that read their payload and do nothing, plain
+//! ones that insert a row for each message, and transactional ones that do.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,7 +31,8 @@ impl Order {
     }
 }
 
-pub(crate) async fn plain(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
+/// Handlers that do nothing: what is left is claiming and settling, which are the same for both.
+pub(crate) async fn idle(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
     let done = Arc::new(AtomicU64::new(0));
     let single = || {
         let done = done.clone();
@@ -49,30 +50,84 @@ pub(crate) async fn plain(site: &Site, extent: Extent) -> Result<Vec<Figure>, Pr
         };
         Router::<Postgres>::new().on_batch(TOPIC, batch(count).named("bench").up_to(OF))
     };
+    let name = "drain, batch handlers of 100, idle (baseline: single)";
+    in_turns(site, extent, name, extent.messages, &done, 100, (&single, &batches)).await
+}
+
+/// Plain handlers that insert a row for each message, on connections of their own.
+pub(crate) async fn plain(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
+    let clients = site.clients(AT_ONCE).await?;
+    let (one, many) = effects(site, "plain_effect").await?;
+    let done = Arc::new(AtomicU64::new(0));
+    let single = || {
+        let (insert, done, clients) = (one.clone(), done.clone(), clients.clone());
+        let effect = move |Payload(order): Payload<Order>| {
+            let (insert, done, clients) = (insert.clone(), done.clone(), clients.clone());
+            async move {
+                sqlx::query(AssertSqlSafe(&*insert)).bind(order.note).execute(&clients).await?;
+                done.fetch_add(1, Ordering::Relaxed);
+                Ok::<(), Failure>(())
+            }
+        };
+        Router::<Postgres>::new().on(TOPIC, handler(effect).named("bench"))
+    };
+    let batches = || {
+        let (insert, done, clients) = (many.clone(), done.clone(), clients.clone());
+        let effect = move |orders: Batch<Order>| {
+            let (insert, done, clients) = (insert.clone(), done.clone(), clients.clone());
+            async move {
+                let notes: Vec<String> = orders.into_iter().map(|order| order.payload.note).collect();
+                let count = notes.len() as u64;
+                sqlx::query(AssertSqlSafe(&*insert)).bind(notes).execute(&clients).await?;
+                done.fetch_add(count, Ordering::Relaxed);
+                Ok::<(), Failure>(())
+            }
+        };
+        Router::<Postgres>::new().on_batch(TOPIC, batch(effect).named("bench").up_to(OF))
+    };
+    let name = "drain, batch handlers of 100, that insert (baseline: single)";
+    let messages = extent.messages / 10;
+    let figures = in_turns(site, extent, name, messages, &done, AT_ONCE as usize, (&single, &batches)).await?;
+    clients.close().await;
+    Ok(figures)
+}
+
+/// A table for effects, and how one is written, and many.
+async fn effects(site: &Site, name: &str) -> Result<(Arc<str>, Arc<str>), Problem> {
+    let table = site.table(name);
+    site.run(&format!("create table {table} (id bigint generated always as identity primary key, note text not null)"))
+        .await?;
+    let one = format!("insert into {table} (note) values ($1)");
+    let many = format!("insert into {table} (note) select * from unnest($1::text[])");
+    Ok((one.into(), many.into()))
+}
+
+type Routes<'a> = &'a (dyn Fn() -> Router<Postgres> + Sync);
+
+/// Single, in batches, single, in batches.
+async fn in_turns(
+    site: &Site,
+    extent: Extent,
+    name: &str,
+    messages: usize,
+    done: &AtomicU64,
+    at_once: usize,
+    (single, batches): (Routes<'_>, Routes<'_>),
+) -> Result<Vec<Figure>, Problem> {
     let (mut alone, mut together) = (Vec::new(), Vec::new());
     for _ in 0..extent.rounds {
-        let fresh = filled(site, single(), extent.messages, true).await?;
-        let start = fresh.postbox.worker(single()).concurrency(100).start();
-        alone.push(drained(site, &fresh, &done, start, extent.messages).await?);
-        fresh.drop(site).await?;
-        let fresh = filled(site, batches(), extent.messages, true).await?;
-        let start = fresh.postbox.worker(batches()).concurrency(100).start();
-        together.push(drained(site, &fresh, &done, start, extent.messages).await?);
-        fresh.drop(site).await?;
+        for (rates, routes) in [(&mut alone, single), (&mut together, batches)] {
+            let fresh = filled(site, routes(), messages, true).await?;
+            let start = fresh.postbox.worker(routes()).concurrency(at_once).start();
+            rates.push(drained(site, &fresh, done, start, messages).await?);
+            fresh.drop(site).await?;
+        }
     }
-    let name = "drain, batch handlers of 100 (baseline: single)";
     Ok(vec![Figure::beside(name, &together, &alone, "msg/s", Bar::Ratio(1.3))])
 }
 
 pub(crate) async fn transactional(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
-    let messages = extent.messages / 10;
-    let effect = site.table("batch_effect");
-    site.run(&format!(
-        "create table {effect} (id bigint generated always as identity primary key, note text not null)"
-    ))
-    .await?;
-    let one: Arc<str> = format!("insert into {effect} (note) values ($1)").into();
-    let many: Arc<str> = format!("insert into {effect} (note) select * from unnest($1::text[])").into();
+    let (one, many) = effects(site, "batch_effect").await?;
     let done = Arc::new(AtomicU64::new(0));
     let single = || {
         let (insert, done) = (one.clone(), done.clone());
@@ -100,18 +155,7 @@ pub(crate) async fn transactional(site: &Site, extent: Extent) -> Result<Vec<Fig
         };
         Router::<Postgres>::new().on_batch(TOPIC, batch(effect).named("bench").up_to(OF))
     };
-    let at_once = AT_ONCE as usize;
-    let (mut alone, mut together) = (Vec::new(), Vec::new());
-    for _ in 0..extent.rounds {
-        let fresh = filled(site, single(), messages, true).await?;
-        let start = fresh.postbox.worker(single()).concurrency(at_once).start();
-        alone.push(drained(site, &fresh, &done, start, messages).await?);
-        fresh.drop(site).await?;
-        let fresh = filled(site, batches(), messages, true).await?;
-        let start = fresh.postbox.worker(batches()).concurrency(at_once).start();
-        together.push(drained(site, &fresh, &done, start, messages).await?);
-        fresh.drop(site).await?;
-    }
     let name = "drain, transactional batches of 100 (baseline: single)";
-    Ok(vec![Figure::beside(name, &together, &alone, "msg/s", Bar::Ratio(1.3))])
+    let messages = extent.messages / 10;
+    in_turns(site, extent, name, messages, &done, AT_ONCE as usize, (&single, &batches)).await
 }

@@ -162,6 +162,7 @@ async fn run(cli: &Cli) -> Result<Vec<Figure>, Problem> {
         tell(limits::cost(&site, extent).await?)?;
     }
     if wants(Part::Batches) {
+        tell(batches::idle(&site, extent).await?)?;
         tell(batches::plain(&site, extent).await?)?;
         tell(batches::transactional(&site, extent).await?)?;
     }

@@ -17,7 +17,7 @@ use crate::lifecycle::{End, Kind};
 use crate::message::Envelope;
 use crate::operation::FollowUps;
 use crate::router::BoundBatch;
-use crate::store::{Database, LeaseRef, Settle, Store};
+use crate::store::{Database, Settle, Store};
 
 /// What a batch handler is called with, and how.
 pub(super) struct Called<Db: Database> {
@@ -104,8 +104,8 @@ impl<Db: Database> Called<Db> {
     }
 
     /// What each came to; or all of them, if the call failed as a whole.
-    fn ends(&self, places: &[usize], answers: Answers) -> Result<Ends, Ended> {
-        let each = answers.each(places.len()).map_err(ended_by)?;
+    fn ends(&self, places: &[usize], answers: Answers) -> Result<Ends, Box<Ended>> {
+        let each = answers.each(places.len()).map_err(|failure| Box::new(ended_by(failure)))?;
         let ended = |(place, verdict): (&usize, Result<FollowUps, handler::Failure>)| {
             let ended = match verdict {
                 Ok(follow_ups) => self.succeeded(*place, follow_ups),
@@ -155,21 +155,22 @@ impl<Db: Database> Called<Db> {
         &self,
         places: &[usize],
         start: handler::Start<Db>,
-    ) -> Result<(<Db::Store as Store>::Tx, Ends), Ended> {
+    ) -> Result<(<Db::Store as Store>::Tx, Ends), Box<Ended>> {
         let lease = self.members[0].lease;
         // An idle transaction must not outlive its lease.
         let opened = self.means.store.open(lease, self.lane.timeout.min(self.means.lease_time)).await;
         let tx = opened.map_err(|error| {
             // Not the handler's fault, and it was not called.
             tracing::warn!(deliveries = places.len(), %error, "no transaction could be opened; put off");
-            Ended { not_called: true, ..Ended::failed(format!("no transaction could be opened: {error}"), false) }
+            let failed = Ended::failed(format!("no transaction could be opened: {error}"), false);
+            Box::new(Ended { not_called: true, ..failed })
         })?;
         let (tx, home) = Tx::lend(tx);
         let answers = called(|| start(Some(tx))).await?;
         let ends = self.ends(places, answers)?;
         let returned = home.lock().ok().and_then(|mut home| home.take());
         let moved = "the handler moved its Tx to another task; it must be dropped when the handler returns";
-        returned.map(|tx| (tx, ends)).ok_or_else(|| Ended::failed(moved, true))
+        returned.map(|tx| (tx, ends)).ok_or_else(|| Box::new(Ended::failed(moved, true)))
     }
 
     async fn commit(self, tx: <Db::Store as Store>::Tx, mut ends: Ends, begun: Instant) -> Ends {
@@ -206,17 +207,17 @@ impl<Db: Database> Called<Db> {
 
     /// What is written under each of its leases.
     fn flushes(&self, ends: &Ends) -> Vec<Settle> {
-        let mut leases: BTreeMap<(i64, i32), (LeaseRef, Vec<&(usize, Ended)>)> = BTreeMap::new();
+        let mut leases: BTreeMap<i64, Vec<&(usize, Ended)>> = BTreeMap::new();
         for end in ends {
-            let Member { lease, part, .. } = &self.members[end.0];
-            leases.entry((lease.batch, *part)).or_insert_with(|| (*lease, Vec::new())).1.push(end);
+            leases.entry(self.members[end.0].lease.batch).or_default().push(end);
         }
         let mut rng = fastrand::Rng::new();
-        let flush = |((_, part), (lease, ends)): ((i64, i32), (LeaseRef, Vec<&(usize, Ended)>))| {
+        let flush = |ends: Vec<&(usize, Ended)>| {
+            let Member { lease, part, .. } = &self.members[ends[0].0];
             let ended = ends.iter().map(|(place, ended)| (&self.members[*place].item, ended));
-            settle_of((lease, part), ended, &self.lane, &mut rng)
+            settle_of((*lease, *part), ended, &self.lane, &mut rng)
         };
-        leases.into_iter().map(flush).collect()
+        leases.into_values().map(flush).collect()
     }
 
     /// Leases were lost, and everything was rolled back.
@@ -234,11 +235,12 @@ impl<Db: Database> Called<Db> {
 /// Calls the handler, and waits for its end.
 async fn called(
     start: impl FnOnce() -> Result<handler::BoxFuture<Answers>, handler::Rejection>,
-) -> Result<Answers, Ended> {
-    let panicked = |panic: Box<dyn std::any::Any + Send>| Ended::new(End::Panicked, Some(panic_words(&*panic)));
+) -> Result<Answers, Box<Ended>> {
+    let panicked =
+        |panic: Box<dyn std::any::Any + Send>| Box::new(Ended::new(End::Panicked, Some(panic_words(&*panic))));
     let future = match catch_unwind(AssertUnwindSafe(start)) {
         Ok(Ok(future)) => future,
-        Ok(Err(rejection)) => return Err(Ended::failed(rejection.0, true)),
+        Ok(Err(rejection)) => return Err(Box::new(Ended::failed(rejection.0, true))),
         Err(panic) => return Err(panicked(panic)),
     };
     AssertUnwindSafe(future).catch_unwind().await.map_err(panicked)
