@@ -154,7 +154,12 @@ pub(crate) async fn wal(site: &Site, extent: Extent) -> Result<Vec<Figure>, Prob
 }
 
 /// A postbox with a backlog, as a newcomer has it or as one that has lived for a while.
-async fn filled(site: &Site, router: Router<Postgres>, messages: usize, analyse: bool) -> Result<Fresh, Problem> {
+pub(crate) async fn filled(
+    site: &Site,
+    router: Router<Postgres>,
+    messages: usize,
+    analyse: bool,
+) -> Result<Fresh, Problem> {
     let fresh = site.fresh().await?;
     if !analyse {
         site.run(&format!(

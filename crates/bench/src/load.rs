@@ -41,15 +41,18 @@ pub(crate) async fn fill(postbox: &Postbox<Postgres>, messages: usize) -> Result
 
 /// A plain handler that does nothing but count.
 pub(crate) fn idle_handler(done: &Arc<AtomicU64>) -> Router<Postgres> {
+    limited_handler(done, None)
+}
+
+/// The same, perhaps with a limit of how many run at once in all workers.
+pub(crate) fn limited_handler(done: &Arc<AtomicU64>, limit: Option<u32>) -> Router<Postgres> {
     let done = done.clone();
-    Router::new().on(
-        TOPIC,
-        postbox::handler(move || {
-            done.fetch_add(1, Ordering::Relaxed);
-            std::future::ready(Ok::<(), Failure>(()))
-        })
-        .named("bench"),
-    )
+    let count = postbox::handler(move || {
+        done.fetch_add(1, Ordering::Relaxed);
+        std::future::ready(Ok::<(), Failure>(()))
+    });
+    let count = count.named("bench");
+    Router::new().on(TOPIC, if let Some(limit) = limit { count.limit(limit) } else { count })
 }
 
 /// Registers what a router subscribes to, with nobody working on it.

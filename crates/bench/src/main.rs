@@ -6,6 +6,7 @@
 
 mod drain;
 mod figure;
+mod limits;
 mod load;
 mod pinned;
 mod plot;
@@ -58,6 +59,8 @@ enum Part {
     Publish,
     /// Plain handlers, operations, transactional handlers, and the WAL of a whole cycle.
     Drain,
+    /// What a limit across all workers costs.
+    Limits,
     /// A transaction that pins the horizon, while many messages pass.
     Pinned,
     /// A big backlog, and a worker's memory in front of it.
@@ -145,6 +148,9 @@ async fn run(cli: &Cli) -> Result<Vec<Figure>, Problem> {
         tell(drain::operations(&site, extent).await?)?;
         tell(drain::transactional(&site, extent).await?)?;
         tell(drain::wal(&site, extent).await?)?;
+    }
+    if wants(Part::Limits) {
+        tell(limits::cost(&site, extent).await?)?;
     }
     let mut curves = Vec::new();
     if wants(Part::Pinned) {
