@@ -47,6 +47,8 @@ pub(super) struct Attempt<Db: Database> {
     pub(super) lease: LeaseRef,
     pub(super) item: Box<Item>,
     pub(super) number: u32,
+    /// Its permit is good for as long as the lease is.
+    pub(super) limited: bool,
     pub(super) fate: Arc<Fate>,
 }
 
@@ -93,6 +95,17 @@ impl<Db: Database> Attempt<Db> {
         self.item.envelope.as_ref().ok_or_else(|| Box::new(Ended::failed(gone, true)))
     }
 
+    /// Who slept through its lease has no permits any more: others run with them.
+    fn holds_its_permit(&self) -> Result<(), Box<Ended>> {
+        match self.limited && self.means.life.is_over(self.lease.worker) {
+            false => Ok(()),
+            true => {
+                let ended = Ended::failed("the lease ran out, and the permit with it, before the call was made", false);
+                Err(Box::new(Ended { not_called: true, ..ended }))
+            }
+        }
+    }
+
     fn read(&self, envelope: &Arc<Envelope>) -> Call {
         Call {
             envelope: envelope.clone(),
@@ -126,6 +139,7 @@ impl<Db: Database> Attempt<Db> {
                 return Err(Box::new(Ended::failed("the lease ran out before the call was made", false)));
             }
         }
+        self.holds_its_permit()?;
         let call = self.read(envelope);
         let called =
             catch_unwind(AssertUnwindSafe(|| Context::of(envelope).scope_sync(|| self.handler.run(&call, None))));
@@ -183,6 +197,9 @@ impl<Db: Database> Attempt<Db> {
                 };
             }
         };
+        if let Err(ended) = self.holds_its_permit() {
+            return *ended;
+        }
         let started = Instant::now();
         let (tx, home) = Tx::lend(tx);
         let called = AssertUnwindSafe(async { self.handler.run(&call, Some(tx)) }).catch_unwind().await;

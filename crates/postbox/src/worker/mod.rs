@@ -574,6 +574,7 @@ impl<Db: Database> Engine<Db> {
             lease,
             item,
             number,
+            limited: route.declared.limits.at_once.is_some(),
             fate,
         })
     }
