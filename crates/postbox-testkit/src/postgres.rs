@@ -22,6 +22,8 @@ pub struct Server {
     port: u16,
     account: Option<(u32, u32)>,
     settings: Vec<(String, String)>,
+    /// Variables that it is started with.
+    variables: Vec<(String, String)>,
     keeper: Option<Child>,
     folder: tempfile::TempDir,
     data: PathBuf,
@@ -93,7 +95,7 @@ impl Server {
             chown(folder.path(), Some(uid), Some(gid)).expect("the folder can be given away");
         }
         let data = disks.map_or_else(|| folder.path().join("data"), |disks| disks.data.to_owned());
-        let mut server = Server { bin, port: 0, account, settings, keeper: None, folder, data };
+        let mut server = Server { bin, port: 0, account, settings, variables: Vec::new(), keeper: None, folder, data };
         let mut initdb = server.command("initdb");
         initdb.args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync", "-D"]);
         initdb.arg(&server.data);
@@ -131,6 +133,15 @@ impl Server {
         command
     }
 
+    /// Starts it (again) with other variables, now and from then on: for a clock of its own, say.
+    ///
+    /// # Panics
+    /// It does not come up within a minute.
+    pub fn up_in(&mut self, variables: &[(&str, String)]) {
+        self.variables = variables.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+        self.up();
+    }
+
     /// Starts it (again), on the port it had.
     ///
     /// # Panics
@@ -153,6 +164,7 @@ impl Server {
             .arg(&self.data)
             .args(["-h", "127.0.0.1", "-k", "", "-p", &self.port.to_string()])
             .args(self.settings.iter().flat_map(|(name, value)| ["-c".to_owned(), format!("{name}={value}")]))
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .current_dir(self.folder.path())
             .stdin(Stdio::piped())
             .stdout(log.try_clone().expect("a log file"))

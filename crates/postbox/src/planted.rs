@@ -58,11 +58,18 @@ mod bugs {
         Bug { name, what, binary: "races", caught_by }
     }
 
+    /// Across workers: seen by the torture's scenarios.
+    const fn shared(name: &'static str, what: &'static str, caught_by: &'static [&'static str]) -> Bug {
+        Bug { name, what, binary: "scenarios", caught_by }
+    }
+
+    const LIMITS: &[&str] = &["limits_are_kept_and_used"];
+    const TICKS: &[&str] = &["ticks_fire_once"];
     const SETTLING: &[&str] =
         &["postgres::a_settle_counts_once_and_needs_its_lease", "sqlite::a_settle_counts_once_and_needs_its_lease"];
 
     /// All of them.
-    pub const BUGS: [Bug; 32] = [
+    pub const BUGS: [Bug; 37] = [
         decided("call-before-start", "an operation is called before its attempt is committed"),
         decided("start-without-lease", "attempts whose start was fenced are made all the same"),
         decided("no-last-look", "a worker that slept through its lease calls without looking at the clock"),
@@ -153,6 +160,11 @@ mod bugs {
             "a handler's transaction commits before its outcome is written",
             &["postgres::a_fenced_transaction_leaves_no_effect", "sqlite::a_fenced_transaction_leaves_no_effect"],
         ),
+        shared("limit-not-kept", "a worker begins attempts that it has no permit for", LIMITS),
+        shared("rate-not-kept", "a claim takes more than the bucket had tokens", LIMITS),
+        shared("lowest-starve", "deliveries of a lower priority have no share", LIMITS),
+        shared("tick-apart", "a tick is published apart from its schedule's row, and has no dedup key", TICKS),
+        shared("latest-tick-only", "of several ticks that are due only the latest is published", TICKS),
     ];
 
     thread_local! {

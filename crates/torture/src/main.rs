@@ -18,6 +18,7 @@ mod plan;
 mod point;
 mod proxy;
 mod round;
+mod scenario;
 mod site;
 mod slot;
 mod traffic;
@@ -36,7 +37,8 @@ use serde::Serialize;
 use crate::child::ChildPlan;
 use crate::fault::{Fault, Kind, Wanted};
 use crate::round::{Outcome, lacking, missing, play};
-use crate::world::World;
+use crate::scenario::{Part, Scenario, Setting};
+use crate::world::{Counts, World};
 
 /// Longer runs are made of rounds of this length, each on a fresh database.
 const ROUND: Duration = Duration::from_secs(1200);
@@ -52,6 +54,9 @@ struct Cli {
     /// What follows from chance follows from this; without it, a random one.
     #[arg(long)]
     seed: Option<u64>,
+    /// What it is about: everything at once, or one promise by itself.
+    #[arg(long, value_enum, default_value_t = Scenario::Mix)]
+    scenario: Scenario,
     /// How long the faults last; healing and checking come after: 90, 60s, 5m, 1h.
     #[arg(long = "for", value_name = "TIME", default_value = "60s", value_parser = time)]
     span: Duration,
@@ -87,6 +92,8 @@ enum ChildCommand {
     Remote { plan: String },
     #[command(hide = true)]
     Migrate { plan: String },
+    #[command(hide = true)]
+    Member { plan: String },
 }
 
 fn time(text: &str) -> Result<Duration, String> {
@@ -108,6 +115,7 @@ fn time(text: &str) -> Result<Duration, String> {
 #[derive(Debug, Serialize)]
 struct Report {
     seed: u64,
+    scenario: Scenario,
     store: Kind,
     seconds: f64,
     messages: u64,
@@ -117,6 +125,8 @@ struct Report {
     broken: Vec<String>,
     /// Faults that cannot be had here, and why.
     not_available: Absent,
+    /// Figures of a scenario.
+    measured: BTreeMap<String, f64>,
 }
 
 fn main() -> ExitCode {
@@ -136,8 +146,14 @@ fn main() -> ExitCode {
     let result = match cli.child {
         Some(child) => runtime.block_on(run_child(child)).map(|()| true),
         None => runtime.block_on(async {
+            let run = async {
+                match cli.scenario {
+                    Scenario::Mix => run(cli, absent).await,
+                    _ => run_scenario(cli).await,
+                }
+            };
             tokio::select! {
-                result = run(cli, absent) => result,
+                result = run => result,
                 () = interrupted() => Err("interrupted; nothing was checked".into()),
             }
         }),
@@ -156,6 +172,12 @@ type Absent = BTreeMap<&'static str, String>;
 
 fn not_available(cli: &Cli) -> Result<Absent, String> {
     let mut absent = Absent::new();
+    if cli.scenario != Scenario::Mix {
+        return match cli.faults {
+            Wanted::All => Ok(absent),
+            Wanted::Some(_) => Err("a scenario has its own faults; --faults is for the mix".into()),
+        };
+    }
     if cli.child.is_none()
         && cli.faults.on(cli.store)?.contains(&Fault::F16)
         && let Err(why) = disk::prepare()
@@ -188,11 +210,22 @@ fn failed(error: &str) -> ExitCode {
 }
 
 async fn run_child(command: ChildCommand) -> Result<(), String> {
+    if let ChildCommand::Member { plan } = &command {
+        let part: Part =
+            serde_json::from_str(plan).map_err(|e| format!("this role is started by the program itself: {e}"))?;
+        tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+        let ended = match part.kind {
+            Kind::Postgres => scenario::member::<Postgres>(part).await,
+            Kind::Sqlite => scenario::member::<Sqlite>(part).await,
+        };
+        return ended.map_err(|e| e.to_string());
+    }
     let (ChildCommand::Publisher { plan }
     | ChildCommand::Worker { plan }
     | ChildCommand::Puller { plan }
     | ChildCommand::Remote { plan }
-    | ChildCommand::Migrate { plan }) = &command;
+    | ChildCommand::Migrate { plan }
+    | ChildCommand::Member { plan }) = &command;
     let plan: ChildPlan =
         serde_json::from_str(plan).map_err(|e| format!("this role is started by the program itself: {e}"))?;
     tracing_subscriber::fmt().with_writer(child::stderr::Log::of(&plan)).with_ansi(false).init();
@@ -207,8 +240,43 @@ async fn run_child(command: ChildCommand) -> Result<(), String> {
         (ChildCommand::Remote { .. }, Kind::Sqlite) => child::remote::run::<Sqlite>(plan).await,
         (ChildCommand::Migrate { .. }, Kind::Postgres) => child::migrate::<Postgres>(plan).await,
         (ChildCommand::Migrate { .. }, Kind::Sqlite) => child::migrate::<Sqlite>(plan).await,
+        (ChildCommand::Member { .. }, _) => return Ok(()),
     };
     ended.map_err(|e| e.to_string())
+}
+
+/// Whether the promises of a scenario were kept.
+async fn run_scenario(cli: Cli) -> Result<bool, String> {
+    let seed = cli.seed.unwrap_or_else(|| fastrand::u64(..1 << 32));
+    let name = clap::ValueEnum::to_possible_value(&cli.scenario).map_or_else(String::new, |v| v.get_name().to_owned());
+    eprintln!("seed {seed}, {}, {} s, scenario {name}", cli.store, cli.span.as_secs());
+    let folder = tempfile::Builder::new().prefix("postbox-torture-").tempdir().map_err(|e| format!("a folder: {e}"))?;
+    let begun = std::time::Instant::now();
+    let counts = Arc::new(Counts::default());
+    let setting = Setting { kind: cli.store, seed, span: cli.span, folder: folder.path(), counts: counts.clone() };
+    let mut found = scenario::play(cli.scenario, setting).await.unwrap_or_else(|error| scenario::Found {
+        broken: vec![format!("the run itself did not come to its end: {error}")],
+        ..scenario::Found::default()
+    });
+    found.broken.iter().for_each(|broken| eprintln!("broken: {broken}"));
+    if cli.keep || !found.broken.is_empty() {
+        eprintln!("the logs are kept in {}", folder.keep().display());
+    }
+    let report = Report {
+        seed,
+        scenario: cli.scenario,
+        store: cli.store,
+        seconds: (begun.elapsed().as_secs_f64() * 10.0).round() / 10.0,
+        messages: found.messages,
+        operations: 0,
+        faults: counts.all(),
+        in_doubt: 0,
+        broken: std::mem::take(&mut found.broken),
+        not_available: Absent::new(),
+        measured: found.measured,
+    };
+    tell(&report, cli.json)?;
+    Ok(report.broken.is_empty())
 }
 
 /// Whether every promise was kept.
@@ -277,6 +345,7 @@ async fn run(cli: Cli, absent: Absent) -> Result<bool, String> {
     }
     let report = Report {
         seed,
+        scenario: Scenario::Mix,
         store: cli.store,
         seconds: (begun.elapsed().as_secs_f64() * 10.0).round() / 10.0,
         messages: sum.messages,
@@ -285,6 +354,7 @@ async fn run(cli: Cli, absent: Absent) -> Result<bool, String> {
         in_doubt: sum.in_doubt,
         broken,
         not_available: absent,
+        measured: BTreeMap::new(),
     };
     tell(&report, cli.json)?;
     Ok(report.broken.is_empty())
@@ -315,13 +385,19 @@ fn tell(report: &Report, json: bool) -> Result<(), String> {
     if json {
         text = serde_json::to_string(report).map_err(|e| e.to_string())?;
     } else {
-        text.push_str(&format!(
-            "{} messages, {} operations, {} of them in doubt for a while, in {} s\n",
-            report.messages, report.operations, report.in_doubt, report.seconds
-        ));
+        match report.scenario {
+            Scenario::Mix => text.push_str(&format!(
+                "{} messages, {} operations, {} of them in doubt for a while, in {} s\n",
+                report.messages, report.operations, report.in_doubt, report.seconds
+            )),
+            _ => text.push_str(&format!("{} messages, in {} s\n", report.messages, report.seconds)),
+        }
         for (fault, hits) in &report.faults {
             let what = fault.parse::<Fault>().map_or("", Fault::what);
             text.push_str(&format!("{hits:>8}  {fault:<24} {what}\n"));
+        }
+        for (what, value) in &report.measured {
+            text.push_str(&format!("{value:>8}  {what}\n"));
         }
         for (fault, why) in &report.not_available {
             text.push_str(&format!("{fault} was not tested, it is not available here: {why}\n"));

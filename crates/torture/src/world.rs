@@ -385,13 +385,7 @@ impl World {
     /// Variables for a child whose clock is wrong.
     pub(crate) fn wrong_clock(&self, plan: &ChildPlan) -> Vec<(&'static str, String)> {
         let Some(library) = self.faketime.as_ref().filter(|_| plan.tag == Some(Fault::F14)) else { return Vec::new() };
-        let offset = if plan.life.is_multiple_of(2) { "+3600s" } else { "-3600s" };
-        vec![
-            ("LD_PRELOAD", library.display().to_string()),
-            ("FAKETIME", offset.to_owned()),
-            ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
-            ("DONT_FAKE_MONOTONIC", "1".to_owned()),
-        ]
+        set_clock(library, if plan.life.is_multiple_of(2) { 3600 } else { -3600 })
     }
 }
 
@@ -422,12 +416,23 @@ fn pgbouncer() -> Result<PathBuf, String> {
         })
 }
 
-fn faketime() -> Result<PathBuf, String> {
+/// The library that sets a process's clock.
+pub(crate) fn faketime() -> Result<PathBuf, String> {
     let found = std::fs::read_dir("/usr/lib").into_iter().flatten().flatten();
     let mut found = found.map(|entry| entry.path().join("faketime/libfaketimeMT.so.1"));
     found.find(|library| library.exists()).ok_or_else(|| {
-        "F14 needs libfaketime; install Debian's package `libfaketime` (scripts/test does), or leave F14 out".into()
+        "F14 and the schedules need libfaketime; install Debian's package `libfaketime` (scripts/test does), or leave F14 out".into()
     })
+}
+
+/// Variables for a process whose clock is so many seconds ahead.
+pub(crate) fn set_clock(faketime: &Path, ahead: i64) -> Vec<(&'static str, String)> {
+    vec![
+        ("LD_PRELOAD", faketime.display().to_string()),
+        ("FAKETIME", format!("{ahead:+}s")),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
+        ("DONT_FAKE_MONOTONIC", "1".to_owned()),
+    ]
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::{Calendar, Missed, Plan, ScheduleRow};
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Envelope};
+use crate::planted::planted;
 
 /// What is later than this was missed.
 const GRACE: SignedDuration = SignedDuration::from_secs(60);
@@ -88,12 +89,13 @@ pub(super) fn message(
     draft.key = plan.key.clone();
     draft.headers = plan.headers.clone();
     let kind = if asked { "schedule-run" } else { "schedule" };
-    Ok(draft
-        .header("postbox-schedule", name)
-        .header("postbox-schedule-tick", tick.to_string())
-        .occurred_at(tick)
-        // A name has no colon: whose it is, is what stands before it.
-        .dedup_within(format!("{kind}:{application}:{name}:{tick}"), WINDOW))
+    let draft =
+        draft.header("postbox-schedule", name).header("postbox-schedule-tick", tick.to_string()).occurred_at(tick);
+    if planted!("tick-apart") {
+        return Ok(draft);
+    }
+    // A name has no colon: whose it is, is what stands before it.
+    Ok(draft.dedup_within(format!("{kind}:{application}:{name}:{tick}"), WINDOW))
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -116,6 +118,9 @@ fn due(calendar: &Calendar, first: Timestamp, now: Timestamp, missed: Missed) ->
         let more = (ticks.len() > MOST).then(|| ticks.pop()).flatten();
         (ticks, more.map(|more| (more, calendar.last(more, now))))
     };
+    if planted!("latest-tick-only") {
+        return Due { ticks: vec![calendar.last(first, now)], passed_over: None, next };
+    }
     if first >= in_time || missed == Missed::All {
         let (ticks, passed_over) = from(Some(first));
         return Due { ticks, passed_over, next };

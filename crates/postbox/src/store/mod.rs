@@ -26,6 +26,7 @@ pub(crate) mod decide;
 pub(crate) mod down;
 pub mod postgres;
 pub mod sqlite;
+pub(crate) mod tokens;
 pub(crate) mod turns;
 
 pub use down::Loss;

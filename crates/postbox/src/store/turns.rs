@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 
 use super::SubscriptionId;
+use crate::planted::planted;
 use crate::priority::Priority;
 
 /// One of so many deliveries is of a lower level, while one of those waits.
@@ -57,7 +58,7 @@ impl Turn {
             // All that was taken is of the lowest level.
             (Priority::Low, _) => (Priority::Low, 0),
         };
-        Share { level, most: most.min(room) }
+        Share { level, most: if planted!("lowest-starve") { 0 } else { most.min(room) } }
     }
 
     fn took(&mut self, share: Share, taken: u32, top: Priority) {

@@ -2,11 +2,12 @@
 //!
 //! `charge` is the irreversible call: before it is applied, the remote looks over a connection of its
 //! own whether the attempt is on record. `repeat` is the same, applied once per key. What it does with a call follows from the seed, the key and
-//! the attempt, not from the order in which calls come.
+//! the attempt, not from the order in which calls come. `pass` takes its time, and tells when it came, when its
+//! caller was gone, and when it was over.
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::{ChildPlan, listen, say};
 use crate::fault::Fault;
 use crate::log::Log;
+use crate::scenario::now_us;
 use crate::site::{Site, number};
 use crate::world::locked;
 
@@ -47,6 +49,8 @@ struct Remote<Db: Site> {
     witness: Pool<Db>,
     applied: Mutex<HashSet<String>>,
     dared: Mutex<HashSet<String>>,
+    /// Calls that take their time have numbers.
+    passes: AtomicU64,
     /// No faults any more.
     healing: AtomicBool,
     started: Instant,
@@ -59,15 +63,22 @@ pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::er
         witness: Db::pool(&plan.direct, 8, Duration::from_millis(700))?,
         applied: Mutex::default(),
         dared: Mutex::default(),
+        passes: AtomicU64::default(),
         healing: AtomicBool::new(plan.faults.is_empty()),
         started: Instant::now(),
         plan,
     });
     let healed = remote.clone();
-    listen(move |line| {
-        if line == "heal" {
-            healed.healing.store(true, Ordering::SeqCst);
+    listen(move |line| match line {
+        "heal" => healed.healing.store(true, Ordering::SeqCst),
+        "sync" => {
+            let log = healed.log.clone();
+            tokio::spawn(async move {
+                log.write("synced").await;
+                say("synced");
+            });
         }
+        _ => {}
     });
     say(format_args!("listening {}", listener.local_addr()?));
     loop {
@@ -114,6 +125,11 @@ impl<Db: Site> Remote<Db> {
                     None => return hang_up(stream.into_inner()),
                 }
             }
+            ["pass", what, ms, delivery, process, begun] => {
+                let time = Duration::from_millis(ms.parse().unwrap_or_default());
+                self.pass(&mut stream, format!("{what} {delivery} {process} {begun}"), time).await;
+                "done"
+            }
             ["find", key] => match locked(&self.applied).contains(*key) {
                 true => "found",
                 false => "nothing",
@@ -128,6 +144,23 @@ impl<Db: Site> Remote<Db> {
             return;
         }
         stream.get_mut().write_all(format!("{answer}\n").as_bytes()).await.ok();
+    }
+
+    /// Takes its time for a call, whether its caller lives on or not.
+    async fn pass(&self, stream: &mut BufReader<TcpStream>, call: String, time: Duration) {
+        let number = self.passes.fetch_add(1, Ordering::Relaxed);
+        self.log.leave(format!("came {number} {call} {}", now_us()));
+        let over = tokio::time::sleep(time);
+        tokio::pin!(over);
+        let mut more = String::new();
+        tokio::select! {
+            () = &mut over => {}
+            _ = stream.read_line(&mut more) => {
+                self.log.leave(format!("gone {number} {}", now_us()));
+                over.await;
+            }
+        }
+        self.log.leave(format!("left {number} {}", now_us()));
     }
 
     /// `None`: the connection is reset. With `once`, a key that was applied before is not applied again.

@@ -80,7 +80,7 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     for row in &rows {
         last.entry(row.try_get(subscription)?).or_default().add(row.try_get(priority)?, row.try_get(pos)?);
     }
-    tokens.give_back(store, &mut work, |id| last.get(&id).map_or(0, |taken| taken.count)).await?;
+    limits::give_back(store, &mut work, &tokens, |id| last.get(&id).map_or(0, |taken| taken.count)).await?;
     work.commit().await?;
     // Only now: what a lost COMMIT has taken may be there again.
     for (((subscription, room), froms), share) in

@@ -1,6 +1,5 @@
 //! Limits across workers: permits for what runs at once, tokens for what begins in a time.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use sqlx::Row;
@@ -9,6 +8,7 @@ use uuid::Uuid;
 use super::{PgStore, Work};
 use crate::error::Error;
 use crate::limits::Limits;
+use crate::store::tokens::Taken;
 use crate::store::{ClaimRequest, PermitWish, Permits, SubscriptionId};
 
 /// Writes what a subscription declares.
@@ -71,36 +71,18 @@ pub(super) async fn permits(store: &PgStore, worker: Uuid, wishes: &[PermitWish]
     rows.into_iter().map(read).collect()
 }
 
-/// Tokens that a claim has taken.
-#[derive(Debug, Default)]
-pub(super) struct Taken {
-    tokens: HashMap<SubscriptionId, u32>,
-    pub(super) dry: Vec<(SubscriptionId, Duration)>,
-}
-
-impl Taken {
-    /// How many may be claimed of a subscription of which so many are wanted.
-    pub(super) fn room(&self, subscription: SubscriptionId, wanted: u32) -> u32 {
-        self.tokens.get(&subscription).map_or(wanted, |tokens| wanted.min(*tokens))
+/// Puts back the tokens that a claim did not use.
+pub(super) async fn give_back(
+    store: &PgStore,
+    work: &mut Work,
+    taken: &Taken,
+    used: impl Fn(SubscriptionId) -> u32,
+) -> Result<(), Error> {
+    for (subscription, left) in taken.left(used) {
+        let sql = format!("update {}.flow_limit set tokens = tokens + $2 where subscription = $1", store.schema);
+        store.dynamic(sql).bind(subscription).bind(f64::from(left)).execute(work.on()).await?;
     }
-
-    /// Puts back what was not used.
-    pub(super) async fn give_back(
-        &self,
-        store: &PgStore,
-        work: &mut Work,
-        used: impl Fn(SubscriptionId) -> u32,
-    ) -> Result<(), Error> {
-        for (subscription, tokens) in &self.tokens {
-            let left = tokens.saturating_sub(used(*subscription));
-            if left > 0 {
-                let sql =
-                    format!("update {}.flow_limit set tokens = tokens + $2 where subscription = $1", store.schema);
-                store.dynamic(sql).bind(subscription).bind(f64::from(left)).execute(work.on()).await?;
-            }
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 /// Takes tokens for what a claim wants of metered subscriptions; their buckets are locked until it commits.
@@ -111,16 +93,13 @@ pub(super) async fn take(store: &PgStore, work: &mut Work, request: &ClaimReques
     metered.sort_unstable();
     for subscription in metered {
         let Some((_, room)) = request.wanted.iter().find(|(id, _)| *id == subscription) else { continue };
-        let room = i32::try_from(*room).unwrap_or(i32::MAX);
-        let tokens = store.query(store.sql.tokens).bind(subscription).bind(room).fetch_optional(work.on()).await?;
+        let most = i32::try_from(*room).unwrap_or(i32::MAX);
+        let tokens = store.query(store.sql.tokens).bind(subscription).bind(most).fetch_optional(work.on()).await?;
         // Without a bucket it is not metered any more.
         let Some(row) = tokens else { continue };
-        let got: i32 = row.try_get("taken")?;
-        if got < room {
-            let wait = row.try_get::<i64, _>("wait_us")?.max(0) as u64;
-            taken.dry.push((subscription, Duration::from_micros(wait)));
-        }
-        taken.tokens.insert(subscription, got.max(0) as u32);
+        let got = row.try_get::<i32, _>("taken")?.max(0) as u32;
+        let next = Duration::from_micros(row.try_get::<i64, _>("wait_us")?.max(0) as u64);
+        taken.took(subscription, *room, got, next);
     }
     Ok(taken)
 }

@@ -13,6 +13,7 @@ use crate::admin::AuditEntry;
 use crate::crash;
 use crate::error::Error;
 use crate::message::Draft;
+use crate::planted::planted;
 use crate::schedule::{Decided, Place, Plan, ScheduleRow, Scheduled, Wish, decide, fire, tell_of};
 use crate::store::{IN_OTHER_HANDS, Ticked};
 
@@ -46,6 +47,10 @@ pub(super) async fn tick(store: &PgStore) -> Result<Ticked, Error> {
             published += send(store, &mut work, drafts).await?;
         }
         fired.tell(&schedule);
+        if planted!("tick-apart") {
+            crash::commit("ticking", work.commit()).await?;
+            work = store.work().await?;
+        }
         let sql = format!(
             "update {}.schedule set next_at = {}, last_at = {}, run_at = null where application = $1 and name = $2",
             store.schema,

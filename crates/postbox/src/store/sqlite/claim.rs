@@ -109,7 +109,7 @@ pub(super) async fn claim_in(
         picked.extend(own);
     }
     let used = |id| picked.iter().filter(|p: &&Picked| p.item.subscription == id).count() as u32;
-    tokens.give_back(work.on(), used).await?;
+    limits::give_back(work.on(), &tokens, used).await?;
     claimed.dry = tokens.dry;
     if picked.is_empty() {
         return Ok(claimed);

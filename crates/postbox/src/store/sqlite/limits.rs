@@ -1,6 +1,5 @@
 //! Limits across workers: permits for what runs at once, tokens for what begins in a time.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use sqlx::SqliteConnection;
@@ -9,6 +8,7 @@ use uuid::Uuid;
 use super::SqliteStore;
 use crate::error::Error;
 use crate::limits::Limits;
+use crate::store::tokens::Taken;
 use crate::store::{ClaimRequest, PermitWish, Permits, SubscriptionId};
 
 /// Writes what a subscription declares.
@@ -91,37 +91,20 @@ pub(super) async fn permits(store: &SqliteStore, worker: Uuid, wishes: &[PermitW
     Ok(answer)
 }
 
-/// Tokens that a claim has taken.
-#[derive(Debug, Default)]
-pub(super) struct Taken {
-    tokens: HashMap<SubscriptionId, u32>,
-    pub(super) dry: Vec<(SubscriptionId, Duration)>,
-}
-
-impl Taken {
-    /// How many may be claimed of a subscription of which so many are wanted.
-    pub(super) fn room(&self, subscription: SubscriptionId, wanted: u32) -> u32 {
-        self.tokens.get(&subscription).map_or(wanted, |tokens| wanted.min(*tokens))
+/// Puts back the tokens that a claim did not use.
+pub(super) async fn give_back(
+    db: &mut SqliteConnection,
+    taken: &Taken,
+    used: impl Fn(SubscriptionId) -> u32,
+) -> Result<(), Error> {
+    for (subscription, left) in taken.left(used) {
+        sqlx::query("update postbox_flow_limit set tokens = tokens + ?2 where subscription = ?1")
+            .bind(subscription)
+            .bind(left)
+            .execute(&mut *db)
+            .await?;
     }
-
-    /// Puts back what was not used.
-    pub(super) async fn give_back(
-        &self,
-        db: &mut SqliteConnection,
-        used: impl Fn(SubscriptionId) -> u32,
-    ) -> Result<(), Error> {
-        for (subscription, tokens) in &self.tokens {
-            let left = tokens.saturating_sub(used(*subscription));
-            if left > 0 {
-                sqlx::query("update postbox_flow_limit set tokens = tokens + ?2 where subscription = ?1")
-                    .bind(subscription)
-                    .bind(left)
-                    .execute(&mut *db)
-                    .await?;
-            }
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 /// Takes tokens for what a claim wants of metered subscriptions.
@@ -146,10 +129,8 @@ pub(super) async fn take(db: &mut SqliteConnection, request: &ClaimRequest) -> R
             .bind(now)
             .execute(&mut *db)
             .await?;
-        if got < *room {
-            taken.dry.push((*subscription, Duration::from_micros(((1.0 - left).max(0.0) * token_us).ceil() as u64)));
-        }
-        taken.tokens.insert(*subscription, got);
+        let next = Duration::from_micros(((1.0 - left).max(0.0) * token_us).ceil() as u64);
+        taken.took(*subscription, *room, got, next);
     }
     Ok(taken)
 }

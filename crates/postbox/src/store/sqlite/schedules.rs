@@ -12,6 +12,7 @@ use super::{SqliteStore, json_of, publish, timestamp};
 use crate::admin::AuditEntry;
 use crate::crash;
 use crate::error::Error;
+use crate::planted::planted;
 use crate::schedule::{Decided, Place, Plan, ScheduleRow, Scheduled, Wish, decide, fire, tell_of};
 use crate::store::{IN_OTHER_HANDS, Stored, Ticked};
 
@@ -60,6 +61,10 @@ pub(super) async fn tick(store: &SqliteStore) -> Result<Ticked, Error> {
             published += stored.iter().filter(|stored| matches!(stored, Stored::New(_))).count();
         }
         fired.tell(&schedule);
+        if planted!("tick-apart") {
+            crash::commit("ticking", work.commit()).await?;
+            work = store.write().await?;
+        }
         sqlx::query(
             "update postbox_schedule set next_at = ?3, last_at = ?4, run_at = null where application = ?1 and name = ?2",
         )

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::wire::Command;
 use super::{Core, Lane, Load, Phase};
+use crate::planted::planted;
 use crate::store::{PermitWish, Permits, SubscriptionId};
 
 /// How often a worker asks how its permits stand while it uses them, and while it does not.
@@ -34,7 +35,7 @@ pub(super) struct Allowance {
 impl Load {
     /// How many may run at once in this worker, `None` for as many as it runs.
     pub(super) fn most_at_once(&self, lane: &Lane) -> Option<usize> {
-        match lane.limited {
+        match lane.limited && !planted!("limit-not-kept") {
             true => Some(lane.concurrency.unwrap_or(usize::MAX).min(self.allowance.permits)),
             false => lane.concurrency,
         }
