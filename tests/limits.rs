@@ -19,6 +19,7 @@ on_both_stores!(
     workers_get_through_at_their_rate,
     what_was_not_there_gives_its_token_back,
     a_limit_is_changed_by_the_next_start,
+    operators_see_how_limits_stand,
 );
 
 /// Handlers that are counted while they run.
@@ -221,4 +222,21 @@ async fn a_limit_is_changed_by_the_next_start<Db: Testable>() {
     let draft = Envelope::json("t", &1).expect("a draft");
     fresh.postbox.publish_now([draft]).await.expect("publishes");
     assert_eq!(before.claim(5).await.items.len(), 1);
+}
+
+async fn operators_see_how_limits_stand<Db: Testable>() {
+    let fresh: Fresh<Db> = Db::fresh().await;
+    let rate = Rate::new(1, Duration::from_secs(1000)).expect("a rate").with_burst(4);
+    let limits = Limits { at_once: Some(10), rate: Some(rate) };
+    let hand = Hand::register(&fresh, vec![Declared { limits, ..declared("few", "t", Kind::Plain) }]).await;
+    let other = Hand::register(&fresh, vec![declared("plain", "t", Kind::Plain)]).await;
+    assert_eq!(asks(&hand, 6, 0).await.0, 6);
+    publish(&fresh, "t", 3).await;
+    assert_eq!(takes(&hand, 8).await.0, 3);
+    let rows = fresh.postbox.admin().subscriptions().await.expect("rows");
+    let few = rows.iter().find(|row| row.name == "few").and_then(|row| row.limits.clone()).expect("it has limits");
+    assert_eq!((few.at_once, few.held, few.per_second, few.burst), (Some(10), 6, Some(0.001), Some(4)));
+    assert!(few.tokens.is_some_and(|tokens| (1.0..1.5).contains(&tokens)), "{few:?}");
+    assert!(rows.iter().any(|row| row.name == "plain" && row.limits.is_none()));
+    drop(other);
 }

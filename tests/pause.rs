@@ -137,13 +137,21 @@ async fn what_is_paused_is_on_record_and_not_stranded<Db: Testable>() {
     pause(&fresh, "crm").await;
     let status = admin.status().await.expect("status");
     assert_eq!(status.stranded.len(), 1, "a pause has an end: {:?}", status.stranded);
-    let since = row(&fresh, "crm").await.paused_at;
+    let paused = row(&fresh, "crm").await;
+    let since = paused.paused_at;
     assert!(since.is_some());
+    assert_eq!(
+        (paused.paused_by.as_deref(), paused.paused_reason.as_deref()),
+        (Some("ana"), Some("the provider is down"))
+    );
 
     let again = admin.pause("test", "crm", "bob", "still down").await.expect("pause");
     assert_eq!((again.actor.as_str(), again.subscription.as_deref()), ("bob", Some("crm")));
-    assert_eq!(row(&fresh, "crm").await.paused_at, since, "since when it was");
+    let still = row(&fresh, "crm").await;
+    assert_eq!((still.paused_at, still.paused_by.as_deref()), (since, Some("ana")), "since when, and by whom, it was");
     resume(&fresh, "crm").await;
+    let resumed = row(&fresh, "crm").await;
+    assert_eq!((resumed.paused_at, resumed.paused_by, resumed.paused_reason), (None, None, None));
     let said: Vec<(String, String)> =
         admin.audit(10).await.expect("audit").into_iter().map(|e| (e.action, e.reason.unwrap_or_default())).collect();
     let expected = [

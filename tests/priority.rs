@@ -64,6 +64,8 @@ async fn a_flood_leaves_the_others_an_eighth<Db: Testable>() {
     for (priority, count) in [(Priority::Low, 30), (Priority::Normal, 30), (Priority::High, 64)] {
         publish(&fresh, priority, count).await;
     }
+    let waits = &fresh.postbox.admin().subscriptions().await.expect("rows")[0];
+    assert_eq!((waits.pending, waits.pending_high, waits.pending_low), (124, 64, 30), "as operators see it");
     let mut all = Vec::new();
     // Claims of 16: two of them belong to the others, in turn. There are always more than enough high ones.
     for claim in 0..30 {

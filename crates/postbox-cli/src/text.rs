@@ -77,6 +77,15 @@ pub(crate) fn took(time: Duration) -> String {
     if time < Duration::from_secs(1) { format!("{}ms", time.as_millis()) } else { span(time.as_secs_f64()) }
 }
 
+/// How often, in the unit in which it is one or more: `60/s`, `2.5/min`, `1/d`.
+pub(crate) fn often(per_second: f64) -> String {
+    let units = [(1.0, "s"), (60.0, "min"), (3600.0, "h"), (86_400.0, "d")];
+    let at_least_one = |(seconds, _): &(f64, &str)| per_second * seconds > 0.9999;
+    let (seconds, unit) = units.into_iter().find(at_least_one).unwrap_or(units[3]);
+    // Rounded to a hundredth; what is whole has no point.
+    format!("{}/{unit}", (per_second * seconds * 100.0).round() / 100.0)
+}
+
 /// `4180` as `4,180`; `-` for none.
 pub(crate) fn count(number: i64) -> String {
     if number == 0 {
@@ -143,6 +152,11 @@ mod tests {
             assert_eq!(span(seconds), text);
         }
         assert_eq!(took(Duration::from_micros(41_900)), "41ms");
+        for (rate, text) in
+            [(60.0, "60/s"), (0.5, "30/min"), (1.0 / 60.0, "1/min"), (0.04, "2.4/min"), (1.0 / 604_800.0, "0.14/d")]
+        {
+            assert_eq!(often(rate), text);
+        }
     }
 
     #[test]

@@ -18,12 +18,16 @@ fn a_subscription_is_paused_and_resumed() {
     let status = place.run(&["status"]).ends(0);
     assert!(status.out.contains("crm (paused)"), "{}", status.out);
     assert!(status.out.contains("1 delivery waits for shop/crm, paused for"), "{}", status.out);
+    assert!(status.out.contains(" by ana: it is down; go on: "), "{}", status.out);
     assert!(status.out.contains("next: ") && !status.out.contains("stranded"), "{}", status.out);
     let status = place.run(&["status", "--json"]).ends(0).json();
     assert!(status["subscriptions"][0]["paused_at"].is_string(), "{status}");
-    assert!(place.run(&["subscriptions"]).ends(0).out.contains("paused for"));
+    let table = place.run(&["subscriptions"]).ends(0);
+    assert!(table.out.contains("paused for") && table.out.contains(" by ana: it is down"), "{}", table.out);
+    assert!(!table.out.contains("LIMITS"), "there are none: {}", table.out);
     let row = &place.run(&["subscriptions", "--json"]).ends(0).json_lines()[0];
-    assert!(row["paused_at"].is_string(), "{row}");
+    assert!(row["paused_at"].is_string() && row["limits"].is_null(), "{row}");
+    assert_eq!((&row["paused_by"], &row["paused_reason"]), (&"ana".into(), &"it is down".into()));
 
     let again = place.run(&["subscriptions", "pause", "crm", "--reason", "still"]).ends(0);
     assert!(again.out.contains("paused for") && again.out.contains("already"), "{}", again.out);
@@ -49,6 +53,8 @@ fn a_message_is_published_with_a_priority() {
     let refused = place.feed(&["publish", "--jsonl", "-"], br#"{"topic": "t", "payload": 1, "priority": "urgent"}"#);
     assert!(refused.code != 0 && refused.err.contains("high, normal and low"), "{}", refused.err);
     place.run(&["subscriptions", "add", "crm", "orders.*", "--application", "shop"]).ends(0);
+    let table = place.run(&["subscriptions"]).ends(0);
+    assert!(table.out.contains("2 (1 high, 1 low)"), "{}", table.out);
     let rows = place.run(&["list", "--json"]).ends(0).json_lines();
     let mut words: Vec<&str> = rows.iter().filter_map(|row| row["priority"].as_str()).collect();
     words.sort_unstable();

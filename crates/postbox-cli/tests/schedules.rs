@@ -126,3 +126,24 @@ fn what_cannot_be_meant_is_2_and_says_what_can() {
     assert!(which.err.contains("--application"), "{}", which.err);
     place.run(&["schedules", "pause", "nightly", "--reason", "x", "--application", "other"]).ends(0);
 }
+
+#[test]
+fn status_tells_of_the_next_ticks() {
+    let place = with_one();
+    let status = place.run(&["status"]).ends(0);
+    assert!(status.out.contains("next tick") && status.out.contains("nightly  in "), "{}", status.out);
+    place.run(&["schedules", "pause", "nightly", "--reason", "holidays"]).ends(0);
+    let status = place.run(&["status"]).ends(0);
+    assert!(status.out.contains("nightly  paused for"), "{}", status.out);
+    let row = &place.run(&["status", "--json"]).ends(0).json()["schedules"][0];
+    assert_eq!(
+        (&row["application"], &row["name"], &row["missed"]),
+        (&"shop".into(), &"nightly".into(), &"once".into())
+    );
+    assert!(row["next_at"].is_null() && row["last_at"].is_null() && row["paused_at"].is_string(), "{row}");
+    for name in ["a", "b", "c", "d", "e"] {
+        place.run(&["schedules", "add", name, "0 4 * * *", "--topic", "t", "--application", "shop"]).ends(0);
+    }
+    let status = place.run(&["status"]).ends(0);
+    assert!(!status.out.contains("nightly") && status.out.contains("1 more schedule: "), "{}", status.out);
+}

@@ -17,6 +17,7 @@ use crate::message::{Envelope, MAX_PAYLOAD_BYTES};
 use crate::postbox::Postbox;
 use crate::priority::Priority;
 use crate::retention::Retention;
+use crate::schedule::Missed;
 pub use crate::schedule::{ScheduleEdit, ScheduleRow};
 pub use crate::store::Stranded;
 use crate::store::{Database, DeliveryId, Pause, Store};
@@ -243,6 +244,10 @@ pub struct SubscriptionRow {
     pub workers: i64,
     /// Due now (counted up to 100001).
     pub pending: i64,
+    /// Of these, the ones of a high priority (counted up to 100001).
+    pub pending_high: i64,
+    /// Of these, the ones of a low priority (counted up to 100001).
+    pub pending_low: i64,
     /// Due later (counted up to 100001).
     pub scheduled: i64,
     /// In a worker's hands.
@@ -259,8 +264,52 @@ pub struct SubscriptionRow {
     pub removed_at: Option<Timestamp>,
     /// Since when it is paused, if it is.
     pub paused_at: Option<Timestamp>,
+    /// Who paused it, as the audit has it.
+    pub paused_by: Option<String>,
+    /// Why.
+    pub paused_reason: Option<String>,
+    /// Its limits across all workers, if it has some.
+    pub limits: Option<LimitsRow>,
     /// Its history is still being handed out.
     pub backfilling: bool,
+}
+
+/// The limits of a subscription across all workers, and how they stand.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct LimitsRow {
+    /// How many attempts run at once at the most; `None`: no limit of that.
+    pub at_once: Option<u32>,
+    /// How many permits for that the workers hold. Each runs no more attempts than it holds.
+    pub held: i64,
+    /// How many attempts begin in a second at the most; `None`: no limit of that.
+    pub per_second: Option<f64>,
+    /// How many tokens the bucket holds.
+    pub burst: Option<u32>,
+    /// How many are in it.
+    pub tokens: Option<f64>,
+}
+
+impl LimitsRow {
+    /// From what is stored; `None`: there are none.
+    pub(crate) fn of(
+        at_once: Option<i64>,
+        held: i64,
+        token_us: Option<f64>,
+        burst: Option<i64>,
+        tokens: Option<f64>,
+    ) -> Option<LimitsRow> {
+        let whole = |n: i64| u32::try_from(n).unwrap_or(u32::MAX);
+        let limits = LimitsRow {
+            at_once: at_once.map(whole),
+            held,
+            // To a millionth: what was declared as 60 is 60.
+            per_second: token_us.map(|us| (1e12 / us).round() / 1e6),
+            burst: burst.map(whole),
+            tokens,
+        };
+        (limits.at_once.is_some() || limits.per_second.is_some()).then_some(limits)
+    }
 }
 
 /// A live or lately dead worker.
@@ -289,6 +338,8 @@ pub struct Status {
     pub workers: Vec<WorkerRow>,
     /// One row a subscription.
     pub subscriptions: Vec<SubscriptionRow>,
+    /// The schedules, those whose next tick comes first before the others.
+    pub schedules: Vec<ScheduleStatus>,
     /// Messages that matched no subscription (counted up to 100001).
     pub unrouted: i64,
     /// Some of their topics.
@@ -297,6 +348,45 @@ pub struct Status {
     pub stranded: Vec<Stranded>,
     /// What has kept PostgreSQL from removing dead rows for a minute or longer.
     pub held_back: Option<HeldBack>,
+}
+
+/// How a schedule stands; [`Admin::schedules`] tells all of it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct ScheduleStatus {
+    /// Whose it is.
+    pub application: String,
+    /// Its name.
+    pub name: String,
+    /// The IANA name of its time zone.
+    pub time_zone: String,
+    /// Its next tick; `None` while it is paused, and when there is none to come.
+    pub next_at: Option<Timestamp>,
+    /// The last tick that was published.
+    pub last_at: Option<Timestamp>,
+    /// What becomes of ticks that were missed.
+    pub missed: Missed,
+    /// Since when it is paused.
+    pub paused_at: Option<Timestamp>,
+}
+
+impl ScheduleStatus {
+    /// Of all of them, the next first.
+    pub(crate) fn of(rows: &[ScheduleRow]) -> Vec<ScheduleStatus> {
+        let status = |row: &ScheduleRow| ScheduleStatus {
+            application: row.application.clone(),
+            name: row.name.clone(),
+            time_zone: row.plan.time_zone.clone(),
+            next_at: row.next_at,
+            last_at: row.last_at,
+            missed: row.plan.missed,
+            paused_at: row.paused_at,
+        };
+        let mut all: Vec<ScheduleStatus> = rows.iter().map(status).collect();
+        // They come by application and name.
+        all.sort_by_key(|row| (row.next_at.is_none(), row.next_at));
+        all
+    }
 }
 
 /// How old what holds vacuum back has to be for [`Admin::status`] to tell of it.

@@ -1,16 +1,20 @@
 //! `postbox status`: everything at a glance, and what needs somebody.
 
+use jiff::Timestamp;
 use postbox::Database;
-use postbox::admin::{HeldBack, Status, Stranded, SubscriptionRow};
+use postbox::admin::{HeldBack, ScheduleStatus, Status, Stranded, SubscriptionRow};
 use serde_json::json;
 
 use crate::commands::Ended;
+use crate::commands::subscriptions::paused;
 use crate::desk::Desk;
 use crate::failure::Failure;
 use crate::output::Tone;
 use crate::table::{Columns, Text, text, toned};
-use crate::text::{ago, capped, count, many, plain, quoted, span};
+use crate::text::{ago, capped, count, many, plain, quoted, span, until};
 
+/// So many schedules are shown: those whose next tick comes first.
+const SCHEDULES: usize = 5;
 /// So many topics of unrouted messages are named.
 const TOPICS: usize = 5;
 
@@ -35,6 +39,13 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>) -> Ended {
             "no subscriptions yet: a worker makes them when it first starts; `postbox subscriptions add` does, too",
         )?;
     }
+    if !status.schedules.is_empty() {
+        schedules(&status.schedules).print(output)?;
+        if status.schedules.len() > SCHEDULES {
+            let more = many((status.schedules.len() - SCHEDULES) as i64, "more schedule", "more schedules");
+            output.line(&format!("{more}: {}", desk.command("schedules")))?;
+        }
+    }
     if status.unrouted > 0 {
         let mut topics: Vec<_> = status.unrouted_topics.iter().take(TOPICS).map(|t| plain(t)).collect();
         if status.unrouted_topics.len() > TOPICS {
@@ -50,14 +61,13 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>) -> Ended {
         }
     }
     for row in status.subscriptions.iter().filter(|row| row.removed_at.is_none()) {
-        let Some(since) = row.paused_at else { continue };
+        let Some(paused) = paused(row) else { continue };
         output.line(&format!(
-            "{}  {} for {}/{}, paused for {}; go on: {}",
+            "{}  {} for {}/{}, {paused}; go on: {}",
             output.paint(Tone::Doubt, "paused"),
             many(row.pending + row.scheduled, "delivery waits", "deliveries wait"),
             plain(&row.application),
             plain(&row.name),
-            ago(since),
             resume(desk, row)
         ))?;
     }
@@ -223,6 +233,32 @@ fn table(subscriptions: &[SubscriptionRow]) -> Columns {
             text(count(row.succeeded_last_hour)),
             text(row.oldest_age_s.map_or_else(|| "-".into(), span)),
         ]);
+    }
+    columns
+}
+
+/// Late by less is no news: a worker looks within a second.
+const HARDLY_LATE: f64 = 10.0;
+
+fn schedules(schedules: &[ScheduleStatus]) -> Columns {
+    let mut columns = Columns::new(&["", "next tick", "last tick", "if missed"]);
+    let applications = schedules.iter().map(|s| s.application.as_str()).collect::<std::collections::BTreeSet<_>>();
+    for row in schedules.iter().take(SCHEDULES) {
+        let name = match applications.len() {
+            1 => plain(&row.name),
+            _ => format!("{}/{}", plain(&row.application), plain(&row.name)),
+        };
+        let late = |next: Timestamp| Timestamp::now().duration_since(next).as_secs_f64();
+        let next = match (row.paused_at, row.next_at) {
+            (Some(since), _) => text(format!("paused for {}", ago(since))),
+            (None, None) => text("none to come"),
+            (None, Some(next)) if late(next) > HARDLY_LATE => {
+                toned(Tone::Doubt, format!("{} late: no worker publishes it", span(late(next))))
+            }
+            (None, Some(next)) => text(until(next)),
+        };
+        let last = row.last_at.map_or_else(|| "-".into(), |last| format!("{} ago", ago(last)));
+        columns.row([text(name), next, text(last), text(row.missed.as_str())]);
     }
     columns
 }

@@ -1,7 +1,7 @@
 //! `postbox subscriptions [list]`, `postbox subscriptions add NAME PATTERN` and `postbox subscriptions
 //! remove NAME`; `pause` and `resume` are in `pause`.
 
-use postbox::admin::SubscriptionRow;
+use postbox::admin::{LimitsRow, SubscriptionRow};
 use postbox::{Database, Pattern, Postbox};
 use serde_json::json;
 
@@ -12,7 +12,7 @@ use crate::failure::{Failure, NOT_FOUND, REFUSED, denied};
 use crate::flags::{Add, From, Remove, Subscriptions, SubscriptionsCommand};
 use crate::output::Tone;
 use crate::table::{Columns, text, toned};
-use crate::text::{ago, capped, plain, quoted};
+use crate::text::{ago, capped, often, plain, quoted, shortened};
 
 pub(super) async fn run<Db: Database>(desk: &Desk<'_>, subscriptions: Subscriptions) -> Ended {
     match subscriptions.command {
@@ -39,20 +39,15 @@ async fn list<Db: Database>(desk: &Desk<'_>) -> Ended {
         desk.output.prose("no subscriptions yet: a worker makes them when it first starts");
         return Ok(0);
     }
-    let mut columns = Columns::new(&[
-        "APPLICATION",
-        "NAME",
-        "PATTERN",
-        "KIND",
-        ">TRIES",
-        ">WORKERS",
-        ">WAITING",
-        ">IN-DOUBT",
-        ">DEAD",
-        "",
-    ]);
+    // Most have no limits, and no priorities.
+    let limited = rows.iter().any(|row| row.limits.is_some());
+    let mut headings =
+        vec!["APPLICATION", "NAME", "PATTERN", "KIND", ">TRIES", ">WORKERS", ">WAITING", ">IN-DOUBT", ">DEAD"];
+    headings.extend(limited.then_some("LIMITS"));
+    headings.push("");
+    let mut columns = Columns::new(&headings);
     for row in rows {
-        let paused = row.paused_at.map(|since| format!("paused for {}", ago(since)));
+        let paused = paused(row);
         let history = (row.backfilling).then(|| "taking history".to_owned());
         let note = match row.removed_at {
             Some(_) => "removed".to_owned(),
@@ -62,21 +57,54 @@ async fn list<Db: Database>(desk: &Desk<'_>) -> Ended {
             0 => toned(Tone::Doubt, "0"),
             n => text(n.to_string()),
         };
-        columns.row([
+        let mut cells = vec![
             text(plain(&row.application)),
             text(plain(&row.name)),
             text(plain(&row.pattern)),
             text(if row.idempotent { "operation, idempotent".to_owned() } else { plain(&row.kind) }),
             text(row.max_attempts.to_string()),
             workers,
-            text(capped(row.pending + row.scheduled)),
+            text(waiting(row)),
             text(capped(row.in_doubt)),
             text(capped(row.dead)),
-            text(note),
-        ]);
+        ];
+        if limited {
+            cells.push(text(row.limits.as_ref().map(limits).unwrap_or_default()));
+        }
+        cells.push(text(note));
+        columns.row(cells);
     }
     columns.print(desk.output)?;
     Ok(0)
+}
+
+/// Since when a subscription is paused, by whom and why, if it is.
+pub(super) fn paused(row: &SubscriptionRow) -> Option<String> {
+    let since = ago(row.paused_at?);
+    let by = row.paused_by.as_ref().map(|by| format!(" by {}", plain(by))).unwrap_or_default();
+    let why = row.paused_reason.as_ref().map(|why| format!(": {}", shortened(why, 60))).unwrap_or_default();
+    Some(format!("paused for {since}{by}{why}"))
+}
+
+/// What waits, and how much of it is not of the priority that all have who say nothing.
+fn waiting(row: &SubscriptionRow) -> String {
+    let levels: Vec<String> = [(row.pending_high, "high"), (row.pending_low, "low")]
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, level)| format!("{} {level}", capped(count)))
+        .collect();
+    let all = capped(row.pending + row.scheduled);
+    if levels.is_empty() { all } else { format!("{all} ({})", levels.join(", ")) }
+}
+
+/// How limits stand: `8 of 10 permits held, 60/s (12 of 30 tokens)`.
+fn limits(limits: &LimitsRow) -> String {
+    let at_once = limits.at_once.map(|most| format!("{} of {most} permits held", limits.held));
+    let rate = limits.per_second.map(|rate| {
+        let tokens = limits.tokens.unwrap_or_default().max(0.0).floor();
+        format!("{} ({tokens} of {} tokens)", often(rate), limits.burst.unwrap_or_default())
+    });
+    at_once.into_iter().chain(rate).collect::<Vec<_>>().join(", ")
 }
 
 pub(super) async fn rows<Db: Database>(

@@ -7,10 +7,10 @@ use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
 use super::read::envelope;
-use super::{PgStore, Work, doubt, timestamp};
+use super::{PgStore, Work, doubt, schedules, timestamp};
 use crate::admin::{
-    AttemptRow, AuditEntry, DeliveryDetail, DeliveryRow, Filter, HELD_BACK, HeldBack, RecordRow, Resolution, Status,
-    SubscriptionRow, WorkerRow, no_delivery,
+    AttemptRow, AuditEntry, DeliveryDetail, DeliveryRow, Filter, HELD_BACK, HeldBack, LimitsRow, RecordRow, Resolution,
+    ScheduleStatus, Status, SubscriptionRow, WorkerRow, no_delivery,
 };
 use crate::error::Error;
 use crate::lifecycle::{Answer, State};
@@ -315,6 +315,8 @@ fn subscription_row(row: &PgRow) -> Result<SubscriptionRow, Error> {
         max_attempts: row.try_get::<i32, _>("max_attempts")?.max(0) as u32,
         workers: row.try_get("workers")?,
         pending: row.try_get("pending")?,
+        pending_high: row.try_get("pending_high")?,
+        pending_low: row.try_get("pending_low")?,
         scheduled: row.try_get("scheduled")?,
         running: row.try_get("running")?,
         in_doubt: row.try_get("in_doubt")?,
@@ -323,6 +325,15 @@ fn subscription_row(row: &PgRow) -> Result<SubscriptionRow, Error> {
         oldest_age_s: row.try_get("oldest_age_s")?,
         removed_at: row.try_get::<Option<i64>, _>("removed_us")?.map(timestamp),
         paused_at: row.try_get::<Option<i64>, _>("paused_us")?.map(timestamp),
+        paused_by: row.try_get("paused_by")?,
+        paused_reason: row.try_get("paused_reason")?,
+        limits: LimitsRow::of(
+            row.try_get::<Option<i32>, _>("at_once")?.map(i64::from),
+            row.try_get("held")?,
+            row.try_get("token_us")?,
+            row.try_get::<Option<i32>, _>("burst")?.map(i64::from),
+            row.try_get("tokens")?,
+        ),
         backfilling: row.try_get("backfilling")?,
     })
 }
@@ -368,6 +379,7 @@ pub(super) async fn status(store: &PgStore) -> Result<Status, Error> {
     let subscriptions = subscriptions(store).await?;
     let stranded = stranded(store).await?;
     let held_back = held_back(store, HELD_BACK).await?;
+    let schedules = ScheduleStatus::of(&schedules::all(store).await?);
     let mut work = store.read().await?;
     let schema = &store.schema;
     let sql = format!(
@@ -398,6 +410,7 @@ pub(super) async fn status(store: &PgStore) -> Result<Status, Error> {
             })
             .collect::<Result<_, Error>>()?,
         subscriptions,
+        schedules,
         unrouted: row.try_get("unrouted")?,
         unrouted_topics: row.try_get("topics")?,
         stranded,

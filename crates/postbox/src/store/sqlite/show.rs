@@ -5,8 +5,11 @@ use sqlx::{Row, SqliteConnection};
 use uuid::Uuid;
 
 use super::work::Work;
-use super::{SqliteStore, json_of, messages, timestamp};
-use crate::admin::{AttemptRow, DeliveryDetail, DeliveryRow, Filter, RecordRow, Status, SubscriptionRow, WorkerRow};
+use super::{SqliteStore, json_of, messages, schedules, timestamp};
+use crate::admin::{
+    AttemptRow, DeliveryDetail, DeliveryRow, Filter, LimitsRow, RecordRow, ScheduleStatus, Status, SubscriptionRow,
+    WorkerRow,
+};
 use crate::error::Error;
 use crate::lifecycle::State;
 use crate::message::{Envelope, first_id_at, minted_at};
@@ -211,6 +214,8 @@ fn subscription_row(row: &SqliteRow) -> Result<SubscriptionRow, Error> {
         max_attempts: row.try_get("max_attempts")?,
         workers: row.try_get("workers")?,
         pending: row.try_get("pending")?,
+        pending_high: row.try_get("pending_high")?,
+        pending_low: row.try_get("pending_low")?,
         scheduled: row.try_get("scheduled")?,
         running: row.try_get("running")?,
         in_doubt: row.try_get("in_doubt")?,
@@ -219,6 +224,15 @@ fn subscription_row(row: &SqliteRow) -> Result<SubscriptionRow, Error> {
         oldest_age_s: Some(row.try_get::<f64, _>("oldest_age_s")?).filter(|age| *age >= 0.0),
         removed_at: row.try_get::<Option<i64>, _>("removed_at")?.map(timestamp),
         paused_at: row.try_get::<Option<i64>, _>("paused_at")?.map(timestamp),
+        paused_by: row.try_get("paused_by")?,
+        paused_reason: row.try_get("paused_reason")?,
+        limits: LimitsRow::of(
+            row.try_get::<Option<i64>, _>("at_once")?,
+            row.try_get("held")?,
+            row.try_get("token_us")?,
+            row.try_get::<Option<i64>, _>("burst")?,
+            row.try_get("tokens")?,
+        ),
         backfilling: row.try_get("backfilling")?,
     })
 }
@@ -261,6 +275,7 @@ pub(super) async fn stranded(store: &SqliteStore) -> Result<Vec<Stranded>, Error
 }
 
 pub(super) async fn status(store: &SqliteStore) -> Result<Status, Error> {
+    let schedules = ScheduleStatus::of(&schedules::all(store).await?);
     let mut work = store.read().await?;
     let workers = workers(store, &mut work).await?;
     let rows = counted(&mut work, &workers).await?;
@@ -284,5 +299,6 @@ pub(super) async fn status(store: &SqliteStore) -> Result<Status, Error> {
         unrouted,
         unrouted_topics,
         held_back: None,
+        schedules,
     })
 }
