@@ -218,6 +218,7 @@ async fn a_worker_works_and_the_record_stays_as_it_is() {
         start: Start::Unrouted,
         keep: Keep::default(),
         limits: Limits::default(),
+        unique: None,
     };
     let registration = Registration {
         worker: Uuid::now_v7(),

@@ -33,6 +33,7 @@ fn declared(name: &str, pattern: &str) -> Declared {
         start: Start::Unrouted,
         keep: Keep::default(),
         limits: Limits::default(),
+        unique: None,
     }
 }
 

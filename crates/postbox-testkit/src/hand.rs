@@ -36,6 +36,7 @@ pub fn declared(name: &str, pattern: &str, kind: Kind) -> Declared {
         start: Start::Unrouted,
         keep: Keep::default(),
         limits: Limits::default(),
+        unique: None,
     }
 }
 

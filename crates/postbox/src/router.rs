@@ -19,6 +19,7 @@ use crate::pattern::{MAX_NAME_BYTES, Pattern, TopicError};
 use crate::retention::{Keep, MIN_KEEP};
 use crate::retry::RetryPolicy;
 use crate::store::{Database, Declared, Start};
+use crate::unique::Unique;
 
 /// A handler bound to its state, ready to be called for a delivery.
 pub(crate) trait Bound<Db: Database>: Send + Sync {
@@ -136,6 +137,7 @@ struct Options {
     quiet: Duration,
     concurrency: Option<usize>,
     limits: Limits,
+    unique: Option<Unique>,
     start: Start,
     idempotent: bool,
     keep: Keep,
@@ -151,6 +153,7 @@ impl Default for Options {
             quiet: Duration::from_secs(60),
             concurrency: None,
             limits: Limits::default(),
+            unique: None,
             start: Start::default(),
             idempotent: false,
             keep: Keep::default(),
@@ -263,6 +266,15 @@ macro_rules! options {
                 Some(rate) => *rate = rate.with_burst(at_once),
                 None => panic!("a burst belongs to a rate: `.rate(100, SECOND).burst({at_once})`"),
             }
+            self
+        }
+
+        /// It has at most one unfinished delivery of a message's key: one that waits, is due later, runs, is
+        /// to be tried again or is in doubt. What becomes of another message of that key is yours to say;
+        /// a message without a key is not concerned. See `docs/unique.md`.
+        #[must_use]
+        pub fn unique(mut self, unique: Unique) -> Self {
+            self.options.unique = Some(unique);
             self
         }
 
@@ -609,6 +621,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
                 start: options.start,
                 keep: options.keep,
                 limits: options.limits,
+                unique: options.unique,
                 timeout: options.timeout,
                 quiet: options.quiet,
             },

@@ -31,7 +31,7 @@ macro_rules! migration {
 /// The first migration of the present shape: those before it make the tables and functions of the earlier one.
 const PRESENT: usize = 7;
 
-pub(super) const MIGRATIONS: [Migration; 11] = [
+pub(super) const MIGRATIONS: [Migration; 12] = [
     migration!("0001", "engine", holds_data: true),
     migration!("0002", "pull", holds_data: false),
     migration!("0003", "roles", holds_data: false),
@@ -43,11 +43,12 @@ pub(super) const MIGRATIONS: [Migration; 11] = [
     migration!("0009", "limits", holds_data: false),
     migration!("0010", "schedules", holds_data: false),
     migration!("0011", "pause_and_priority", holds_data: false),
+    migration!("0013", "unique", holds_data: false),
 ];
 
-/// The migration from which on messages have a priority.
-fn priority() -> usize {
-    MIGRATIONS.iter().take_while(|migration| migration.name != "pause_and_priority").count() + 1
+/// The version that this migration leads to.
+fn since(name: &str) -> usize {
+    MIGRATIONS.iter().take_while(|migration| migration.name != name).count() + 1
 }
 
 /// The text of a migration, up or down, with the functions of the shape that it leaves behind.
@@ -59,11 +60,17 @@ fn render(text: &str, leaves: usize, schema: &str, channel: &str) -> String {
             include_str!("migrations/earlier/retain.sql"),
         ),
         false => (
-            match leaves < priority() {
-                true => include_str!("migrations/earlier/publish_without_priority.sql"),
-                false => include_str!("publish.sql"),
+            match leaves {
+                _ if leaves < since("pause_and_priority") => {
+                    include_str!("migrations/earlier/publish_without_priority.sql")
+                }
+                _ if leaves < since("unique") => include_str!("migrations/earlier/publish_without_unique.sql"),
+                _ => include_str!("publish.sql"),
             },
-            short_ways(include_str!("publish_one.sql")),
+            short_ways(match leaves < since("unique") {
+                true => include_str!("migrations/earlier/publish_one_without_unique.sql"),
+                false => include_str!("publish_one.sql"),
+            }),
             include_str!("retain_functions.sql"),
         ),
     };

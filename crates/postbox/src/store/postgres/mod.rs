@@ -22,6 +22,7 @@ mod roles;
 mod schedules;
 mod settle;
 mod takeover;
+mod unique;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,10 +37,10 @@ use uuid::Uuid;
 
 use self::marks::Marks;
 use self::promote::Promoted;
-use self::publish::Fans;
+use self::publish::{Fans, Refusing};
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, MigrationStatus, Replay, ReplayCount, Replayed,
-    Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
+    AuditEntry, Cancel, CoalescedRow, DeliveryDetail, DeliveryRow, Filter, HeldBack, MigrationStatus, Replay,
+    ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::Kind;
@@ -48,6 +49,7 @@ use crate::retention::Retention;
 use crate::schedule::{ScheduleRow, Scheduled, Wish};
 use crate::settings::Settings;
 use crate::store::turns::Turns;
+use crate::store::uniques::Uniques;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, HandlerTx,
     LeaseRef, Loss, Move, Observation, Pause, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle,
@@ -79,7 +81,7 @@ macro_rules! statements {
     };
 }
 statements! {
-    audit, beat, claim = claim without "many", claim_many = claim without "few", complete, doubt_for_update, doubts, duplicates, history, learn_routes, leftover, lock_holders,
+    audit, beat, claim = claim without "many", claim_many = claim without "few", complete, doubt_for_update, doubts, duplicates, free_keys, history, learn_routes, leftover, lock_holders,
     look, moves, permits, tokens, only_moves = moves without "ended", next_due, part_exists, paused, promote, publish, publish_checked,
     publish_one = publish_one without "several", publish_several = publish_one without "one", pull, replay, resolution, retain_preview, roles,
     schedules_due, schedules_look,
@@ -129,6 +131,7 @@ pub struct PgStore {
     marks: Arc<Marks>,
     turns: Arc<Turns>,
     fans: Arc<Fans>,
+    uniques: Arc<Uniques>,
     promoted: Arc<Promoted>,
     /// The last claim found nothing, and nobody has rung since.
     calm: Arc<AtomicBool>,
@@ -383,6 +386,7 @@ impl Store for PgStore {
             marks: Arc::default(),
             turns: Arc::default(),
             fans: Arc::default(),
+            uniques: Arc::default(),
             promoted: Arc::default(),
             calm: Arc::default(),
             claimed: Arc::default(),
@@ -428,7 +432,7 @@ impl Store for PgStore {
         store: &Self,
         messages: &[Draft],
     ) -> Result<Vec<Stored>, PublishError> {
-        publish::publish(connection, store, messages).await
+        publish::publish(connection, store, messages, Refusing::Callers).await
     }
 
     async fn begin(&self) -> Result<Work, Error> {
@@ -442,6 +446,7 @@ impl Store for PgStore {
     async fn register(&self, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
         self.listen();
         let ids = register::register(self, registration).await?;
+        self.uniques.declared(&registration.subscriptions, &ids);
         // Engines that only speak PostgreSQL's protocol may not know their timeline.
         if let Err(error) = register::suspect(self, registration.worker).await {
             tracing::debug!(%error, "the server does not tell its timeline; a promoted standby goes unnoticed");
@@ -456,7 +461,9 @@ impl Store for PgStore {
     }
 
     async fn declare(&self, application: &str, subscriptions: &[Declared]) -> Result<Vec<SubscriptionId>, Error> {
-        register::declare(self, application, subscriptions).await
+        let ids = register::declare(self, application, subscriptions).await?;
+        self.uniques.declared(subscriptions, &ids);
+        Ok(ids)
     }
 
     async fn stored(&self, application: &str, name: &str) -> Result<Option<(SubscriptionId, Kind)>, Error> {
@@ -605,6 +612,7 @@ impl Store for PgStore {
             self.schema
         );
         let removed = self.dynamic(sql).execute(work.on()).await?.rows_affected();
+        unique::tidy(self, &mut work).await?;
         work.commit().await?;
         // A transaction of its own: for a moment it holds a lock that publishers wait for.
         let mut work = self.work().await?;
@@ -668,6 +676,10 @@ impl Store for PgStore {
 
     async fn show(&self, delivery: DeliveryId) -> Result<Option<DeliveryDetail>, Error> {
         admin::show(self, delivery).await
+    }
+
+    async fn coalesced(&self, message: Uuid) -> Result<Vec<CoalescedRow>, Error> {
+        unique::coalesced(self, message).await
     }
 
     async fn deliveries_of(&self, message: Uuid) -> Result<Option<(Envelope, Vec<DeliveryId>)>, Error> {

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::{BEGIN_DURABLE, PgStore, Work, doubt, micros, millis, publish};
+use super::publish::Refusing;
+use super::{BEGIN_DURABLE, PgStore, Work, doubt, micros, millis, publish, unique};
 use crate::crash;
 use crate::error::Error;
 use crate::lifecycle::State;
@@ -27,7 +28,9 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
     }
     let moves: Vec<Move> = settle.moves.iter().filter(|m| plain_success(m).is_none()).cloned().collect();
     // Nothing but the one statement: it is the whole transaction, and says itself that its commit is durable.
+    let ended = store.uniques.ended(settle);
     let single = store.alone()
+        && ended.is_empty()
         && moves.is_empty()
         && settle.released.is_empty()
         && settle.seen.is_empty()
@@ -88,6 +91,7 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
     let mut moves = moves;
     moves.extend(settle.released.iter().map(decide::released));
     apply(store, work.on(), &moves, Some(lease)).await?;
+    unique::free(store, work.on(), ended).await?;
     for seen in &settle.seen {
         doubt::keep(store, &mut work, seen).await?;
     }
@@ -161,7 +165,7 @@ fn row(ord: usize, m: &Move, lease: Option<LeaseRef>) -> Value {
 /// already: that is what its key is for.
 pub(super) async fn follow(store: &PgStore, connection: &mut PgConnection, drafts: &[Draft]) -> Result<(), Error> {
     for draft in drafts {
-        let stored = publish::publish(connection, store, std::slice::from_ref(draft)).await?;
+        let stored = publish::publish(connection, store, std::slice::from_ref(draft), Refusing::Nobody).await?;
         if let [Stored::Duplicate { existing, same_body: false }] = stored.as_slice() {
             tracing::warn!(topic = draft.topic, %existing, "a follow-up's dedup key is taken by a message with another body; the first is kept");
         }
@@ -200,7 +204,9 @@ pub(super) async fn settle_open(
     let ended = Error::Refused(
         "the handler ended its own transaction (COMMIT or ROLLBACK in raw SQL); what it did before that is not undone, and the attempt counts as failed".into(),
     );
-    if !follow_ups.is_empty() {
+    // Of one that has its key for itself, they come after its end: they may be of that key.
+    let unique = store.uniques.has(outcome.subscription);
+    if !follow_ups.is_empty() && !unique {
         // Not outside of the handler's transaction, if that is over.
         let row = store.query(OWN_XID).fetch_one(work.on()).await?;
         if row.try_get::<String, _>("xid")? != xid {
@@ -231,6 +237,10 @@ pub(super) async fn settle_open(
     if row.try_get::<i64, _>("held")? == 0 {
         work.rollback().await?;
         return Ok(Guarded::Fenced);
+    }
+    if unique {
+        unique::free(store, work.on(), vec![outcome.delivery]).await?;
+        follow(store, work.on(), follow_ups).await?;
     }
     crash::commit("outcome-commit-sent", work.commit()).await?;
     Ok(Guarded::Done)

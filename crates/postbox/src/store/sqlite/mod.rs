@@ -38,6 +38,7 @@ mod schedules;
 mod settle;
 mod show;
 mod takeover;
+mod unique;
 mod wake;
 mod work;
 
@@ -50,8 +51,8 @@ use sqlx::{Row, Sqlite, SqliteConnection, SqlitePool};
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, MigrationStatus, Replay, ReplayCount, Replayed,
-    Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
+    AuditEntry, Cancel, CoalescedRow, DeliveryDetail, DeliveryRow, Filter, HeldBack, MigrationStatus, Replay,
+    ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
 };
 use crate::content::Content;
 use crate::error::{Error, PublishError};
@@ -61,6 +62,7 @@ use crate::retention::Retention;
 use crate::schedule::{ScheduleRow, Scheduled, Wish};
 use crate::settings::Settings;
 use crate::store::turns::Turns;
+use crate::store::uniques::Uniques;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, LeaseRef,
     Loss, Move, Observation, Pause, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle, Store,
@@ -89,6 +91,7 @@ struct Shared {
     alive: alive::Alive,
     bell: wake::Bell,
     turns: Turns,
+    uniques: Uniques,
     options: sqlx::sqlite::SqliteConnectOptions,
     busy: Duration,
 }
@@ -177,6 +180,7 @@ impl Store for SqliteStore {
                 alive: alive::Alive::new(opened.file),
                 bell: wake::Bell::new(opened.options.clone(), settings.wake_ups()?),
                 turns: Turns::default(),
+                uniques: Uniques::default(),
                 options: opened.options,
                 busy: opened.busy,
             }),
@@ -237,7 +241,9 @@ impl Store for SqliteStore {
     }
 
     async fn register(&self, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
-        register::register(self, registration).await
+        let ids = register::register(self, registration).await?;
+        self.shared.uniques.declared(&registration.subscriptions, &ids);
+        Ok(ids)
     }
 
     async fn revive(&self, registration: &Registration, subscriptions: &[SubscriptionId]) -> Result<(), Error> {
@@ -245,7 +251,9 @@ impl Store for SqliteStore {
     }
 
     async fn declare(&self, application: &str, subscriptions: &[Declared]) -> Result<Vec<SubscriptionId>, Error> {
-        register::declare(self, application, subscriptions).await
+        let ids = register::declare(self, application, subscriptions).await?;
+        self.shared.uniques.declared(subscriptions, &ids);
+        Ok(ids)
     }
 
     async fn stored(&self, application: &str, name: &str) -> Result<Option<(SubscriptionId, Kind)>, Error> {
@@ -382,6 +390,7 @@ impl Store for SqliteStore {
     }
 
     async fn tidy(&self) -> Result<u64, Error> {
+        unique::tidy(self).await?;
         publish::tidy(self).await
     }
 
@@ -426,6 +435,10 @@ impl Store for SqliteStore {
 
     async fn show(&self, delivery: DeliveryId) -> Result<Option<DeliveryDetail>, Error> {
         show::show(self, delivery).await
+    }
+
+    async fn coalesced(&self, message: Uuid) -> Result<Vec<CoalescedRow>, Error> {
+        unique::coalesced(self, message).await
     }
 
     async fn deliveries_of(&self, message: Uuid) -> Result<Option<(Envelope, Vec<DeliveryId>)>, Error> {

@@ -4,7 +4,7 @@ use sqlx::SqliteConnection;
 use uuid::Uuid;
 
 use super::alive::Locked;
-use super::{SqliteStore, json_of, limits, millis, millis_up};
+use super::{SqliteStore, json_of, limits, millis, millis_up, unique};
 use crate::error::Error;
 use crate::lifecycle::Kind;
 use crate::retention;
@@ -47,6 +47,7 @@ async fn route(
     for (declared, stored) in subscriptions.iter().zip(stored) {
         let (id, changed) = subscribe(db, application, declared, stored, epoch + 1).await?;
         limits::declare(db, id, &declared.limits).await?;
+        unique::declare(db, id, declared).await?;
         ids.push(id);
         rerouted |= changed;
     }

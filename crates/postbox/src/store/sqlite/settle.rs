@@ -8,7 +8,7 @@ use super::doubt::keep;
 use super::held::Held;
 use super::publish::follow;
 use super::work::Work;
-use super::{SqliteStore, json_of, millis, millis_up};
+use super::{SqliteStore, json_of, millis, millis_up, unique};
 use crate::crash;
 use crate::error::Error;
 use crate::lifecycle::State;
@@ -52,6 +52,7 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
     held.restore(work.on(), rows).await?;
     held.keep(work.on()).await?;
     apply(work.on(), &moves, Some(lease)).await?;
+    unique::free(work.on(), &store.shared.uniques.ended(settle)).await?;
     for seen in &settle.seen {
         keep(work.on(), seen).await?;
     }
@@ -255,6 +256,9 @@ pub(super) async fn settle_open(
         return Ok(Guarded::Fenced);
     }
     apply(work.on(), std::slice::from_ref(outcome), Some(lease)).await?;
+    if store.shared.uniques.has(outcome.subscription) {
+        unique::free(work.on(), &[outcome.delivery]).await?;
+    }
     follow(work.on(), follow_ups).await?;
     crash::commit("outcome-commit-sent", work.commit()).await?;
     // The handler may have published in it.
