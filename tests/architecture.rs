@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// From the bottom up; a module may use modules of lower layers, and of its own.
 const LAYERS: [&[&str]; 10] = [
     // Pure: no clock, no I/O, no SQL.
-    &["content", "json", "pattern", "priority", "retry", "crash", "planted"],
+    &["content", "json", "pattern", "priority", "retry", "crash", "planted", "unique"],
     &["lifecycle", "message", "error", "limits", "retention", "schedule"],
     &["settings", "context"],
     // The port, and the types that go through it.
@@ -126,6 +126,7 @@ fn the_pure_modules_are_pure() {
         "pattern.rs",
         "retry.rs",
         "limits.rs",
+        "unique.rs",
         "retention.rs",
         "schedule.rs",
         "schedule/calendar.rs",

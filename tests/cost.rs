@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use postbox::lifecycle::Kind;
-use postbox::store::Store;
-use postbox::{Envelope, Failure, OperationFailure, Postgres, Receipt, Router, Tx, handler, operation};
-use postbox_testkit::hand::{Hand, declared, publish};
+use postbox::store::{Declared, Settle, Store};
+use postbox::{Envelope, Failure, OperationFailure, Postgres, Receipt, Router, Tx, Unique, handler, operation};
+use postbox_testkit::hand::{Hand, declared, publish, success};
 use postbox_testkit::{Fresh, Testable};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
@@ -266,4 +266,37 @@ async fn without_a_schedule_an_idle_worker_hardly_looks_for_one() {
     assert!(looks <= 2, "{looks} looks in 3 s");
     assert_eq!(with(&idle, "Schedules that are due"), 0);
     worker.stop(None).await.expect("stops");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_of_a_key_costs_a_statement_a_flush_and_nobody_else_any() {
+    let _alone = alone().await;
+    let fresh = Postgres::fresh().await;
+    let only = Declared { unique: Some(Unique::Coalesce), ..declared("only", "u", Kind::Plain) };
+    let hand = Hand::register(&fresh, vec![only, declared("any", "t", Kind::Plain)]).await;
+    fresh.postbox.store().learn_routes(&["t".into(), "u".into()]).await.expect("learns");
+    let draft = |topic: &str, n: u32| Envelope::json(topic, &n).expect("a draft").key(format!("k{n}"));
+    // Who publishes to others goes the short way still.
+    let mut tx = fresh.pool.begin().await.expect("begins");
+    fresh.postbox.publish(&mut tx, draft("t", 0)).await.expect("publishes");
+    let (published, any) = heard(fresh.postbox.publish(&mut tx, draft("t", 0))).await;
+    published.expect("publishes");
+    assert_eq!((with(&any, "-- Stores one"), with(&any, "-- Stores ")), (1, 1), "{any:#?}");
+    let (published, many) = heard(fresh.postbox.publish_all(&mut tx, (0..100).map(|n| draft("u", n)))).await;
+    assert_eq!((published.expect("publishes").len(), with(&many, "-- Stores ")), (100, 1), "{many:#?}");
+    tx.commit().await.expect("commits");
+    for (place, count, freed) in [(0, 100, 1), (1, 2, 0)] {
+        let claimed = hand.claim_of(&hand.subscriptions[place..=place], 1000).await;
+        assert_eq!(claimed.items.len(), count);
+        let successes = claimed.items.iter().map(success).collect();
+        let settle = Settle { successes, close: true, ..hand.flush(&claimed, 1) };
+        let (_, flush) = heard(hand.settle(settle)).await;
+        assert_eq!(
+            (with(&flush, "One flush of a batch"), with(&flush, "Lets go of the keys")),
+            (1, freed),
+            "{flush:#?}"
+        );
+    }
+    let sql = format!("select count(*) from {}.key_holder", fresh.schema());
+    assert_eq!(Postgres::count(&fresh, &sql).await, 0);
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use postbox::admin::Filter;
 use postbox::lifecycle::State;
-use postbox::{Envelope, Postbox, Postgres};
+use postbox::{Envelope, Error, Postbox, Postgres, PublishError};
 use postbox_testkit::{Fresh, Remote, Testable, WorkerProcess, on_both_stores};
 
 on_both_stores!(
@@ -20,6 +20,7 @@ on_both_stores!(
     a_limit_holds_while_workers_are_killed,
     batches_killed_at_each_point,
     batches_get_through_while_workers_are_killed,
+    a_key_has_one_delivery_while_workers_are_killed,
 );
 
 const WORKER: &str = env!("CARGO_BIN_EXE_postbox-test-worker");
@@ -39,13 +40,22 @@ async fn standing<Db: Testable>(fresh: &Fresh<Db>) -> BTreeMap<State, usize> {
 
 /// Looks until it is so, a minute at most.
 async fn until<Db: Testable>(fresh: &Fresh<Db>, what: &str, so: impl Fn(&BTreeMap<State, usize>) -> bool) {
+    within(Duration::from_secs(60), fresh, what, so).await;
+}
+
+async fn within<Db: Testable>(
+    most: Duration,
+    fresh: &Fresh<Db>,
+    what: &str,
+    so: impl Fn(&BTreeMap<State, usize>) -> bool,
+) {
     let looking = async {
         while !so(&standing(fresh).await) {
             tokio::task::yield_now().await;
         }
     };
-    if tokio::time::timeout(Duration::from_secs(60), looking).await.is_err() {
-        panic!("not {what} within a minute: {:?}", standing(fresh).await);
+    if tokio::time::timeout(most, looking).await.is_err() {
+        panic!("not {what} within {most:?}: {:?}", standing(fresh).await);
     }
 }
 
@@ -390,4 +400,80 @@ async fn batches_get_through_while_workers_are_killed<Db: Testable>() {
     assert!(calls.values().all(|n| *n <= 3), "{calls:?}");
     let rows = Db::count(&fresh, &format!("select count(*) from {}", fresh.table("projected"))).await;
     assert_eq!(rows, 300, "effects and outcomes commit together");
+}
+
+/// Publishers go on about the same keys while workers are killed, at points and at random: at no time are two
+/// deliveries of a key unfinished, and in the end each key is free.
+async fn a_key_has_one_delivery_while_workers_are_killed<Db: Testable>() {
+    let (fresh, remote) = (Db::fresh().await, Remote::start().await);
+    projection(&fresh).await;
+    let remote_at = ("TEST_REMOTE", remote.address());
+    let start = |point: Option<&'static str>| {
+        let mut variables = vec![remote_at, ("TEST_CONCURRENCY", "2")];
+        variables.extend(point.map(|point| ("POSTBOX_CRASH_POINT", point)));
+        WorkerProcess::start(WORKER, &fresh, &variables)
+    };
+    let mut survivor = start(None);
+    let only = |topic: &'static str, n: usize| Envelope::json(topic, &n).expect("a draft").key(format!("k{}", n % 5));
+    let publish_some = async |from: usize| {
+        let (mut stored, mut coalesced) = (0, 0);
+        for n in from..from + 20 {
+            let published = fresh.postbox.publish_now([only("plain.only", n)]).await.expect("publishes");
+            stored += 1;
+            coalesced += published.iter().filter(|p| !p.coalesced_into().is_empty()).count();
+            match fresh.postbox.publish_now([only("op.only", n)]).await {
+                Ok(_) => stored += 1,
+                Err(Error::Publish(PublishError::KeyInFlight { .. })) => {}
+                Err(error) => panic!("{error}"),
+            }
+            assert_eq!(doubled(&fresh).await, [""; 0]);
+        }
+        (stored, coalesced)
+    };
+    // They are there before anything is published, so that what is published is theirs.
+    let subscribed = async {
+        while fresh.postbox.admin().subscriptions().await.expect("listed").iter().all(|s| s.name != "only-op") {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), subscribed).await.expect("they start");
+    let (mut stored, mut coalesced) = (0, 0);
+    let points = ["claimed", "attempt-committed", "request-sent", "outcome-commit-sent"];
+    for (turn, point) in points.into_iter().enumerate() {
+        // The one that is to die at a point has the work to itself.
+        survivor.kill().await;
+        let doomed = start(Some(point));
+        let (sent, ()) = tokio::join!(publish_some(turn * 100), doomed.kill_at(point));
+        survivor = start(None);
+        for (stored_now, coalesced_now) in [sent, publish_some(turn * 100 + 50).await] {
+            stored += stored_now;
+            coalesced += coalesced_now;
+        }
+    }
+    // A doubt may end with another attempt; and who was killed asking about one has put it off for a minute.
+    let over = |counts: &BTreeMap<State, usize>| settled(counts) && !counts.contains_key(&State::InDoubt);
+    within(Duration::from_secs(180), &fresh, "settled", over).await;
+    assert_eq!(
+        standing(&fresh).await.values().sum::<usize>() + coalesced,
+        stored,
+        "each has one, or one stands for it"
+    );
+    assert!(coalesced > 0, "no two of a key met");
+    let last = (0..5).flat_map(|n| [only("plain.only", n), only("op.only", n)]);
+    let last = fresh.postbox.publish_now(last).await.expect("all are free");
+    assert!(last.iter().all(|p| p.coalesced_into().is_empty()));
+    drop(survivor);
+}
+
+/// Keys of a subscription of which more than one delivery is unfinished.
+async fn doubled<Db: Testable>(fresh: &Fresh<Db>) -> Vec<String> {
+    let mut seen = BTreeMap::new();
+    for row in fresh.postbox.admin().list(&Filter::default(), 10_000).await.expect("list") {
+        if matches!(row.state, State::Pending | State::Running | State::InDoubt)
+            && let Some(key) = row.key
+        {
+            *seen.entry(format!("{} {key}", row.subscription)).or_insert(0) += 1;
+        }
+    }
+    seen.into_iter().filter(|(_, many)| *many > 1).map(|(key, _)| key).collect()
 }

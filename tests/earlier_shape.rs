@@ -67,8 +67,15 @@ async fn unfinished_work_is_carried_over_and_goes_on() {
 
     // With a worker that is alive: nothing is lost by this step.
     let names = fresh.postbox.migrate_down_and_lose_data(EARLIER).await.expect("down");
-    let stepped =
-        ["0011 pause_and_priority", "0010 schedules", "0009 limits", "0008 lighter_arrays", "0007 windows_and_ring"];
+    let stepped = [
+        "0013 unique",
+        "0012 order",
+        "0011 pause_and_priority",
+        "0010 schedules",
+        "0009 limits",
+        "0008 lighter_arrays",
+        "0007 windows_and_ring",
+    ];
     assert_eq!(names, stepped);
     // It is the earlier shape, and its own function publishes into it.
     assert_eq!(Postgres::count(&fresh, &format!("select count(*) from pg_partitioned_table t join pg_class c on c.oid = t.partrelid where c.relnamespace = '{}'::regnamespace", fresh.schema())).await, 0);

@@ -219,6 +219,7 @@ async fn a_worker_works_and_the_record_stays_as_it_is() {
         keep: Keep::default(),
         limits: Limits::default(),
         keys: None,
+        unique: None,
     };
     let registration = Registration {
         worker: Uuid::now_v7(),

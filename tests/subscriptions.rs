@@ -34,6 +34,7 @@ fn declared(name: &str, pattern: &str) -> Declared {
         keep: Keep::default(),
         limits: Limits::default(),
         keys: None,
+        unique: None,
     }
 }
 

@@ -68,7 +68,7 @@ pub(crate) fn code_of(error: &Error) -> u8 {
         Error::Refused(_) => REFUSED,
         Error::Settings(_) => USAGE,
         Error::Publish(refused) => match refused {
-            PublishError::DedupConflict { .. } => CONFLICT,
+            PublishError::DedupConflict { .. } | PublishError::KeyInFlight { .. } => CONFLICT,
             PublishError::Busy(_) | PublishError::Rows { .. } => FAILED,
             PublishError::Database(_) | PublishError::Driver { .. } => by_sqlstate(error),
             // The others say what is wrong with the message.

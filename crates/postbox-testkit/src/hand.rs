@@ -39,6 +39,7 @@ pub fn declared(name: &str, pattern: &str, kind: Kind) -> Declared {
         keep: Keep::default(),
         limits: Limits::default(),
         keys: None,
+        unique: None,
     }
 }
 

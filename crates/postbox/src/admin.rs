@@ -225,6 +225,30 @@ pub struct DeliveryDetail {
     pub effects: Vec<(Uuid, String)>,
     /// Replays that operators made of it, at most 100.
     pub replays: Vec<DeliveryId>,
+    /// Messages that it stands for beside its own, at most 100: its subscription takes one delivery of a key
+    /// at a time.
+    pub coalesced: Vec<Uuid>,
+}
+
+/// Why a delivery cannot wait again: its subscription takes one of a key at a time.
+pub(crate) fn key_is_taken(delivery: DeliveryId, holder: DeliveryId) -> Error {
+    Error::Conflict(format!(
+        "delivery {holder} has the key of delivery {delivery} and is unfinished, and their subscription takes one of a key at a time; wait until that one has ended, or cancel it"
+    ))
+}
+
+/// A delivery that stands for a message of the same key, which has none of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct CoalescedRow {
+    /// Whose subscription it is.
+    pub application: String,
+    /// Its name.
+    pub subscription: String,
+    /// The delivery.
+    pub delivery: DeliveryId,
+    /// When the message was published.
+    pub at: Timestamp,
 }
 
 /// Counts of one subscription.
@@ -616,6 +640,15 @@ impl<Db: Database> Admin<Db> {
                 "there is no message {id}: removed by retention or never there; `postbox list` shows what there is"
             ))
         })
+    }
+
+    /// The deliveries that stand for a message, where a subscription takes one delivery of a key at a time
+    /// and had one.
+    ///
+    /// # Errors
+    /// The database did not answer.
+    pub async fn coalesced(&self, message: Uuid) -> Result<Vec<CoalescedRow>, Error> {
+        self.store.coalesced(message).await
     }
 
     /// Tries a dead, cancelled or waiting delivery again, now; its attempts go on counting.

@@ -5,6 +5,7 @@ use uuid::Uuid;
 use crate::json::JsonError;
 use crate::message::{MAX_HEADER_BYTES, MAX_WAIT};
 use crate::pattern::{MAX_NAME_BYTES, TopicError};
+use crate::unique::InFlight;
 
 /// Why a message was not published. The caller's transaction is unharmed, unless the database
 /// itself refused ([`PublishError::Database`]).
@@ -91,6 +92,20 @@ pub enum PublishError {
         /// The message that has it.
         existing: Uuid,
     },
+    /// A subscription takes one delivery of a key at a time, and has one that is unfinished
+    /// ([`Unique::Refuse`](crate::Unique::Refuse)). Nothing was stored. On PostgreSQL the caller's
+    /// transaction can only be rolled back now, or to a savepoint before it.
+    #[error(
+        "the subscription `{subscription}` takes one delivery of a key at a time, and delivery {delivery} has the key `{key}`; nothing was published"
+    )]
+    KeyInFlight {
+        /// The subscription.
+        subscription: String,
+        /// The message's key.
+        key: String,
+        /// The unfinished delivery.
+        delivery: i64,
+    },
     /// The database refused or did not answer. If it did not answer, whether the message is there
     /// is known when the caller's transaction has committed or not.
     #[error("the database did not take the message: {}", Plain(.0))]
@@ -121,8 +136,28 @@ pub enum PublishError {
 
 impl From<sqlx::Error> for PublishError {
     fn from(error: sqlx::Error) -> Self {
-        if is_busy(&error) { PublishError::Busy(error) } else { PublishError::Database(error) }
+        match in_flight(&error) {
+            Some(refusal) => refusal.into(),
+            None if is_busy(&error) => PublishError::Busy(error),
+            None => PublishError::Database(error),
+        }
     }
+}
+
+impl From<InFlight> for PublishError {
+    fn from(InFlight { subscription, key, delivery }: InFlight) -> Self {
+        PublishError::KeyInFlight { subscription, key, delivery }
+    }
+}
+
+/// What the database says of a key that is in flight, if it says that.
+fn in_flight(error: &sqlx::Error) -> Option<InFlight> {
+    let error = error.as_database_error()?;
+    if let Some(said) = error.message().strip_prefix(InFlight::WORDS) {
+        return InFlight::read(said);
+    }
+    let error = error.try_downcast_ref::<sqlx::postgres::PgDatabaseError>()?;
+    InFlight::read(error.detail().filter(|_| error.code() == InFlight::SQLSTATE)?)
 }
 
 /// What can go wrong with a postbox.

@@ -62,6 +62,7 @@ mod retry;
 mod router;
 mod schedule;
 mod settings;
+mod unique;
 
 pub mod admin;
 #[cfg(feature = "crash-points")]
@@ -113,6 +114,7 @@ pub use settings::{Backend, SETTINGS, Settings, hide_password};
 pub use sqlx::{Postgres, Sqlite};
 pub use store::postgres::{migrations_down_sql, migrations_sql};
 pub use store::{AsConnection, Database};
+pub use unique::Unique;
 pub use worker::{Worker, WorkerBuilder};
 
 /// The Rust in the texts is compiled with the doc-tests.
@@ -148,4 +150,6 @@ mod docs {
     mod settings {}
     #[doc = include_str!("../../../docs/subscriptions.md")]
     mod subscriptions {}
+    #[doc = include_str!("../../../docs/unique.md")]
+    mod unique {}
 }

@@ -10,7 +10,7 @@ use crate::pull::PullSubscription;
 use crate::router::Router;
 use crate::schedule::{Schedule, Scheduled, Wish};
 use crate::settings::Settings;
-use crate::store::{AsConnection, Database, HandlerTx, Loss, Store, Stored};
+use crate::store::{AsConnection, Database, DeliveryId, HandlerTx, Loss, Store, Stored};
 use crate::worker::WorkerBuilder;
 use crate::worker::puller::{Puller, Shared};
 
@@ -39,6 +39,7 @@ impl<Db: Database> Clone for Postbox<Db> {
 pub struct Published {
     envelope: Envelope,
     duplicate: bool,
+    coalesced_into: Vec<DeliveryId>,
 }
 
 impl Published {
@@ -46,6 +47,13 @@ impl Published {
     /// envelope carries that message's id.
     pub fn is_duplicate(&self) -> bool {
         self.duplicate
+    }
+
+    /// Deliveries that stand for this message where a subscription takes one delivery of a key at a time
+    /// ([`Unique::Coalesce`](crate::Unique::Coalesce)): it has none of its own there. Not told to drivers
+    /// other than sqlx; [`Admin::coalesced`](crate::admin::Admin::coalesced) tells always.
+    pub fn coalesced_into(&self) -> &[DeliveryId] {
+        &self.coalesced_into
     }
 
     /// The envelope.
@@ -375,9 +383,10 @@ pub(crate) fn chunks(drafts: &[Draft]) -> impl Iterator<Item = &[Draft]> {
 }
 
 pub(crate) fn published(draft: Draft, stored: Stored) -> Result<Published, PublishError> {
-    let (id, duplicate) = match stored {
-        Stored::New(id) => (id, false),
-        Stored::Duplicate { existing, same_body: true } => (existing, true),
+    let (id, duplicate, coalesced_into) = match stored {
+        Stored::New(id) => (id, false, Vec::new()),
+        Stored::Coalesced { id, into } => (id, false, into),
+        Stored::Duplicate { existing, same_body: true } => (existing, true, Vec::new()),
         Stored::Duplicate { existing, same_body: false } => {
             return Err(PublishError::DedupConflict {
                 topic: draft.topic,
@@ -400,5 +409,5 @@ pub(crate) fn published(draft: Draft, stored: Stored) -> Result<Published, Publi
         causation_id: draft.causation_id,
         max_attempts: draft.max_attempts,
     };
-    Ok(Published { envelope, duplicate })
+    Ok(Published { envelope, duplicate, coalesced_into })
 }

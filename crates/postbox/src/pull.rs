@@ -21,6 +21,7 @@ use crate::retry::RetryPolicy;
 use crate::store::{
     AsConnection, Completion, Database, Declared, DeliveryId, Observation, PullRequest, Start, Store, SubscriptionId,
 };
+use crate::unique::Unique;
 use crate::worker::puller::{Told, succeeded};
 
 /// How long a look at the stored subscription is believed.
@@ -41,6 +42,7 @@ pub struct PullSubscription<Db: Database> {
     pattern: Option<Pattern>,
     retry: RetryPolicy,
     start: Start,
+    unique: Option<Unique>,
     known: Arc<Mutex<Option<(SubscriptionId, Instant)>>>,
 }
 
@@ -53,6 +55,7 @@ impl<Db: Database> Clone for PullSubscription<Db> {
             pattern: self.pattern.clone(),
             retry: self.retry,
             start: self.start,
+            unique: self.unique,
             known: self.known.clone(),
         }
     }
@@ -76,6 +79,7 @@ impl<Db: Database> PullSubscription<Db> {
             pattern: None,
             retry: RetryPolicy::default(),
             start: Start::default(),
+            unique: None,
             known: Arc::default(),
         }
     }
@@ -125,6 +129,14 @@ impl<Db: Database> PullSubscription<Db> {
     pub fn backoff(mut self, base: Duration, cap: Duration) -> Self {
         self.retry.base = base.min(MAX_WAIT);
         self.retry.cap = cap.min(MAX_WAIT);
+        self
+    }
+
+    /// It has at most one unfinished delivery of a message's key, for [`declare`](Self::declare). See
+    /// `docs/unique.md`.
+    #[must_use]
+    pub fn unique(mut self, unique: Unique) -> Self {
+        self.unique = Some(unique);
         self
     }
 
@@ -185,6 +197,7 @@ impl<Db: Database> PullSubscription<Db> {
             keep: Keep::default(),
             limits: Limits::default(),
             keys: None,
+            unique: self.unique,
         };
         let store = self.postbox.store();
         let ids = store.declare(&self.of()?, &[declared]).await?;

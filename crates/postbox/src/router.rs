@@ -20,6 +20,7 @@ use crate::pattern::{MAX_NAME_BYTES, Pattern, TopicError};
 use crate::retention::{Keep, MIN_KEEP};
 use crate::retry::RetryPolicy;
 use crate::store::{Database, Declared, Start};
+use crate::unique::Unique;
 
 /// A handler bound to its state, ready to be called for a delivery.
 pub(crate) trait Bound<Db: Database>: Send + Sync {
@@ -144,6 +145,7 @@ struct Options {
     concurrency: Option<usize>,
     limits: Limits,
     keys: Option<Keys>,
+    unique: Option<Unique>,
     start: Start,
     idempotent: bool,
     keep: Keep,
@@ -160,6 +162,7 @@ impl Default for Options {
             concurrency: None,
             limits: Limits::default(),
             keys: None,
+            unique: None,
             start: Start::default(),
             idempotent: false,
             keep: Keep::default(),
@@ -280,7 +283,7 @@ macro_rules! options {
         /// its key, and nobody else's; see [`on_dead`](Self::on_dead). Messages without a key are in no order.
         ///
         /// # Panics
-        /// With [`limit_per_key`](Self::limit_per_key): in order means one at a time.
+        /// With [`limit_per_key`](Self::limit_per_key): in order means one at a time. With [`unique`](Self::unique).
         #[track_caller]
         #[must_use]
         pub fn ordered(mut self) -> Self {
@@ -288,6 +291,7 @@ macro_rules! options {
                 !matches!(self.options.keys, Some(Keys::AtOnce(_))),
                 "a subscription in order runs one of a key at a time: leave `limit_per_key` out"
             );
+            assert!(self.options.unique.is_none(), "{}", crate::unique::ALONE);
             let on_dead = self.options.keys.and_then(Keys::on_dead).unwrap_or_default();
             self.options.keys = Some(Keys::Ordered(on_dead));
             self
@@ -317,11 +321,26 @@ macro_rules! options {
         #[must_use]
         pub fn limit_per_key(mut self, at_once: u32) -> Self {
             assert!(at_once > 0, "the limit of a key must be at least 1");
+            assert!(self.options.unique.is_none(), "{}", crate::unique::ALONE);
             assert!(
                 !matches!(self.options.keys, Some(Keys::Ordered(_))),
                 "a subscription in order runs one of a key at a time: leave `limit_per_key` out"
             );
             self.options.keys = Some(Keys::AtOnce(at_once));
+            self
+        }
+
+        /// It has at most one unfinished delivery of a message's key: one that waits, is due later, runs, is
+        /// to be tried again or is in doubt. What becomes of another message of that key is yours to say;
+        /// a message without a key is not concerned. See `docs/unique.md`.
+        ///
+        /// # Panics
+        /// With [`ordered`](Self::ordered) or [`limit_per_key`](Self::limit_per_key): there are no several of a key.
+        #[track_caller]
+        #[must_use]
+        pub fn unique(mut self, unique: Unique) -> Self {
+            assert!(self.options.keys.is_none(), "{}", crate::unique::ALONE);
+            self.options.unique = Some(unique);
             self
         }
 
@@ -678,6 +697,7 @@ impl<Db: Database, S: Clone + Send + Sync + 'static> Router<Db, S> {
                 keep: options.keep,
                 limits: options.limits,
                 keys: options.keys,
+                unique: options.unique,
                 timeout: options.timeout,
                 quiet: options.quiet,
             },

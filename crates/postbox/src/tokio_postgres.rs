@@ -27,6 +27,7 @@ use crate::error::PublishError;
 use crate::message::IntoDraft;
 use crate::postbox::{Postbox, Published};
 use crate::sql::Statements;
+use crate::unique::InFlight;
 
 impl Statements {
     /// Stores a message and its deliveries on a tokio-postgres client or transaction. Never commits; on
@@ -103,6 +104,10 @@ fn read(row: &Row) -> Result<(i64, String, bool), DriverError> {
 /// Its words without the detail, which can hold whole rows.
 fn refused(error: DriverError) -> PublishError {
     let code = error.code().map(|code| code.code().to_owned());
+    let detail = error.as_db_error().and_then(|db| db.detail());
+    if let Some(in_flight) = detail.filter(|_| code.as_deref() == Some(InFlight::SQLSTATE)).and_then(InFlight::read) {
+        return in_flight.into();
+    }
     let words = match (error.as_db_error(), &code) {
         (Some(db), Some(code)) => format!("{} ({code})", db.message()),
         _ => error.to_string(),

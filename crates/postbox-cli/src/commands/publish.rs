@@ -117,10 +117,12 @@ fn options(publish: &Publish, mut draft: Draft) -> Draft {
     draft
 }
 
-/// The message with its id, and whether it was there already.
+/// The message with its id, whether it was there already, and which deliveries stand for it.
 #[derive(Serialize)]
 struct Told<'a> {
     duplicate: bool,
+    #[serde(skip_serializing_if = "<[i64]>::is_empty")]
+    coalesced_into: &'a [i64],
     #[serde(flatten)]
     envelope: &'a Envelope,
 }
@@ -128,13 +130,17 @@ struct Told<'a> {
 fn tell(desk: &Desk<'_>, message: &Published) -> std::io::Result<()> {
     let output = desk.output;
     if output.json {
-        return output.object(&Told { duplicate: message.is_duplicate(), envelope: message });
+        let (duplicate, coalesced_into) = (message.is_duplicate(), message.coalesced_into());
+        return output.object(&Told { duplicate, coalesced_into, envelope: message });
     }
     let (mark, word) = match message.is_duplicate() {
         true => (output.paint(Tone::Faint, "-"), "was there already"),
         false => (output.paint(Tone::Good, "+"), "published"),
     };
     output.line(&format!("{mark} {} {} {word}", message.id, plain(&message.topic)))?;
+    for delivery in message.coalesced_into() {
+        output.line(&format!("  coalesced into delivery {delivery}, which has the same key"))?;
+    }
     output.prose(&format!("next: {}", desk.command(&format!("show {}", message.id))));
     Ok(())
 }

@@ -45,6 +45,7 @@ async fn show_message<Db: Database>(desk: &Desk<'_>, postbox: &Postbox<Db>, id: 
     for delivery in ids {
         rows.push(admin.show(delivery).await.map_err(failed)?.row);
     }
+    let coalesced = admin.coalesced(id).await.map_err(failed)?;
     let output = desk.output;
     if output.json {
         // The envelope is serialized as it is, so that its payload keeps its digits.
@@ -52,11 +53,20 @@ async fn show_message<Db: Database>(desk: &Desk<'_>, postbox: &Postbox<Db>, id: 
         struct Message<'a> {
             message: &'a Envelope,
             deliveries: &'a [postbox::admin::DeliveryRow],
+            coalesced: &'a [postbox::admin::CoalescedRow],
         }
-        return Ok(output.object(&Message { message: &envelope, deliveries: &rows })?);
+        return Ok(output.object(&Message { message: &envelope, deliveries: &rows, coalesced: &coalesced })?);
     }
     output.line(&format!("{}  message {}", output.paint(Tone::Strong, &plain(&envelope.topic)), envelope.id))?;
     tell_envelope(output, &envelope)?;
+    for one in &coalesced {
+        let whose = format!("{}/{}", plain(&one.application), plain(&one.subscription));
+        output.line(&format!("coalesced  into delivery {} of {whose}, which has the same key", one.delivery))?;
+    }
+    if let ([], Some(one)) = (rows.as_slice(), coalesced.first()) {
+        output.line(&format!("next: {}", desk.command(&format!("show {}", one.delivery))))?;
+        return Ok(());
+    }
     if rows.is_empty() {
         output.line("no deliveries: it matched no subscription so far")?;
         output.line(&format!("next: {}", desk.command("subscriptions")))?;
@@ -96,6 +106,9 @@ fn tell(desk: &Desk<'_>, detail: &DeliveryDetail) -> std::io::Result<()> {
     }
     for new in &detail.replays {
         output.line(&format!("replayed   as delivery {new}"))?;
+    }
+    for message in &detail.coalesced {
+        output.line(&format!("stands for message {message}, of the same key"))?;
     }
     timeline(output, detail)?;
     if let Some(due) = list::due(row).filter(|_| row.state == State::Pending) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use postbox::{
     Batch, Database, Envelope, Failure, Metadata, Operation, OperationFailure, Postbox, Postgres, Receipt, Reconciled,
-    ResultExt, Router, Settings, Sqlite, State, Tx, batch, handler, operation,
+    ResultExt, Router, Settings, Sqlite, State, Tx, Unique, batch, handler, operation,
 };
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
@@ -108,11 +108,16 @@ fn routes<Db: Database>() -> Router<Db, Remote> {
         Some(_) => handler(note).named("noted").renamed_from("note"),
         None => handler(note).named("note"),
     };
+    // A doubt ends soon, so that its key is free again.
+    let only = operation(charge).named("only-op").unique(Unique::Refuse).reconcile(find_charge);
+    let only = only.timeout(Duration::from_secs(2)).quiet_period(Duration::ZERO);
     Router::new()
         .on("op.charge", charging)
         .on("plain.note", noting)
         .on("plain.work", handler(work_on).named("work").limit(3))
         .on_batch("batch.note", batch(note_all).up_to(10).within(Duration::from_millis(50)))
+        .on("plain.only", handler(work_on).named("only").unique(Unique::Coalesce).max_attempts(1000))
+        .on("op.only", only)
         .on("chain.one", operation(chain_one).reconcile(find_step))
         .on("chain.two", operation(chain_two).reconcile(find_step))
         .on("chain.three", operation(chain_three).reconcile(find_step))

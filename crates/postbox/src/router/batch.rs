@@ -13,6 +13,7 @@ use crate::lifecycle::Kind;
 use crate::limits::Rate;
 use crate::retention::MIN_KEEP;
 use crate::store::{Database, Start};
+use crate::unique::Unique;
 
 /// The most messages of a batch.
 const MOST: usize = 1000;

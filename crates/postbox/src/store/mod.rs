@@ -11,8 +11,9 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish, MigrationStatus,
-    Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
+    AuditEntry, Cancel, CoalescedRow, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish,
+    MigrationStatus, Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status,
+    SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::keys::Keys;
@@ -22,6 +23,7 @@ use crate::message::{Draft, Envelope};
 use crate::pattern::Pattern;
 use crate::retention::{Keep, Retention};
 use crate::schedule::{ScheduleRow, Scheduled, Wish};
+use crate::unique::Unique;
 
 pub(crate) mod decide;
 pub(crate) mod down;
@@ -30,6 +32,7 @@ pub mod postgres;
 pub mod sqlite;
 pub(crate) mod tokens;
 pub(crate) mod turns;
+pub(crate) mod uniques;
 
 pub use down::Loss;
 
@@ -99,6 +102,13 @@ lends! {
 pub enum Stored {
     /// It is there under this id, if the transaction commits.
     New(Uuid),
+    /// The same, but for subscriptions that take one delivery of a key at a time and have one.
+    Coalesced {
+        /// The message.
+        id: Uuid,
+        /// Those deliveries, which stand for it there.
+        into: Vec<DeliveryId>,
+    },
     /// Its dedup key is taken.
     Duplicate {
         /// By this message.
@@ -149,6 +159,8 @@ pub struct Declared {
     pub limits: Limits,
     /// What holds for those of one key.
     pub keys: Option<Keys>,
+    /// One unfinished delivery of a key at a time.
+    pub unique: Option<Unique>,
 }
 
 /// A worker that wants to start.
@@ -795,6 +807,8 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn list(&self, filter: &Filter, limit: u32) -> impl Verb<Vec<DeliveryRow>>;
     /// One delivery with its history.
     fn show(&self, delivery: DeliveryId) -> impl Verb<Option<DeliveryDetail>>;
+    /// The deliveries that stand for a message.
+    fn coalesced(&self, message: Uuid) -> impl Verb<Vec<CoalescedRow>>;
     /// The deliveries of a message.
     fn deliveries_of(&self, message: Uuid) -> impl Verb<Option<(Envelope, Vec<DeliveryId>)>>;
     /// An operator: dead, cancelled or waiting to pending, now.

@@ -240,6 +240,8 @@ pub(super) async fn show(store: &PgStore, delivery: DeliveryId) -> Result<Option
     let effects = store.dynamic(sql).bind(row.message.to_string()).fetch_all(work.on()).await?;
     let sql = format!("select delivery from {}.late_delivery where replay_of = $1 order by 1 limit 100", store.schema);
     let replays = store.dynamic(sql).bind(delivery).fetch_all(work.on()).await?;
+    let sql = format!("select message from {}.coalesced where delivery = $1 order by 1 limit 100", store.schema);
+    let coalesced = store.dynamic(sql).bind(delivery).fetch_all(work.on()).await?;
     work.rollback().await?;
     Ok(Some(DeliveryDetail {
         idempotency_key: idempotency_key(row.message, delivery),
@@ -249,6 +251,7 @@ pub(super) async fn show(store: &PgStore, delivery: DeliveryId) -> Result<Option
         records: records.iter().map(record_row).collect::<Result<_, _>>()?,
         effects: effects.iter().map(|r| Ok((r.try_get("id")?, r.try_get("topic")?))).collect::<Result<_, Error>>()?,
         replays: replays.iter().map(|r| r.try_get("delivery")).collect::<Result<_, _>>()?,
+        coalesced: coalesced.iter().map(|r| r.try_get("message")).collect::<Result<_, _>>()?,
         row,
     }))
 }

@@ -32,7 +32,7 @@ macro_rules! migration {
 /// The first migration of the present shape: those before it make the tables and functions of the earlier one.
 const PRESENT: usize = 7;
 
-pub(super) const MIGRATIONS: [Migration; 12] = [
+pub(super) const MIGRATIONS: [Migration; 13] = [
     migration!("0001", "engine", holds_data: true),
     migration!("0002", "pull", holds_data: false),
     migration!("0003", "roles", holds_data: false),
@@ -45,10 +45,11 @@ pub(super) const MIGRATIONS: [Migration; 12] = [
     migration!("0010", "schedules", holds_data: false),
     migration!("0011", "pause_and_priority", holds_data: false),
     migration!("0012", "order", holds_data: false),
+    migration!("0013", "unique", holds_data: false),
 ];
 
-/// The number of a migration.
-fn number(name: &str) -> usize {
+/// The version that this migration leads to.
+fn since(name: &str) -> usize {
     MIGRATIONS.iter().take_while(|migration| migration.name != name).count() + 1
 }
 
@@ -62,15 +63,17 @@ fn render(text: &str, leaves: usize, schema: &str, channel: &str) -> String {
         ),
         false => (
             match leaves {
-                _ if leaves < number("pause_and_priority") => {
+                _ if leaves < since("pause_and_priority") => {
                     include_str!("migrations/earlier/publish_without_priority.sql")
                 }
-                _ if leaves < number("order") => include_str!("migrations/earlier/publish_without_lanes.sql"),
+                _ if leaves < since("order") => include_str!("migrations/earlier/publish_without_lanes.sql"),
+                _ if leaves < since("unique") => include_str!("migrations/earlier/publish_without_unique.sql"),
                 _ => include_str!("publish.sql"),
             },
-            short_ways(match leaves < number("order") {
-                true => include_str!("migrations/earlier/publish_one_without_lanes.sql"),
-                false => include_str!("publish_one.sql"),
+            short_ways(match leaves {
+                _ if leaves < since("order") => include_str!("migrations/earlier/publish_one_without_lanes.sql"),
+                _ if leaves < since("unique") => include_str!("migrations/earlier/publish_one_without_unique.sql"),
+                _ => include_str!("publish_one.sql"),
             }),
             include_str!("retain_functions.sql"),
         ),

@@ -24,6 +24,7 @@ mod roles;
 mod schedules;
 mod settle;
 mod takeover;
+mod unique;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,10 +40,11 @@ use uuid::Uuid;
 use self::lanes::FAR;
 use self::marks::Marks;
 use self::promote::Promoted;
-use self::publish::Fans;
+use self::publish::{Fans, Refusing};
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish, MigrationStatus,
-    Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
+    AuditEntry, Cancel, CoalescedRow, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish,
+    MigrationStatus, Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status,
+    SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::Kind;
@@ -52,6 +54,7 @@ use crate::schedule::{ScheduleRow, Scheduled, Wish};
 use crate::settings::Settings;
 use crate::store::lanes::{Balanced, FIRST_HELD, FIRST_LANE, LET_THROUGH};
 use crate::store::turns::Turns;
+use crate::store::uniques::Uniques;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, HandlerTx,
     KeyTurn, LeaseRef, Loss, Move, Observation, Pause, PermitWish, Permits, PullRequest, PulledOne, Pulse,
@@ -85,7 +88,8 @@ macro_rules! statements {
 }
 statements! {
     audit, beat, claim = claim without "many" "lanes", claim_many = claim without "few" "lanes",
-    claim_lanes = claim without "many" "plain", complete, doubt_for_update, doubts, duplicates, history, keys_aside, keys_block, keys_free, keys_list, lanes, lanes_free, lanes_leave, lanes_take, learn_routes, leftover, lock_holders,
+    claim_lanes = claim without "many" "plain", complete, doubt_for_update, doubts, duplicates, free_keys, history, keys_aside,
+    keys_block, keys_free, keys_list, lanes, lanes_free, lanes_leave, lanes_take, learn_routes, leftover, lock_holders,
     look, moves, permits, tokens, only_moves = moves without "ended", next_due, part_exists, paused, promote, publish, publish_checked,
     publish_one = publish_one without "several", publish_several = publish_one without "one", pull, replay, resolution, retain_preview, roles,
     schedules_due, schedules_look,
@@ -145,6 +149,7 @@ pub struct PgStore {
     marks: Arc<Marks>,
     turns: Arc<Turns>,
     fans: Arc<Fans>,
+    uniques: Arc<Uniques>,
     promoted: Arc<Promoted>,
     balanced: Arc<Balanced>,
     /// The last claim found nothing, and nobody has rung since.
@@ -400,6 +405,7 @@ impl Store for PgStore {
             marks: Arc::default(),
             turns: Arc::default(),
             fans: Arc::default(),
+            uniques: Arc::default(),
             promoted: Arc::default(),
             balanced: Arc::default(),
             calm: Arc::default(),
@@ -446,7 +452,7 @@ impl Store for PgStore {
         store: &Self,
         messages: &[Draft],
     ) -> Result<Vec<Stored>, PublishError> {
-        publish::publish(connection, store, messages).await
+        publish::publish(connection, store, messages, Refusing::Callers).await
     }
 
     async fn lock_key(connection: &mut PgConnection, store: &Self, key: &str) -> Result<(), Error> {
@@ -466,6 +472,7 @@ impl Store for PgStore {
     async fn register(&self, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
         self.listen();
         let ids = register::register(self, registration).await?;
+        self.uniques.declared(&registration.subscriptions, &ids);
         // Engines that only speak PostgreSQL's protocol may not know their timeline.
         if let Err(error) = register::suspect(self, registration.worker).await {
             tracing::debug!(%error, "the server does not tell its timeline; a promoted standby goes unnoticed");
@@ -480,7 +487,9 @@ impl Store for PgStore {
     }
 
     async fn declare(&self, application: &str, subscriptions: &[Declared]) -> Result<Vec<SubscriptionId>, Error> {
-        register::declare(self, application, subscriptions).await
+        let ids = register::declare(self, application, subscriptions).await?;
+        self.uniques.declared(subscriptions, &ids);
+        Ok(ids)
     }
 
     async fn stored(&self, application: &str, name: &str) -> Result<Option<(SubscriptionId, Kind)>, Error> {
@@ -637,6 +646,7 @@ impl Store for PgStore {
             self.schema
         );
         let removed = self.dynamic(sql).execute(work.on()).await?.rows_affected();
+        unique::tidy(self, &mut work).await?;
         work.commit().await?;
         // A transaction of its own: for a moment it holds a lock that publishers wait for.
         let mut work = self.work().await?;
@@ -700,6 +710,10 @@ impl Store for PgStore {
 
     async fn show(&self, delivery: DeliveryId) -> Result<Option<DeliveryDetail>, Error> {
         admin::show(self, delivery).await
+    }
+
+    async fn coalesced(&self, message: Uuid) -> Result<Vec<CoalescedRow>, Error> {
+        unique::coalesced(self, message).await
     }
 
     async fn deliveries_of(&self, message: Uuid) -> Result<Option<(Envelope, Vec<DeliveryId>)>, Error> {

@@ -7,7 +7,7 @@ use sqlx::postgres::PgRow;
 
 use super::admin::{Action, find, lost_race, moved_on, record};
 use super::lanes::{self, LEVELS};
-use super::{PgStore, Work, keys, settle};
+use super::{PgStore, Work, keys, settle, unique};
 use crate::admin::{AuditEntry, Cancel, Retry, Wish, no_delivery};
 use crate::error::Error;
 use crate::lifecycle::{Kind, Standing, State, transition};
@@ -133,9 +133,17 @@ async fn carry_out(store: &PgStore, delivery: DeliveryId, wish: Wish<'_>) -> Res
     if let Some(error) = declared.try_get::<bool, _>("removed")?.then(|| wish.nobody(delivery)).flatten() {
         return Err(lost_race(store, work, wish.actor, wish.refused, wish.reason, delivery, error).await);
     }
+    let message = row.try_get("message")?;
+    // One that waits has its key already.
+    if matches!(state, State::Dead | State::Cancelled)
+        && next.standing.state == State::Pending
+        && let Some(error) = unique::again(store, &mut work, (delivery, subscription, message)).await?
+    {
+        return Err(lost_race(store, work, wish.actor, wish.refused, wish.reason, delivery, error).await);
+    }
     let moved = Move {
         delivery,
-        message: row.try_get("message")?,
+        message,
         subscription,
         priority: row.try_get("priority")?,
         rev: rev + 1,

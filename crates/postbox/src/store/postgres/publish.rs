@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Mutex;
 
+use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
@@ -78,12 +79,27 @@ fn some<T>(column: Vec<Option<T>>) -> Option<Vec<Option<T>>> {
     column.iter().any(Option::is_some).then_some(column)
 }
 
+/// Who is told that a key is in flight, where a subscription refuses a second delivery of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refusing {
+    /// The caller, who publishes nothing then.
+    Callers,
+    /// Nobody could do anything about it: the delivery in flight stands for the message.
+    Nobody,
+}
+
 pub(super) async fn publish(
     connection: &mut PgConnection,
     store: &PgStore,
     drafts: &[Draft],
+    refusing: Refusing,
 ) -> Result<Vec<Stored>, PublishError> {
     if store.through_function {
+        if refusing == Refusing::Nobody {
+            // The function has no argument for it.
+            let sql = "select pg_catalog.set_config('postbox.refusals', 'coalesce', true)";
+            store.query(sql).execute(&mut *connection).await?;
+        }
         return through_function(connection, store, drafts).await;
     }
     if let [draft] = drafts
@@ -118,12 +134,13 @@ pub(super) async fn publish(
             .bind(some(columns.bodies))
             .bind(some(columns.content_types))
             .bind(some(columns.priorities))
+            .bind(refusing == Refusing::Callers)
             .fetch_all(&mut *connection)
             .await?;
         for row in rows {
             let ord: i64 = row.try_get("ord")?;
             if row.try_get("stored")? {
-                stored[open[ord as usize - 1]] = Some(Stored::New(row.try_get("id")?));
+                stored[open[ord as usize - 1]] = Some(new(&row)?);
             }
         }
         let taken: Vec<usize> = open.into_iter().filter(|i| stored[*i].is_none()).collect();
@@ -138,6 +155,15 @@ pub(super) async fn publish(
         .into_iter()
         .map(|s| s.ok_or_else(|| sqlx::Error::Protocol("a dedup key keeps changing hands; try again".into()).into()))
         .collect()
+}
+
+/// A message that is there now.
+fn new(row: &PgRow) -> Result<Stored, PublishError> {
+    let id = row.try_get("id")?;
+    Ok(match row.try_get::<Option<Vec<i64>>, _>("coalesced")? {
+        Some(into) => Stored::Coalesced { id, into },
+        None => Stored::New(id),
+    })
 }
 
 /// Which way the last message of each topic went: the one to try first, no more.
@@ -264,7 +290,7 @@ async fn through_function(
             .await?;
         let id: Uuid = row.try_get("id")?;
         stored.push(match row.try_get("stored")? {
-            true => Stored::New(id),
+            true => new(&row)?,
             false => Stored::Duplicate { existing: id, same_body: row.try_get("same_body")? },
         });
     }

@@ -47,17 +47,33 @@ fan as materialized (
         end as deliveries
     from (
         select i.*,
-            coalesce(
-                -- An older epoch's routes go with it; a stricter snapshot may hold them still.
-                (select t.subscriptions from {schema}.route t
-                    where t.topic = i.topic and t.epoch = (select r.epoch from routing r)),
-                -- As learn_routes.sql has them: those that go by lanes are negative.
-                array(select case when s.per_key is null then s.id else -s.id end from {schema}.subscription s
-                    where s.removed_at is null and i.topic ~ s.matcher order by s.id)) as subscriptions
+            -- As learn_routes.sql has them: those that go by lanes are negative.
+            coalesce(t.subscriptions, array(select case when s.per_key is null then s.id else -s.id end from {schema}.subscription s
+                where s.removed_at is null and i.topic ~ s.matcher order by s.id)) as subscriptions,
+            case when t.subscriptions is null then nullif(array(select u.subscription from {schema}.one_per_key u), '{}')
+                else t.uniques end as uniques
         from input i
+        left join lateral (
+            -- An older epoch's routes go with it; a stricter snapshot may hold them still.
+            select t.subscriptions, t.uniques from {schema}.route t
+            where t.topic = i.topic and t.epoch = (select r.epoch from routing r)
+            offset 0
+        ) t on true
         where i.dedup_key is null or i.id in (select f.message from fresh f)
         offset 0
     ) k
+),
+-- Deliveries that are not made: of a key of which there is one that is unfinished.
+held as materialized (
+    select h.message, h.delivery, h.holder
+    from (
+        select pg_catalog.array_agg(d.subscription) as subscriptions, pg_catalog.array_agg(f.key) as keys,
+            pg_catalog.array_agg(f.id) as messages, pg_catalog.array_agg(d.delivery) as deliveries
+        from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
+        where f.uniques is not null and f.key is not null and d.subscription = any (f.uniques)
+        having pg_catalog.count(*) > 0
+    ) a
+    cross join lateral {schema}.take_keys(a.subscriptions, a.keys, a.messages, a.deliveries, $18::pg_catalog.bool) h
 ),
 stored as (
     insert into {schema}.message (id, epoch, topic, key, payload, headers, occurred_at, due_at, source,
@@ -65,8 +81,13 @@ stored as (
     select f.id, (select r.epoch from routing r), f.topic, f.key, f.payload::pg_catalog.json, f.headers::pg_catalog.json,
         pg_catalog.to_timestamp(f.occurred_us::double precision / 1000000::double precision), f.due_at, f.source,
         f.external_id, f.correlation_id, f.causation_id, f.max_attempts,
-        case when pg_catalog.cardinality(f.deliveries) = 1 then f.deliveries[1] end,
-        case when pg_catalog.cardinality(f.deliveries) > 1 then f.deliveries end, f.body, f.content_type, nullif(f.priority, 0)
+        case when pg_catalog.cardinality(f.deliveries) = 1 and f.uniques is null then f.deliveries[1] end,
+        case
+            when f.uniques is not null then nullif(array(
+                select d.delivery from pg_catalog.unnest(f.deliveries) as d(delivery)
+                where d.delivery not in (select h.delivery from held h) order by d.delivery), '{}')
+            when pg_catalog.cardinality(f.deliveries) > 1 then f.deliveries
+        end, f.body, f.content_type, nullif(f.priority, 0)
     from fan f
 ),
 readied as (
@@ -75,7 +96,7 @@ readied as (
         case when d.subscription > 0 then coalesce(f.priority, 0::smallint) else {schema}.lane_of(f.key, d.delivery) end,
         (d.delivery >> 20) & 3::bigint, d.delivery, d.delivery, f.id, 0, 0, 0
     from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
-    where f.due_at is null
+    where f.due_at is null and d.delivery not in (select h.delivery from held h)
 ),
 later as (
     insert into {schema}.scheduled (delivery, due_at, subscription, priority, message, attempt, lost, rev)
@@ -83,7 +104,7 @@ later as (
         case when d.subscription > 0 then coalesce(f.priority, 0::smallint) else {schema}.lane_of(f.key, d.delivery) end,
         f.id, 0, 0, 0
     from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
-    where f.due_at is not null
+    where f.due_at is not null and d.delivery not in (select h.delivery from held h)
 ),
 nobody as (
     insert into {schema}.unrouted (message, topic, epoch)
@@ -95,6 +116,10 @@ select i.ord, i.id,
         -- Tells a worker that said it would sleep; a busy one is not told, because NOTIFY costs.
         select pg_catalog.count(pg_catalog.pg_notify(r.channel, ''))
         from routing r where exists (select from {schema}.worker w where w.asleep)
-    ) >= 0 as stored
+    ) >= 0 as stored,
+    c.holders as coalesced
 from input i
+left join (
+    select h.message, pg_catalog.array_agg(h.holder order by h.delivery) as holders from held h group by h.message
+) c on c.message = i.id
 order by i.ord

@@ -2,7 +2,7 @@
 -- $4 headers, $5 delay in milliseconds, $6 due and $14 occurred in microseconds, $7 dedup key, $8 its
 -- window in milliseconds, $9 max attempts, $10 external id, $11 source, $12 correlation id, $13 causation
 -- id, $15 bytes instead of a payload, $16 their content type, $17 priority.
-select p.id, p.stored, p.same_body
+select p.id, p.stored, p.same_body, p.coalesced
 from {schema}.publish_checked(
     topic => $1, payload => $2::pg_catalog.jsonb, key => $3, headers => $4::pg_catalog.jsonb,
     after => interval '1 millisecond' * $5::bigint::double precision,

@@ -15,9 +15,11 @@ with fan as materialized (
     where t.topic = $1
         -- {one
         and pg_catalog.cardinality(t.subscriptions) = 1
+        and t.uniques is null
         -- one}
         -- {several
         and pg_catalog.cardinality(t.subscriptions) > 1
+        and t.uniques is null
         -- several}
         -- As in publish.sql: a stricter snapshot may be older than the lock on message.
         and pg_catalog.current_setting('transaction_isolation') = 'read committed'

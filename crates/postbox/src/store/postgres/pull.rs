@@ -6,7 +6,7 @@ use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::read::Items;
-use super::{PgStore, promote};
+use super::{PgStore, promote, unique};
 use crate::error::Error;
 use crate::lifecycle::Kind;
 use crate::priority::Priority;
@@ -111,9 +111,12 @@ pub(super) async fn complete(
         .bind(outcome.rev)
         .bind(outcome.subscription)
         .bind(outcome.message)
-        .fetch_one(caller)
+        .fetch_one(&mut *caller)
         .await?;
     if row.try_get::<i64, _>("held")? > 0 {
+        if store.uniques.has(outcome.subscription) {
+            unique::free(store, caller, vec![outcome.delivery]).await?;
+        }
         return Ok(Completion::Done);
     }
     let mut work = store.work().await?;

@@ -3,7 +3,7 @@
 use sqlx::Row;
 use uuid::Uuid;
 
-use super::{PgStore, Work, lanes, limits, millis, retain};
+use super::{PgStore, Work, lanes, limits, millis, retain, unique};
 use crate::error::Error;
 use crate::keys::Keys;
 use crate::lifecycle::Kind;
@@ -63,6 +63,7 @@ async fn route(
         if declared.keys.is_some() {
             lanes::declare(store, work, id).await?;
         }
+        rerouted |= unique::declare(store, work, id, declared).await?;
         if let Some(other) = ids.iter().position(|known| *known == id) {
             return Err(same_stored(&subscriptions[other].name, &declared.name));
         }
@@ -87,12 +88,14 @@ async fn unchanged(
     let sql = format!(
         "select s.id from {0}.subscription s cross join {0}.routing r
          left join {0}.flow_limit f on f.subscription = s.id
+         left join {0}.one_per_key u on u.subscription = s.id
          where s.application = $1 and s.name = $2 and s.kind = $3 and s.max_attempts = $4 and s.retry_base_ms = $5
              and s.retry_cap_ms = $6 and s.reconciles = $7 and s.continues = $8 and s.pattern = $9 and s.timeout_ms = $10
              and s.quiet_ms = $11 and s.keep_succeeded_ms = $12 and s.keep_dead_ms = $13 and s.idempotent = $14
              and s.removed_at is null and r.channel = $15 and f.at_once is not distinct from $16
              and f.token_us is not distinct from $17 and f.burst is not distinct from $18
-             and s.per_key is not distinct from $19 and s.ordered = $20 and s.on_dead = $21",
+             and s.per_key is not distinct from $19 and s.ordered = $20 and s.on_dead = $21
+             and u.policy is not distinct from $22",
         store.schema
     );
     let mut ids = Vec::with_capacity(subscriptions.len());
@@ -124,6 +127,7 @@ async fn unchanged(
             .bind(keys.0)
             .bind(keys.1)
             .bind(keys.2)
+            .bind(declared.unique.map(|unique| unique.as_str()))
             .fetch_optional(work.on())
             .await?;
         match found {

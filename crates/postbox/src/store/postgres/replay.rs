@@ -4,7 +4,7 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use super::admin::{GIVEN, Page, filtered, find, lost_race, places};
-use super::{PgStore, Work, retain, timestamp};
+use super::{PgStore, Work, retain, timestamp, unique};
 use crate::admin::{AuditEntry, COUNTED, Filter, Replay, ReplayCount, Replayed, no_delivery};
 use crate::error::Error;
 use crate::lifecycle::{Kind, State};
@@ -49,6 +49,9 @@ pub(super) async fn one(store: &PgStore, delivery: DeliveryId, replay: &Replay) 
         )));
     }
     if let Some(error) = refused {
+        return Err(lost_race(store, work, &replay.actor, "replay refused", &replay.reason, delivery, error).await);
+    }
+    if let Some(error) = unique::again(store, &mut work, (delivery, ended.subscription, ended.message)).await? {
         return Err(lost_race(store, work, &replay.actor, "replay refused", &replay.reason, delivery, error).await);
     }
     let rows = make(store, &mut work, &[ended], replay, replay.action(operation)).await?;

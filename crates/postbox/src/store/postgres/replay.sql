@@ -1,13 +1,28 @@
 -- New deliveries of ended ones' messages, due now, each with its entry in the audit. Arrays in order:
 -- $1 the ended deliveries, $2 their messages, $3 their subscriptions, $4 their states;
 -- $5 actor, $6 action, $7 reason.
-with made as materialized (
+with wide as materialized (
     select o.ord, o.delivery, o.message, o.subscription, o.state, pg_catalog.nextval('{schema}.delivery_id') as fresh
     from (
         select e.* from unnest($1::bigint[], $2::pg_catalog.uuid[], $3::int[], $4::pg_catalog.text[])
             with ordinality as e(delivery, message, subscription, state, ord)
         order by e.ord
     ) o
+),
+-- Those of a key of which there is one that is unfinished are not made.
+held as materialized (
+    select h.delivery, h.holder
+    from (
+        select pg_catalog.array_agg(w.subscription) as subscriptions, pg_catalog.array_agg(m.key) as keys,
+            pg_catalog.array_agg(w.message) as messages, pg_catalog.array_agg(w.fresh) as numbers
+        from wide w join {schema}.message m on m.id = w.message
+        where m.key is not null and exists (select from {schema}.one_per_key u where u.subscription = w.subscription)
+        having pg_catalog.count(*) > 0
+    ) a
+    cross join lateral {schema}.take_keys(a.subscriptions, a.keys, a.messages, a.numbers, false) h
+),
+made as materialized (
+    select w.* from wide w where w.fresh not in (select h.delivery from held h)
 ),
 kept as (
     insert into {schema}.late_delivery (message, delivery, subscription, replay_of)

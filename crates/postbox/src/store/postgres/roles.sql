@@ -46,6 +46,14 @@ begin
             ('rotate', true, array['worker']),
             ('forget_routes', true, array[]::pg_catalog.text[]),
             ('open_windows', true, array['worker']),
+            ('take_keys', true, array['worker', 'operator']),
+            ('take_key_again', true, array['worker', 'operator']),
+            ('free_keys', true, array['worker']),
+            ('tidy_keys', true, array['worker']),
+            ('declare_unique', true, array['worker']),
+            ('unique_in_flight', false, array['worker']),
+            ('route_uniques', true, array[]::pg_catalog.text[]),
+            ('unfinished', false, array[]::pg_catalog.text[]),
             ('cut_window', false, array[]::pg_catalog.text[]),
             ('window_width', false, array[]::pg_catalog.text[]),
             ('uuid_at', false, array['worker', 'operator', 'viewer']),
@@ -104,6 +112,9 @@ begin
         if pg_catalog.to_regclass('{schema}.lane') is not null then
             given := pg_catalog.array_append(given,
                 'select, insert, update, delete on {schema}.lane, {schema}.key_state');
+        end if;
+        if pg_catalog.to_regclass('{schema}.one_per_key') is not null then
+            given := pg_catalog.array_append(given, 'select on {schema}.one_per_key, {schema}.coalesced');
         end if;
         -- A subscription may be declared anew; whether it is paused is an operator's word.
         execute pg_catalog.format('revoke update on {schema}.subscription from %I', '{schema}_worker');
@@ -164,6 +175,7 @@ begin
                     'unrouted', 'dedup', 'ready', 'scheduled', 'worker', 'lease', 'attempt', 'outcome', 'outcome_part',
                     'doubt', 'dead_letter', 'resolution', 'observation', 'audit_counter', 'audit', 'retention', 'thinned',
                     'message_window', 'ring', 'reference', 'flow_limit', 'permit', 'schedule', 'lane', 'key_state',
+                    'one_per_key', 'key_holder', 'coalesced',
                     'attempts', 'leased', 'delivery']::pg_catalog.name[])
         loop
             execute pg_catalog.format('grant select on %s to %I', door.name, pg_catalog.concat('{schema}_', holder));

@@ -15,7 +15,7 @@ use crate::error::Error;
 use crate::message::Draft;
 use crate::planted::planted;
 use crate::schedule::{Decided, Place, Plan, ScheduleRow, Scheduled, Wish, decide, fire, tell_of};
-use crate::store::{IN_OTHER_HANDS, Ticked};
+use crate::store::{IN_OTHER_HANDS, Stored, Ticked};
 
 /// Schedules whose ticks are published in one transaction.
 const AT_ONCE: i64 = 100;
@@ -86,8 +86,8 @@ async fn look(store: &PgStore) -> Result<Option<Duration>, Error> {
 
 /// A tick that is there already was published: that is what its dedup key is for.
 async fn send(store: &PgStore, work: &mut Work, drafts: &[Draft]) -> Result<usize, Error> {
-    let stored = publish::publish(work.on(), store, drafts).await?;
-    Ok(stored.iter().filter(|stored| matches!(stored, crate::store::Stored::New(_))).count())
+    let stored = publish::publish(work.on(), store, drafts, publish::Refusing::Nobody).await?;
+    Ok(stored.iter().filter(|stored| !matches!(stored, Stored::Duplicate { .. })).count())
 }
 
 pub(super) async fn rescheduled(store: &PgStore) {

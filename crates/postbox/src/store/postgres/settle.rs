@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::{BEGIN_DURABLE, PgStore, Work, doubt, keys, micros, millis, publish};
+use super::publish::Refusing;
+use super::{BEGIN_DURABLE, PgStore, Work, doubt, keys, micros, millis, publish, unique};
 use crate::crash;
 use crate::error::Error;
 use crate::lifecycle::State;
@@ -28,7 +29,9 @@ pub(super) async fn settle(store: &PgStore, settle: &Settle) -> Result<Guarded, 
     // Those that others of their key wait for.
     let awaited = settle.moves.iter().any(|m| m.leads && plain_success(m).is_some());
     // Nothing but the one statement: it is the whole transaction, and says itself that its commit is durable.
+    let ended = store.uniques.ended(settle);
     let single = store.alone()
+        && ended.is_empty()
         && settle.moves.iter().all(|m| plain_success(m).is_some())
         && settle.released.is_empty()
         && settle.seen.is_empty()
@@ -124,6 +127,7 @@ async fn write_rest(store: &PgStore, work: &mut Work, settle: &Settle) -> Result
     let mut moves: Vec<Move> = settle.moves.iter().filter(|m| plain_success(m).is_none()).cloned().collect();
     moves.extend(settle.released.iter().map(decide::released));
     apply(store, work.on(), &moves, Some(settle.lease)).await?;
+    unique::free(store, work.on(), store.uniques.ended(settle)).await?;
     // Those that others of their key wait for.
     let awaited = settle.moves.iter().filter(|m| m.leads && plain_success(m).is_some());
     keys::follow(store, work.on(), awaited).await?;
@@ -192,7 +196,7 @@ fn row(ord: usize, m: &Move, lease: Option<LeaseRef>) -> Value {
 /// already: that is what its key is for.
 pub(super) async fn follow(store: &PgStore, connection: &mut PgConnection, drafts: &[Draft]) -> Result<(), Error> {
     for draft in drafts {
-        let stored = publish::publish(connection, store, std::slice::from_ref(draft)).await?;
+        let stored = publish::publish(connection, store, std::slice::from_ref(draft), Refusing::Nobody).await?;
         if let [Stored::Duplicate { existing, same_body: false }] = stored.as_slice() {
             tracing::warn!(topic = draft.topic, %existing, "a follow-up's dedup key is taken by a message with another body; the first is kept");
         }
@@ -228,7 +232,9 @@ pub(super) async fn settle_open(
         xid = store.query(OWN_XID).fetch_one(work.on()).await?.try_get("xid")?;
     }
     let record = outcome.outcome.as_ref();
-    if !follow_ups.is_empty() {
+    // Of one that has its key for itself, they come after its end: they may be of that key.
+    let unique = store.uniques.has(outcome.subscription);
+    if !follow_ups.is_empty() && !unique {
         // Not outside of the handler's transaction, if that is over.
         let row = store.query(OWN_XID).fetch_one(work.on()).await?;
         if row.try_get::<String, _>("xid")? != xid {
@@ -262,6 +268,10 @@ pub(super) async fn settle_open(
     }
     if outcome.leads {
         keys::follow(store, work.on(), std::iter::once(outcome)).await?;
+    }
+    if unique {
+        unique::free(store, work.on(), vec![outcome.delivery]).await?;
+        follow(store, work.on(), follow_ups).await?;
     }
     crash::commit("outcome-commit-sent", work.commit()).await?;
     Ok(Guarded::Done)

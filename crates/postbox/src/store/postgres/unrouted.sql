@@ -23,16 +23,31 @@ gone as (
     delete from {schema}.unrouted u using picked p where u.message = p.message
     returning u.message, u.topic, p.taker_epoch
 ),
-fan as materialized (
+wide as materialized (
     select f.*, pg_catalog.nextval('{schema}.delivery_id') as delivery
     from (
-        select g.message, s.id as subscription, m.due_at, coalesce(m.priority, 0::smallint) as priority
+        select g.message, s.id as subscription, m.key, m.due_at, coalesce(m.priority, 0::smallint) as priority
         from gone g
         join {schema}.subscription s
             on s.epoch = g.taker_epoch and s.removed_at is null and s.start = 'unrouted' and g.topic ~ s.matcher
         join {schema}.message m on m.id = g.message
         order by g.message, s.id
     ) f
+),
+-- Of a subscription that takes one delivery of a key at a time, the first has it.
+held as materialized (
+    select h.delivery
+    from (
+        select pg_catalog.array_agg(w.subscription) as subscriptions, pg_catalog.array_agg(w.key) as keys,
+            pg_catalog.array_agg(w.message) as messages, pg_catalog.array_agg(w.delivery) as numbers
+        from wide w
+        where w.key is not null and exists (select from {schema}.one_per_key u where u.subscription = w.subscription)
+        having pg_catalog.count(*) > 0
+    ) a
+    cross join lateral {schema}.take_keys(a.subscriptions, a.keys, a.messages, a.numbers, false) h
+),
+fan as materialized (
+    select w.* from wide w where w.delivery not in (select h.delivery from held h)
 ),
 kept as (
     insert into {schema}.late_delivery (message, delivery, subscription)

@@ -6,7 +6,7 @@
 use sqlx::SqliteConnection;
 use uuid::Uuid;
 
-use super::{SqliteStore, json_of};
+use super::{SqliteStore, json_of, unique};
 use crate::error::Error;
 use crate::store::SubscriptionId;
 
@@ -119,6 +119,7 @@ struct Page {
 }
 
 async fn fan_out(db: &mut SqliteConnection, page: Page, takers: &[SubscriptionId]) -> Result<(), Error> {
+    unique::lenient(db, true).await?;
     sqlx::query(include_str!("backfill.sql"))
         .bind(page.after)
         .bind(page.last)
@@ -127,8 +128,9 @@ async fn fan_out(db: &mut SqliteConnection, page: Page, takers: &[SubscriptionId
         .bind(json_of(takers)?)
         .bind(!page.scan)
         .bind(page.scan)
-        .execute(db)
+        .execute(&mut *db)
         .await?;
+    unique::lenient(db, false).await?;
     Ok(())
 }
 

@@ -16,7 +16,7 @@ use crate::settings::Settings;
 use crate::store::down::{Holdings, Loss, too_far};
 
 /// Version and name are the position and the file's; up and down.
-pub(super) const MIGRATIONS: [(&str, &str, &str); 6] = [
+pub(super) const MIGRATIONS: [(&str, &str, &str); 7] = [
     ("engine", include_str!("migrations/0001_engine.sql"), include_str!("migrations/0001_engine.down.sql")),
     ("successes", include_str!("migrations/0002_successes.sql"), include_str!("migrations/0002_successes.down.sql")),
     ("limits", include_str!("migrations/0003_limits.sql"), include_str!("migrations/0003_limits.down.sql")),
@@ -27,6 +27,7 @@ pub(super) const MIGRATIONS: [(&str, &str, &str); 6] = [
         include_str!("migrations/0005_pause_and_priority.down.sql"),
     ),
     ("order", include_str!("migrations/0006_order.sql"), include_str!("migrations/0006_order.down.sql")),
+    ("unique", include_str!("migrations/0007_unique.sql"), include_str!("migrations/0007_unique.down.sql")),
 ];
 
 pub(super) const HEAD: &str = "create table if not exists postbox_migration (

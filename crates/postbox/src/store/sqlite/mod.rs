@@ -40,6 +40,7 @@ mod schedules;
 mod settle;
 mod show;
 mod takeover;
+mod unique;
 mod wake;
 mod work;
 
@@ -52,8 +53,9 @@ use sqlx::{Row, Sqlite, SqliteConnection, SqlitePool};
 use uuid::Uuid;
 
 use crate::admin::{
-    AuditEntry, Cancel, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish, MigrationStatus,
-    Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status, SubscriptionRow,
+    AuditEntry, Cancel, CoalescedRow, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish,
+    MigrationStatus, Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status,
+    SubscriptionRow,
 };
 use crate::content::Content;
 use crate::error::{Error, PublishError};
@@ -64,6 +66,7 @@ use crate::schedule::{ScheduleRow, Scheduled, Wish};
 use crate::settings::Settings;
 use crate::store::lanes::Balanced;
 use crate::store::turns::Turns;
+use crate::store::uniques::Uniques;
 use crate::store::{
     Answered, Beat, ClaimRequest, Claimed, Completion, Declared, DeliveryId, Doubtful, Ended, Fate, Guarded, KeyTurn,
     LeaseRef, Loss, Move, Observation, Pause, PermitWish, Permits, PullRequest, PulledOne, Pulse, Registration, Settle,
@@ -93,6 +96,7 @@ struct Shared {
     bell: wake::Bell,
     turns: Turns,
     balanced: Balanced,
+    uniques: Uniques,
     options: sqlx::sqlite::SqliteConnectOptions,
     busy: Duration,
 }
@@ -182,6 +186,7 @@ impl Store for SqliteStore {
                 bell: wake::Bell::new(opened.options.clone(), settings.wake_ups()?),
                 turns: Turns::default(),
                 balanced: Balanced::default(),
+                uniques: Uniques::default(),
                 options: opened.options,
                 busy: opened.busy,
             }),
@@ -246,7 +251,9 @@ impl Store for SqliteStore {
     }
 
     async fn register(&self, registration: &Registration) -> Result<Vec<SubscriptionId>, Error> {
-        register::register(self, registration).await
+        let ids = register::register(self, registration).await?;
+        self.shared.uniques.declared(&registration.subscriptions, &ids);
+        Ok(ids)
     }
 
     async fn revive(&self, registration: &Registration, subscriptions: &[SubscriptionId]) -> Result<(), Error> {
@@ -254,7 +261,9 @@ impl Store for SqliteStore {
     }
 
     async fn declare(&self, application: &str, subscriptions: &[Declared]) -> Result<Vec<SubscriptionId>, Error> {
-        register::declare(self, application, subscriptions).await
+        let ids = register::declare(self, application, subscriptions).await?;
+        self.shared.uniques.declared(subscriptions, &ids);
+        Ok(ids)
     }
 
     async fn stored(&self, application: &str, name: &str) -> Result<Option<(SubscriptionId, Kind)>, Error> {
@@ -399,6 +408,7 @@ impl Store for SqliteStore {
     }
 
     async fn tidy(&self) -> Result<u64, Error> {
+        unique::tidy(self).await?;
         publish::tidy(self).await
     }
 
@@ -443,6 +453,10 @@ impl Store for SqliteStore {
 
     async fn show(&self, delivery: DeliveryId) -> Result<Option<DeliveryDetail>, Error> {
         show::show(self, delivery).await
+    }
+
+    async fn coalesced(&self, message: Uuid) -> Result<Vec<CoalescedRow>, Error> {
+        unique::coalesced(self, message).await
     }
 
     async fn deliveries_of(&self, message: Uuid) -> Result<Option<(Envelope, Vec<DeliveryId>)>, Error> {

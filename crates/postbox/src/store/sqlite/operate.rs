@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::admin::{Action, lost_race, moved_on, record};
 use super::work::Work;
-use super::{SqliteStore, keys, settle};
+use super::{SqliteStore, keys, settle, unique};
 use crate::admin::{AuditEntry, Cancel, Retry, Wish, no_delivery};
 use crate::error::Error;
 use crate::lifecycle::{Kind, Standing, State, transition};
@@ -73,6 +73,15 @@ async fn carry_out(store: &SqliteStore, delivery: DeliveryId, wish: Wish<'_>) ->
         return Err(lost_race(store, work, who, delivery, error).await);
     }
     let next = transition(now, wish.event, &policy, 0.0).map_err(|e| Error::Refused(e.to_string()))?;
+    // One that waits has its key already.
+    let own = (delivery, found.subscription, found.message);
+    if matches!(state, State::Dead | State::Cancelled)
+        && next.standing.state == State::Pending
+        && let Some(error) = unique::again(work.on(), own).await?
+    {
+        let (who, error) = refused(error);
+        return Err(lost_race(store, work, who, delivery, error).await);
+    }
     let moved = Move {
         delivery,
         message: found.message,

@@ -5,7 +5,7 @@ use sqlx::{Row, SqliteConnection};
 use uuid::Uuid;
 
 use super::lanes::lane_of;
-use super::{SqliteStore, body, millis_up};
+use super::{SqliteStore, body, millis_up, unique};
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Due};
 use crate::planted::planted;
@@ -158,6 +158,8 @@ pub(super) async fn publish(connection: &mut SqliteConnection, drafts: &[Draft])
         sqlx::query(sqlx::AssertSqlSafe(statement(&inputs))).bind(json).execute(&mut *connection).await?;
 
         let mut unsure = Vec::new();
+        let keyed: Vec<(usize, Uuid)> = open.iter().copied().zip(ids.iter().copied()).collect();
+        let keyed: Vec<_> = keyed.into_iter().filter(|(i, _)| drafts[*i].key.is_some()).collect();
         for ((i, id), mut input) in open.into_iter().zip(ids).zip(inputs) {
             if input.dedup_key.is_none() {
                 stored[i] = Some(Stored::New(id));
@@ -165,6 +167,9 @@ pub(super) async fn publish(connection: &mut SqliteConnection, drafts: &[Draft])
                 (input.payload, input.body) = (None, None);
                 unsure.push((i, id, input));
             }
+        }
+        if !keyed.is_empty() {
+            unique::told(connection, &mut stored, &keyed).await?;
         }
         if unsure.is_empty() {
             break;
@@ -174,7 +179,7 @@ pub(super) async fn publish(connection: &mut SqliteConnection, drafts: &[Draft])
         let rows = sqlx::query(include_str!("stored.sql")).bind(json).fetch_all(&mut *connection).await?;
         for ((i, id, _), row) in unsure.into_iter().zip(rows) {
             if row.try_get("stored")? {
-                stored[i] = Some(Stored::New(id));
+                stored[i].get_or_insert(Stored::New(id));
             } else if let Some(existing) = row.try_get("existing")? {
                 let same_body = row.try_get::<bool, _>("same_body")? || planted!("dedup-conflict-swallowed");
                 stored[i] = Some(Stored::Duplicate { existing, same_body });
@@ -191,7 +196,7 @@ pub(super) async fn publish(connection: &mut SqliteConnection, drafts: &[Draft])
 /// already: that is what its key is for.
 pub(super) async fn follow(connection: &mut SqliteConnection, drafts: &[Draft]) -> Result<(), PublishError> {
     for chunk in drafts.chunks(1000) {
-        let stored = publish(connection, chunk).await?;
+        let stored = unique::publish(connection, chunk).await?;
         for (draft, stored) in chunk.iter().zip(stored) {
             if let Stored::Duplicate { existing, same_body: false } = stored {
                 tracing::warn!(topic = draft.topic, %existing, "a follow-up's dedup key is taken by a message with another body; the first is kept");

@@ -4,7 +4,7 @@ use sqlx::SqliteConnection;
 use uuid::Uuid;
 
 use super::alive::Locked;
-use super::{SqliteStore, json_of, lanes, limits, millis, millis_up};
+use super::{SqliteStore, json_of, lanes, limits, millis, millis_up, unique};
 use crate::error::Error;
 use crate::keys::Keys;
 use crate::lifecycle::Kind;
@@ -51,6 +51,7 @@ async fn route(
         if declared.keys.is_some() {
             lanes::declare(db, id).await?;
         }
+        unique::declare(db, id, declared).await?;
         ids.push(id);
         rerouted |= changed;
     }

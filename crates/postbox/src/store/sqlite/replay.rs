@@ -6,7 +6,7 @@ use super::admin::{Action, lost_race, record};
 use super::operate::stands;
 use super::show::{LOOK, WIDER, filtered};
 use super::work::Work;
-use super::{SqliteStore, json_of};
+use super::{SqliteStore, json_of, unique};
 use crate::admin::{AuditEntry, COUNTED, Filter, Replay, ReplayCount, Replayed, no_delivery};
 use crate::error::Error;
 use crate::lifecycle::Kind;
@@ -34,6 +34,11 @@ pub(super) async fn one(store: &SqliteStore, delivery: DeliveryId, replay: &Repl
         return Err(lost_race(store, work, who, delivery, error).await);
     }
     let ended = Ended { delivery, message: found.message, subscription: found.subscription, state };
+    let own = (delivery, ended.subscription, ended.message);
+    if let Some(error) = unique::again(work.on(), own).await? {
+        let who = (replay.actor.as_str(), "replay refused", replay.reason.as_str());
+        return Err(lost_race(store, work, who, delivery, error).await);
+    }
     let (fresh, audit) = make(&mut work, &ended, replay, replay.action(operation)).await?;
     work.commit().await?;
     store.shared.bell.ring();
@@ -159,10 +164,17 @@ pub(super) async fn page(store: &SqliteStore, ended: &[Ended], replay: &Replay) 
     .fetch_all(work.on())
     .await?;
     let wanted: std::collections::HashSet<DeliveryId> = wanted.into_iter().collect();
+    let mut made = 0;
     for ended in ended.iter().filter(|e| wanted.contains(&e.delivery)) {
+        // Of a key that is in flight, that one stands for it.
+        if let Some(holder) = unique::holder(work.on(), ended.subscription, ended.message, ended.delivery).await? {
+            unique::coalesce(work.on(), (holder, ended.subscription, ended.message)).await?;
+            continue;
+        }
         make(&mut work, ended, replay, replay.action(false)).await?;
+        made += 1;
     }
     work.commit().await?;
     store.shared.bell.ring();
-    Ok(wanted.len() as u64)
+    Ok(made)
 }

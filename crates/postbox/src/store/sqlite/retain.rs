@@ -81,10 +81,18 @@ pub(super) async fn retain(store: &SqliteStore, retention: &Retention) -> Result
         .bind(json_of(&freed.iter().map(|(seq, _)| *seq).collect::<Vec<_>>())?)
         .execute(&mut *db)
         .await?;
+    // What they stood for goes with them.
+    let stood: Vec<Uuid> = sqlx::query_scalar(
+        "delete from postbox_coalesced where delivery in (select value from json_each(?1)) returning message",
+    )
+    .bind(&deliveries)
+    .fetch_all(&mut *db)
+    .await?;
     let touched: Vec<String> = expired
         .iter()
         .map(|(_, message, _)| message)
         .chain(freed.iter().map(|(_, message)| message))
+        .chain(&stood)
         .map(|message| message.simple().to_string().to_uppercase())
         .chain(straight().map(|(_, message, _)| message.clone()))
         .collect();
@@ -93,6 +101,7 @@ pub(super) async fn retain(store: &SqliteStore, retention: &Retention) -> Result
          where id in (select unhex(value) from json_each(?1))
              and not exists (select 1 from postbox_delivery d where d.message = postbox_message.id)
              and not exists (select 1 from postbox_unrouted u where u.seq = postbox_message.seq)
+             and not exists (select 1 from postbox_coalesced c where c.message = postbox_message.id)
              and id not in (select h.message from postbox_held h)
              and id not in (
                  select d.message from postbox_succeeded d

@@ -8,7 +8,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, SqliteConnection};
 
 use super::admin::{Action, record};
-use super::{SqliteStore, json_of, publish, timestamp};
+use super::{SqliteStore, json_of, timestamp, unique};
 use crate::admin::AuditEntry;
 use crate::crash;
 use crate::error::Error;
@@ -57,8 +57,8 @@ pub(super) async fn tick(store: &SqliteStore) -> Result<Ticked, Error> {
         };
         let bytes = schedule.plan.payload.get().len().max(1);
         for drafts in fired.drafts.chunks((BYTES / bytes).clamp(1, MESSAGES)) {
-            let stored = publish::publish(work.on(), drafts).await?;
-            published += stored.iter().filter(|stored| matches!(stored, Stored::New(_))).count();
+            let stored = unique::publish(work.on(), drafts).await?;
+            published += stored.iter().filter(|stored| !matches!(stored, Stored::Duplicate { .. })).count();
         }
         fired.tell(&schedule);
         if planted!("tick-apart") {

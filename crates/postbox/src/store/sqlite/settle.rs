@@ -8,7 +8,7 @@ use super::doubt::keep;
 use super::held::Held;
 use super::publish::follow;
 use super::work::Work;
-use super::{SqliteStore, json_of, keys, millis, millis_up};
+use super::{SqliteStore, json_of, keys, millis, millis_up, unique};
 use crate::crash;
 use crate::error::Error;
 use crate::lifecycle::State;
@@ -37,6 +37,7 @@ pub(super) async fn settle(store: &SqliteStore, settle: &Settle) -> Result<Guard
         work.rollback().await?;
         return Ok(Guarded::Fenced);
     }
+    unique::free(work.on(), &store.shared.uniques.ended(settle)).await?;
     if !planted!("follow-ups-apart") {
         follow(work.on(), &settle.follow_ups).await?;
     }
@@ -314,6 +315,9 @@ pub(super) async fn settle_open(
         return Ok(Guarded::Fenced);
     }
     apply(work.on(), std::slice::from_ref(outcome), Some(lease)).await?;
+    if store.shared.uniques.has(outcome.subscription) {
+        unique::free(work.on(), &[outcome.delivery]).await?;
+    }
     follow(work.on(), follow_ups).await?;
     crash::commit("outcome-commit-sent", work.commit()).await?;
     // The handler may have published in it.

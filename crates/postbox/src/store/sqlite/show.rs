@@ -139,6 +139,11 @@ pub(super) async fn show(store: &SqliteStore, delivery: DeliveryId) -> Result<Op
         .bind(delivery)
         .fetch_all(work.on())
         .await?;
+    let coalesced =
+        sqlx::query_scalar("select message from postbox_coalesced where delivery = ?1 order by message limit 100")
+            .bind(delivery)
+            .fetch_all(work.on())
+            .await?;
     work.rollback().await?;
     Ok(Some(DeliveryDetail {
         idempotency_key: idempotency_key(row.message, delivery),
@@ -148,6 +153,7 @@ pub(super) async fn show(store: &SqliteStore, delivery: DeliveryId) -> Result<Op
         records: records.iter().map(record_row).collect::<Result<_, _>>()?,
         effects,
         replays,
+        coalesced,
         row,
     }))
 }
