@@ -20,7 +20,9 @@ impl World {
         let worker = Uuid::from_u128(self.dice.u128(..));
         let late = QUIET + TIMEOUT + LEASE;
         let declares = self.chance(80);
-        let batches = self.chance(70).then_some(Gather { most: 3, within: Duration::from_millis(30) });
+        // Not from the dice: what they decide stays as it is where there are no batches.
+        let batches = worker.as_u128().is_multiple_of(2);
+        let batches = batches.then_some(Gather { most: 3, within: Duration::from_millis(30) });
         let lane = |id| Lane {
             id,
             policy: policy_of(id, declares),
