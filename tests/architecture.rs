@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&[&str]; 10] = [
     // Pure: no clock, no I/O, no SQL.
     &["content", "json", "pattern", "priority", "retry", "crash", "planted", "unique"],
-    &["lifecycle", "message", "error", "limits", "retention", "schedule"],
+    &["lifecycle", "message", "error", "keys", "limits", "retention", "schedule"],
     &["settings", "context"],
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
@@ -215,7 +215,7 @@ fn the_command_knows_the_library_by_its_doors_only() {
 
 /// Words before a parenthesis that the grammar knows itself, so that no schema can hold another.
 const SYNTAX: &str = "array any bit coalesce exists extract greatest least nullif \
-    and as check conflict filter from in join key lateral list materialized not on or range select table using values where with";
+    and as check conflict filter from in join key lateral list materialized not offset on or over range select table using values where with";
 
 /// Types that are keywords: all others are looked up, in the session's temporary schema first.
 const KEYWORD_TYPES: [&str; 7] =

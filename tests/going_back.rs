@@ -210,8 +210,8 @@ async fn programs_of_another_version_work_or_refuse() {
     let refused = fresh.postbox.publish_now([Envelope::json("t", &1)]).await.expect_err("there is no such column");
     assert!(format!("{refused:?}").contains("42703"), "{refused:?}");
     let wish = Retry { rev: None, actor: "ana".into(), reason: "mended".into() };
-    let error = fresh.postbox.admin().retry(dead.id, &wish).await.expect_err("there is no such function");
-    assert!(error.to_string().contains("42883"), "{error}");
+    let error = fresh.postbox.admin().retry(dead.id, &wish).await.expect_err("there is no such column");
+    assert!(error.to_string().contains("42703"), "{error}");
     fresh.postbox.migrate_up().await.expect("up");
     let seen = fresh.postbox.admin().show(dead.id).await.expect("show");
     assert_eq!((seen.row.state, seen.row.rev), (dead.state, dead.rev), "not half");

@@ -70,7 +70,7 @@ mod bugs {
         &["postgres::a_settle_counts_once_and_needs_its_lease", "sqlite::a_settle_counts_once_and_needs_its_lease"];
 
     /// All of them.
-    pub const BUGS: [Bug; 41] = [
+    pub const BUGS: [Bug; 40] = [
         decided("call-before-start", "an operation is called before its attempt is committed"),
         decided("start-without-lease", "attempts whose start was fenced are made all the same"),
         decided("no-last-look", "a worker that slept through its lease calls without looking at the clock"),
@@ -165,7 +165,6 @@ mod bugs {
         shared("rate-not-kept", "a claim takes more than the bucket had tokens", LIMITS),
         shared("lowest-starve", "deliveries of a lower priority have no share", LIMITS),
         shared("followers-go-on", "a worker goes on with a key whose delivery has failed", ORDER),
-        shared("follows-what-is-not-on-record", "one of a key is on record while the one before it is not", ORDER),
         shared("two-of-a-key", "a worker runs two of a key in order at once", ORDER),
         shared("key-not-held", "it is not on record that a key waits for a delivery that has failed", ORDER),
         shared("tick-apart", "a tick is published apart from its schedule's row, and has no dedup key", TICKS),

@@ -12,7 +12,7 @@ select exists (
         -- What waits behind a pause is no reason to claim.
         where (select s.paused_at is null from {schema}.subscription s where s.id = w.subscription)
     ) or exists (
-        select from unnest($6::int[]) as w(subscription)
+        select from pg_catalog.unnest($6::int[]) as w(subscription)
         cross join lateral (
             select from {schema}.ready r
             where r.subscription = w.subscription and r.priority < {held}

@@ -100,7 +100,7 @@ impl Lines {
         if line.closed != Closed::No {
             return Place::Back;
         }
-        let may_follow = line.ahead.is_none_or(|ahead| ahead.0 == hold.0 || planted!("follows-what-is-not-on-record"));
+        let may_follow = line.ahead.is_none_or(|ahead| ahead.0 == hold.0);
         if may_follow && line.going < keys.at_once() as usize + usize::from(planted!("two-of-a-key")) {
             line.going += 1;
             return Place::Queue;
@@ -114,7 +114,7 @@ impl Lines {
     fn follower(&mut self, lane: &Lane, item: &Item, hold: Hold) -> Option<Hold> {
         let (_, key) = key(lane, item)?;
         let line = self.of.get_mut(&lane.id)?.get_mut(key)?;
-        if line.behind.front().is_some_and(|next| next.0 == hold.0 || planted!("follows-what-is-not-on-record")) {
+        if line.behind.front().is_some_and(|next| next.0 == hold.0) {
             return self.next(lane, item);
         }
         line.going = line.going.saturating_sub(1);
