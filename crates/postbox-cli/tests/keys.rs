@@ -45,8 +45,8 @@ impl Shop {
         let deadline = Instant::now() + Duration::from_secs(30);
         let filter = format!("state:{state}").parse().expect("a filter");
         loop {
-            let list = self.worker.postbox().admin().list(&filter, 100);
-            let found = self.runtime.block_on(list).expect("a list").len();
+            let admin = self.worker.postbox().admin();
+            let found = self.runtime.block_on(admin.list(&filter, 100)).expect("a list").len();
             if found == count {
                 return;
             }

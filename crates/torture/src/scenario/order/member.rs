@@ -23,7 +23,7 @@ async fn step(
     let key = envelope.key.as_deref().unwrap_or_default();
     remote.pass(&format!("{key}:{number}"), u64::from(number % 3), attempt).await?;
     let digits: u32 = key.bytes().filter(u8::is_ascii_digit).map(u32::from).sum();
-    match attempt.number == 1 && (number * 31 + digits) % FAILS == 0 {
+    match attempt.number == 1 && (number * 31 + digits).is_multiple_of(FAILS) {
         true => Err(Failure::retry("not the first time")),
         false => Ok(()),
     }
