@@ -2,7 +2,8 @@
 select s.id, s.application, s.name, s.pattern, s.kind, s.idempotent, s.max_attempts, not s.backfilled and s.removed_at is null as backfilling,
     (extract(epoch from s.removed_at) * 1000000::numeric)::bigint as removed_us,
     (extract(epoch from s.paused_at) * 1000000::numeric)::bigint as paused_us, b.actor as paused_by, b.reason as paused_reason,
-    f.at_once, f.token_us, f.burst, (select coalesce(pg_catalog.sum(p.permits), 0::bigint)::bigint from {schema}.permit p where p.subscription = s.id) as held,
+    f.at_once, f.token_us, f.burst, (select coalesce(pg_catalog.sum(p.permits), 0::bigint)::bigint from {schema}.permit p
+        where p.subscription = s.id and exists (select from {schema}.worker w where w.id = p.worker)) as held,
     least(f.burst::double precision, f.tokens
         + extract(epoch from pg_catalog.statement_timestamp() - f.refilled_at)::double precision * 1000000::double precision / f.token_us) as tokens,
     (select pg_catalog.count(*) from {schema}.worker w

@@ -5,7 +5,8 @@ select s.id, s.application, s.name, s.pattern, s.kind, s.idempotent, s.max_attem
     b.actor as paused_by, b.reason as paused_reason,
     not s.backfilled and s.removed_at is null as backfilling,
     f.at_once, f.token_us, f.burst,
-    coalesce((select sum(p.permits) from postbox_permit p where p.subscription = s.id), 0) as held,
+    coalesce((select sum(p.permits) from postbox_permit p
+        where p.subscription = s.id and p.worker in (select w.id from postbox_worker w)), 0) as held,
     cast(min(f.burst, f.tokens + max(0, c.now - f.refilled_at) * 1000.0 / f.token_us) as real) as tokens,
     (select count(*) from json_each(?1) w where s.id in (select value from json_each(w.value))) as workers,
     (select count(*) from (select 1 from postbox_delivery d

@@ -175,7 +175,6 @@ impl Lines {
 
     /// What is behind others and belongs to this batch is not any more.
     fn forget(&mut self, token: Uuid, claiming: &BTreeSet<Uuid>) {
-        self.on_record(token, |_| false, claiming);
         self.each_closed(|closed| match closed {
             Closed::Settling((of, _)) if *of == token => *closed = Closed::Claiming(claiming.clone()),
             _ => {}
@@ -307,6 +306,10 @@ impl Core {
 
     /// A delivery has ended: how, as far as its key goes.
     pub(super) fn through(&mut self, hold: Hold, how: Through) {
+        // Most subscriptions do not go by keys.
+        if self.lines.is_empty() {
+            return;
+        }
         let Some(item) = self.batches.get(&hold.0).map(|batch| batch.entries()[hold.1].item.clone()) else { return };
         let Some((lane, _)) = self.lanes.get(&item.subscription) else { return };
         match (lane.keys, how) {
