@@ -309,3 +309,14 @@ mod tests {
         }
     }
 }
+
+/// What is wrong between a source or a sink and its broker.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BrokerError {
+    /// It cannot go on as it is set, or not safely: trying again would not help.
+    #[error("{0}")]
+    Refused(String),
+    /// Not now: it is tried again.
+    #[error("{0}")]
+    Unavailable(String),
+}
