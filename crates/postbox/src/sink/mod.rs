@@ -2,6 +2,7 @@
 //! handler is a sink.
 
 mod envelope;
+mod stdout;
 
 use std::fmt;
 use std::future::Future;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::envelope::{Encoded, EnvelopeStyle, Target};
+pub use self::stdout::{Stdout, stdout};
 use crate::error::BrokerError;
 use crate::handler::Attempt;
 use crate::message::Envelope;
