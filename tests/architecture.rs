@@ -5,15 +5,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// From the bottom up; a module may use modules of lower layers, and of its own.
-const LAYERS: [&[&str]; 10] = [
+const LAYERS: [&[&str]; 11] = [
     // Pure: no clock, no I/O, no SQL.
-    &["content", "json", "pattern", "priority", "retry", "crash", "planted", "unique"],
+    &["body", "content", "json", "pattern", "priority", "raw", "retry", "crash", "planted", "unique"],
     &["lifecycle", "message", "error", "keys", "limits", "retention", "schedule"],
     &["settings", "context"],
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
-    &["handler", "router"],
-    &["postbox", "pull", "worker"],
+    &["handler", "router", "sink"],
+    &["postbox", "pull", "worker", "inbox", "source"],
+    &["testing"],
     &["sql"],
     &["tokio_postgres"],
     &["fuzzing"],

@@ -8,23 +8,7 @@ use std::time::Duration;
 
 pub use self::format::{Format, Incoming, Mapping};
 use crate::error::BrokerError;
-
-/// What was read, before anybody understood it. It is kept like this, byte for byte, if nobody does.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Raw {
-    /// Names and values beside the body: headers, or the fields of an entry that has no body.
-    pub fields: Vec<(Vec<u8>, Vec<u8>)>,
-    /// The body, where the broker has such a thing.
-    pub body: Option<Vec<u8>>,
-}
-
-impl Raw {
-    /// The first field of this name, in any case.
-    pub fn field(&self, name: &str) -> Option<&[u8]> {
-        let found = self.fields.iter().find(|(n, _)| n.eq_ignore_ascii_case(name.as_bytes()));
-        found.map(|(_, value)| value.as_slice())
-    }
-}
+pub use crate::raw::Raw;
 
 /// One thing that a source has read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,8 +63,7 @@ pub trait Source: Send + 'static {
     }
     /// Connects, and makes what it needs at the broker. `checkpoint` is the last one that was told. Warnings for
     /// the log.
-    fn open(&mut self, checkpoint: Option<&str>)
-    -> impl Future<Output = Result<Vec<String>, BrokerError>> + Send;
+    fn open(&mut self, checkpoint: Option<&str>) -> impl Future<Output = Result<Vec<String>, BrokerError>> + Send;
     /// Reads a batch: first what was handed to it and not acknowledged, and waits only if nothing is there, for
     /// a second or so.
     fn read(&mut self) -> impl Future<Output = Result<Read, BrokerError>> + Send;
