@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 /// From the bottom up; a module may use modules of lower layers, and of its own.
 const LAYERS: [&[&str]; 11] = [
     // Pure: no clock, no I/O, no SQL.
-    &["content", "json", "pattern", "priority", "retry", "template", "crash", "planted", "unique"],
+    &["body", "content", "json", "pattern", "priority", "raw", "retry", "template", "crash", "planted", "unique"],
     &["lifecycle", "message", "error", "keys", "limits", "retention", "schedule"],
     &["settings", "context"],
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
-    &["source"],
-    &["handler", "sink", "router"],
-    &["postbox", "pull", "worker"],
+    &["handler", "router", "sink"],
+    &["postbox", "pull", "worker", "inbox", "source"],
+    &["testing"],
     &["sql"],
     &["tokio_postgres"],
     &["fuzzing"],

@@ -177,6 +177,8 @@ fn check_settings(file: &File<'_>, settings: &Settings) {
         settings.busy_timeout().map(drop),
         settings.keeps().map(drop),
         settings.keep_unrouted().map(drop),
+        settings.keep_ids().map(drop),
+        settings.max_backlog().map(drop),
     ];
     for error in errors.into_iter().filter_map(Result::err) {
         file.wrong(0, error.to_string());
