@@ -9,7 +9,7 @@ const LAYERS: [&[&str]; 11] = [
     // Pure: no clock, no I/O, no SQL.
     &["content", "json", "pattern", "priority", "retry", "template", "crash", "planted", "unique"],
     &["lifecycle", "message", "error", "keys", "limits", "retention", "schedule"],
-    &["settings", "context"],
+    &["settings", "context", "redis_client"],
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
     &["source"],

@@ -57,6 +57,8 @@ mod planted;
 mod postbox;
 mod priority;
 mod pull;
+#[cfg(feature = "redis")]
+mod redis_client;
 mod retention;
 mod retry;
 mod router;

@@ -2,6 +2,8 @@
 //! handler is a sink.
 
 mod envelope;
+#[cfg(feature = "redis")]
+mod redis;
 
 use std::fmt;
 use std::future::Future;
@@ -10,6 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::envelope::{Encoded, EnvelopeStyle, Target};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisSink, redis};
 use crate::error::BrokerError;
 use crate::handler::Attempt;
 use crate::message::Envelope;
