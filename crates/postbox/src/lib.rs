@@ -87,7 +87,7 @@ pub mod tokio_postgres;
 pub mod worker;
 
 pub use content::{Bytes, Content, JSON_CONTENT_TYPE};
-pub use error::{Error, PublishError};
+pub use error::{BrokerError, Error, PublishError};
 pub use handler::{
     Attempt, Batch, BatchHandler, BatchPayload, Call, Delivered, Discarded, Failure, FromDelivery, FromRef, Handler,
     IntoOutcomes, IntoVerdict, Metadata, NotDone, OperationHandler, Outcomes, Payload, Permanent, ReconcileHook,

@@ -187,20 +187,25 @@ impl Link {
     }
 }
 
+/// One of the server's settings; none if it does not tell.
+pub(crate) async fn setting(link: &mut Link, name: &str) -> Result<Option<String>, BrokerError> {
+    match link.ask(redis::cmd("CONFIG").arg("GET").arg(name)).await {
+        Ok(answer) => {
+            let pair: Vec<String> = redis::from_redis_value(answer).unwrap_or_default();
+            Ok(pair.into_iter().nth(1))
+        }
+        Err(Trouble::Server { .. }) => Ok(None),
+        Err(Trouble::Broker(error)) => Err(error),
+    }
+}
+
 /// What in the server's settings may lose messages, for the log. Nothing if it does not tell its settings.
 pub(crate) async fn unsafe_settings(link: &mut Link) -> Result<Vec<String>, BrokerError> {
-    const NAMES: [&str; 4] = ["maxmemory", "maxmemory-policy", "appendonly", "save"];
-    let mut ask = redis::pipe();
-    for name in NAMES {
-        ask.cmd("CONFIG").arg("GET").arg(name);
+    let mut settings = std::collections::HashMap::new();
+    for name in ["maxmemory", "maxmemory-policy", "appendonly", "save"] {
+        settings.insert(name, setting(link, name).await?);
     }
-    let answers = link.ask_all(&mut ask).await?;
-    let setting = |name: &str| {
-        let at = NAMES.iter().position(|n| *n == name)?;
-        let pair: Vec<String> = redis::from_redis_value(answers.get(at)?.clone()).ok()?;
-        pair.into_iter().nth(1)
-    };
-    Ok(warnings(setting))
+    Ok(warnings(|name| settings.get(name).cloned().flatten()))
 }
 
 fn warnings(setting: impl Fn(&str) -> Option<String>) -> Vec<String> {
@@ -246,7 +251,7 @@ mod tests {
         let error = RedisError::from((ErrorKind::Io, "refused", "by shop:hunter2".into()));
         for words in [known.words(&error), known.address().to_owned()] {
             assert!(!words.contains("hunter2"), "{words}");
-            assert!(words.contains("127.0.0.1:1") , "{words}");
+            assert!(words.contains("127.0.0.1:1"), "{words}");
         }
         let Err(BrokerError::Refused(words)) = Server::Url("redes://shop:hunter2@host".into()).known() else {
             panic!("no URL of Redis");

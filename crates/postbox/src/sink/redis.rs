@@ -7,6 +7,7 @@
 
 mod plan;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use redis::{Value, cmd};
 use self::plan::Plan;
 use super::{EnvelopeStyle, Outgoing, Sent, Sink, Target, Unsent};
 use crate::error::BrokerError;
-use crate::redis_client::{Known, Link, Server, Trouble, unsafe_settings};
+use crate::redis_client::{Known, Link, Server, Trouble, setting, unsafe_settings};
 
 /// How long replies may take; then the connection counts as lost, and whether they were added as unknown.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -31,6 +32,8 @@ pub struct RedisSink {
     server: Server,
     max_len: Option<u64>,
     name: Option<String>,
+    /// The most bytes that Redis takes in one value. With more, it would hang up, and the whole batch with it.
+    largest: AtomicU64,
     live: Mutex<Live>,
     /// Held by whoever makes the connection.
     connecting: tokio::sync::Mutex<()>,
@@ -66,6 +69,7 @@ pub fn redis(stream: impl Into<String>) -> RedisSink {
         server: Server::default(),
         max_len: None,
         name: None,
+        largest: AtomicU64::new(512 << 20),
         live: Mutex::default(),
         connecting: tokio::sync::Mutex::new(()),
     }
@@ -192,6 +196,9 @@ impl Sink for RedisSink {
             }
         }
         warnings.extend(unsafe_settings(&mut link).await?);
+        if let Some(bytes) = setting(&mut link, "proto-max-bulk-len").await?.and_then(|bytes| bytes.parse().ok()) {
+            self.largest.store(bytes, Ordering::Relaxed);
+        }
         Ok(warnings)
     }
 
@@ -201,10 +208,14 @@ impl Sink for RedisSink {
             Ok(ready) => ready,
             Err(error) => return all(error),
         };
+        let largest = self.largest.load(Ordering::Relaxed);
         let mut plan = Plan::new(batch, |message| {
-            let stream = ready.target.of(message.envelope())?;
-            let add = plan::add(&stream, self.max_len, message.envelope(), self.style, self.source.as_deref());
-            Ok((stream, add))
+            let stream = ready.target.of(message)?;
+            let fields = plan::fields(message, self.style, self.source.as_deref());
+            match fields.iter().map(|(_, value)| value.len() as u64).find(|bytes| *bytes > largest) {
+                None => Ok((plan::add(&stream, self.max_len, &fields), stream)),
+                Some(bytes) => Err(format!("a value has {bytes} bytes; Redis takes {largest} (proto-max-bulk-len)")),
+            }
         });
         if plan.is_empty() {
             return plan.unsent("");

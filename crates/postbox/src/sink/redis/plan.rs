@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use redis::{Cmd, Pipeline, ServerError, Value, cmd, pipe};
+use redis::{Cmd, Pipeline, ServerError, Value, pipe};
 
 use crate::message::Envelope;
 use crate::redis_client::Known;
@@ -19,13 +19,13 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// `add` gives the stream and the command; its errors are final.
-    pub(super) fn new(batch: &[Outgoing], mut add: impl FnMut(&Outgoing) -> Result<(String, Cmd), String>) -> Plan {
+    /// `add` gives the command and its stream; its errors are final.
+    pub(super) fn new(batch: &[Outgoing], mut add: impl FnMut(&Envelope) -> Result<(Cmd, String), String>) -> Plan {
         let (mut groups, mut commands) = (Vec::<Vec<usize>>::new(), Vec::new());
         let mut by_key = HashMap::new();
         let mut outcomes = Vec::with_capacity(batch.len());
         for (at, message) in batch.iter().enumerate() {
-            let (stream, command) = match add(message) {
+            let (command, stream) = match add(message) {
                 Ok(added) => added,
                 Err(why) => {
                     outcomes.push(Some(Unsent::rejected(why)));
@@ -143,50 +143,51 @@ fn is_final(error: &ServerError) -> bool {
     }
 }
 
-/// XADD of one message.
-pub(super) fn add(
-    stream: &str,
-    max_len: Option<u64>,
-    envelope: &Envelope,
-    style: EnvelopeStyle,
-    source: Option<&str>,
-) -> Cmd {
-    let mut command = cmd("XADD");
-    command.arg(stream);
+/// Names and values of an entry.
+pub(super) type Fields = Vec<(String, Vec<u8>)>;
+
+/// XADD of one entry.
+pub(super) fn add(stream: &str, max_len: Option<u64>, fields: &Fields) -> Cmd {
+    let bytes = fields.iter().map(|(name, value)| name.len() + value.len()).sum();
+    let mut command = Cmd::with_capacity(2 * fields.len() + 6, bytes);
+    command.arg("XADD").arg(stream);
     if let Some(entries) = max_len {
         command.arg("MAXLEN").arg("~").arg(entries);
     }
     command.arg("*");
-    if style == EnvelopeStyle::Payload {
-        flattened(envelope, |name, value| {
-            command.arg(name).arg(value);
-        });
-    } else {
-        for (name, value) in Encoded::new(envelope, style, source).fields() {
-            command.arg(name).arg(value);
-        }
+    for (name, value) in fields {
+        command.arg(name).arg(value);
     }
     command
 }
 
+/// A message as an entry.
+pub(super) fn fields(envelope: &Envelope, style: EnvelopeStyle, source: Option<&str>) -> Fields {
+    match style {
+        EnvelopeStyle::Payload => flattened(envelope),
+        style => {
+            let encoded = Encoded::new(envelope, style, source);
+            encoded.fields().map(|(name, value)| (name, value.to_vec())).collect()
+        }
+    }
+}
+
 /// The payload in one field, and what is needed to read it as the message that it is in others: the names that
 /// the flattened format of sources has.
-fn flattened(envelope: &Envelope, mut field: impl FnMut(&str, &[u8])) {
-    field("event_id", envelope.id.to_string().as_bytes());
-    field("event_type", envelope.topic.as_bytes());
-    if let Some(key) = &envelope.key {
-        field("aggregate_id", key.as_bytes());
-    }
-    field("correlation_id", envelope.correlation().as_bytes());
-    if let Some(cause) = &envelope.causation_id {
-        field("causation_id", cause.as_bytes());
-    }
-    field("occurred_on", envelope.occurred_at.to_string().as_bytes());
-    if let Some(traceparent) = envelope.traceparent() {
-        field("traceparent", traceparent.as_bytes());
-    }
-    if envelope.payload_json().is_none() {
-        field("content-type", envelope.content_type().as_bytes());
-    }
-    field("payload", envelope.payload_bytes());
+fn flattened(envelope: &Envelope) -> Fields {
+    let own = |name: &str, value: String| Some((name.to_owned(), value.into_bytes()));
+    let optional = |name: &str, value: Option<&str>| value.and_then(|value| own(name, value.to_owned()));
+    let content_type = envelope.payload_json().is_none().then(|| envelope.content_type());
+    let fields = [
+        own("event_id", envelope.id.to_string()),
+        own("event_type", envelope.topic.clone()),
+        optional("aggregate_id", envelope.key.as_deref()),
+        own("correlation_id", envelope.correlation()),
+        optional("causation_id", envelope.causation_id.as_deref()),
+        own("occurred_on", envelope.occurred_at.to_string()),
+        optional("traceparent", envelope.traceparent()),
+        optional("content-type", content_type),
+        Some(("payload".to_owned(), envelope.payload_bytes().to_vec())),
+    ];
+    fields.into_iter().flatten().collect()
 }

@@ -80,7 +80,10 @@ mod tests {
         let (first, warning) = take("host", &scope);
         let (second, _) = take("host", &scope);
         let (elsewhere, _) = take("host", &format!("{scope} of another stream"));
-        assert_eq!((first.name.as_str(), second.name.as_str(), elsewhere.name.as_str()), ("host-1", "host-2", "host-1"));
+        assert_eq!(
+            (first.name.as_str(), second.name.as_str(), elsewhere.name.as_str()),
+            ("host-1", "host-2", "host-1")
+        );
         assert_eq!(warning, None);
         drop(first);
         assert_eq!(take("host", &scope).0.name, "host-1", "the one that is free again");

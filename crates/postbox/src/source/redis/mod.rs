@@ -267,13 +267,12 @@ impl RedisSource {
         let answers = control.ask_all(&mut look).await?;
         let mut warnings = crate::redis_client::unsafe_settings(control).await?;
         if let [about, groups] = &answers[..]
-            && let Some(deleted) = reply::stream_id(about, "max-deleted-entry-id")
-            && let Some(here) = reply::group(groups, &group)
-            && deleted > here.last_delivered
+            && let (Some(added), Some(length)) = (reply::count(about, "entries-added"), reply::count(about, "length"))
+            && let Some(read) = reply::group(groups, &group).and_then(|group| group.read)
+            && let Some(gone @ 1..) = added.saturating_sub(length).checked_sub(read)
         {
             warnings.push(format!(
-                "entries of the stream {stream} up to {deleted} were deleted or trimmed before the group {group} was handed them (it is at {}); they cannot be read any more",
-                here.last_delivered
+                "at least {gone} entries of the stream {stream} were trimmed or deleted before the group {group} was handed them: they cannot be read any more"
             ));
         }
         Ok(warnings)

@@ -98,6 +98,8 @@ pub(super) fn smallest_pending(value: &Value) -> Option<Id> {
 pub(super) struct Group {
     pub(super) last_delivered: Id,
     pub(super) pending: u64,
+    /// How many entries it has been handed or has passed; Redis cannot always tell.
+    pub(super) read: Option<u64>,
     /// How many entries nobody was handed; Redis cannot always tell.
     pub(super) lag: Option<u64>,
 }
@@ -107,8 +109,9 @@ pub(super) fn group(value: &Value, name: &str) -> Option<Group> {
         let named = field(info, "name").is_some_and(|n| bytes(n) == Some(name.as_bytes()));
         named.then(|| Group {
             last_delivered: field(info, "last-delivered-id").and_then(|v| id(v).ok()).unwrap_or_default(),
-            pending: field(info, "pending").and_then(integer).unwrap_or_default().unsigned_abs(),
-            lag: field(info, "lag").and_then(integer).map(i64::unsigned_abs),
+            pending: count(info, "pending").unwrap_or_default(),
+            read: count(info, "entries-read"),
+            lag: count(info, "lag"),
         })
     })
 }
@@ -116,6 +119,11 @@ pub(super) fn group(value: &Value, name: &str) -> Option<Group> {
 /// An id in XINFO STREAM, by the name of its field.
 pub(super) fn stream_id(value: &Value, name: &str) -> Option<Id> {
     id(field(value, name)?).ok()
+}
+
+/// A number in XINFO, by the name of its field.
+pub(super) fn count(value: &Value, name: &str) -> Option<u64> {
+    field(value, name).and_then(integer).and_then(|number| number.try_into().ok())
 }
 
 /// What has this name in a flat list of names and values, or in a map.
@@ -242,7 +250,7 @@ mod tests {
         };
         let flat = |lag| Value::Array(pairs(lag).into_iter().flat_map(|(name, value)| [text(name), value]).collect());
         let map = |lag| Value::Map(pairs(lag).into_iter().map(|(name, value)| (text(name), value)).collect());
-        let wanted = |lag| Some(Group { last_delivered: "9-1".parse().expect("an id"), pending: 3, lag });
+        let wanted = |lag| Some(Group { last_delivered: "9-1".parse().expect("an id"), pending: 3, read: None, lag });
         assert_eq!(group(&Value::Array(vec![flat(Value::Int(4))]), "shop"), wanted(Some(4)));
         assert_eq!(group(&Value::Array(vec![map(Value::Nil)]), "shop"), wanted(None));
         assert_eq!(group(&Value::Array(vec![flat(Value::Nil)]), "other"), None);
