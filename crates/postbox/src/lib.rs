@@ -40,12 +40,14 @@
 //!
 //! An operator's view of the same things is [`Postbox::admin`], and the `postbox` command on top of it.
 
+mod body;
 mod content;
 mod context;
 #[cfg(not(feature = "crash-points"))]
 mod crash;
 mod error;
 mod handler;
+mod inbox;
 mod json;
 mod keys;
 mod limits;
@@ -57,6 +59,7 @@ mod planted;
 mod postbox;
 mod priority;
 mod pull;
+mod raw;
 #[cfg(feature = "redis")]
 mod redis_client;
 mod retention;
@@ -82,6 +85,7 @@ pub mod source;
 pub mod sql;
 #[doc(hidden)]
 pub mod store;
+pub mod testing;
 #[cfg(feature = "tokio-postgres")]
 pub mod tokio_postgres;
 pub mod worker;
@@ -93,6 +97,7 @@ pub use handler::{
     IntoOutcomes, IntoVerdict, Metadata, NotDone, OperationHandler, Outcomes, Payload, Permanent, ReconcileHook,
     Rejection, ResultExt, RetryAfter, Several, Snoozed, State, Together, Tx,
 };
+pub use inbox::{Fate, Inbox};
 pub use json::{JsonError, MAX_JSON_DEPTH};
 #[doc(hidden)]
 pub use keys::{Keys, OnDead};
@@ -110,7 +115,8 @@ pub use retention::MIN_KEEP;
 pub use retention::{Keep, Keeps, Retention};
 pub use retry::RetryPolicy;
 pub use router::{
-    BatchEntry, HandlerEntry, IntoBatch, IntoSubscription, OperationEntry, Router, batch, handler, operation, together,
+    BatchEntry, HandlerEntry, IntoBatch, IntoRelay, IntoSubscription, OperationEntry, RelayEntry, Router, batch,
+    handler, operation, relay, together,
 };
 #[doc(hidden)]
 pub use schedule::Wish as ScheduleWish;
@@ -145,6 +151,10 @@ mod docs {
     mod publishing {}
     #[doc = include_str!("../../../docs/pull.md")]
     mod pull {}
+    #[doc = include_str!("../../../docs/receiving.md")]
+    mod receiving {}
+    #[doc = include_str!("../../../docs/relays.md")]
+    mod relays {}
     #[doc = include_str!("../../../docs/limits.md")]
     mod limits {}
     #[doc = include_str!("../../../docs/retention.md")]
