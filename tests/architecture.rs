@@ -5,15 +5,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// From the bottom up; a module may use modules of lower layers, and of its own.
-const LAYERS: [&[&str]; 11] = [
+const LAYERS: [&[&str]; 12] = [
     // Pure: no clock, no I/O, no SQL.
     &["body", "content", "json", "pattern", "priority", "raw", "retry", "template", "crash", "planted", "unique"],
     &["lifecycle", "message", "error", "keys", "limits", "retention", "schedule"],
-    &["settings", "context"],
+    &["settings", "context", "redis_client"],
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
+    &["source"],
     &["handler", "router", "sink"],
-    &["postbox", "pull", "worker", "inbox", "source"],
+    &["postbox", "pull", "worker", "inbox"],
     &["testing"],
     &["sql"],
     &["tokio_postgres"],

@@ -2,6 +2,8 @@
 //! handler is a sink.
 
 mod envelope;
+#[cfg(feature = "redis")]
+mod redis;
 mod stdout;
 
 use std::fmt;
@@ -11,6 +13,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::envelope::{Encoded, EnvelopeStyle, Target};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisSink, redis};
 pub use self::stdout::{Stdout, stdout};
 use crate::error::BrokerError;
 use crate::handler::Attempt;
