@@ -62,6 +62,7 @@ mod retry;
 mod router;
 mod schedule;
 mod settings;
+mod template;
 mod unique;
 
 pub mod admin;
@@ -74,6 +75,8 @@ pub mod lifecycle;
 #[cfg(feature = "planted-bugs")]
 #[doc(hidden)]
 pub mod planted;
+pub mod sink;
+pub mod source;
 pub mod sql;
 #[doc(hidden)]
 pub mod store;

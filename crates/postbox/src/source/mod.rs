@@ -6,8 +6,9 @@ mod format;
 use std::future::Future;
 use std::time::Duration;
 
-pub use self::format::{Format, Incoming, Mapping};
+pub use self::format::{Format, Incoming, Mapping, Template};
 use crate::error::BrokerError;
+pub use crate::template::TemplateError;
 
 /// What was read, before anybody understood it. It is kept like this, byte for byte, if nobody does.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -79,8 +80,7 @@ pub trait Source: Send + 'static {
     }
     /// Connects, and makes what it needs at the broker. `checkpoint` is the last one that was told. Warnings for
     /// the log.
-    fn open(&mut self, checkpoint: Option<&str>)
-    -> impl Future<Output = Result<Vec<String>, BrokerError>> + Send;
+    fn open(&mut self, checkpoint: Option<&str>) -> impl Future<Output = Result<Vec<String>, BrokerError>> + Send;
     /// Reads a batch: first what was handed to it and not acknowledged, and waits only if nothing is there, for
     /// a second or so.
     fn read(&mut self) -> impl Future<Output = Result<Read, BrokerError>> + Send;
