@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 /// From the bottom up; a module may use modules of lower layers, and of its own.
 const LAYERS: [&[&str]; 11] = [
     // Pure: no clock, no I/O, no SQL.
-    &["content", "json", "pattern", "priority", "retry", "template", "crash", "planted", "unique"],
+    &["content", "json", "pattern", "priority", "retry", "template", "crash", "planted", "unique", "signature"],
     &["lifecycle", "message", "error", "keys", "limits", "retention", "schedule"],
     &["settings", "context"],
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
     &["source"],
-    &["handler", "sink", "router"],
+    &["handler", "http", "push", "sink", "router"],
     &["postbox", "pull", "worker"],
     &["sql"],
     &["tokio_postgres"],

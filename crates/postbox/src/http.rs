@@ -1,5 +1,6 @@
 //! Calls to endpoints: the address is looked at before it is called, nothing is followed, and nothing large is read.
 
+use std::fmt;
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -11,12 +12,18 @@ use reqwest::header::{HeaderMap, HeaderValue};
 use reqwest::{Client, Method, Url, redirect};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
+use url::Host;
 
 mod answer;
 mod guard;
+mod post;
 
-pub(crate) use self::answer::{Answer, MAX_RETRY_AFTER};
+pub(crate) use self::answer::{Answer, Meaning};
 pub(crate) use self::guard::Guard;
+pub use self::post::Tested;
+pub(crate) use self::post::{Poster, Posting, posting};
+use crate::error::BrokerError;
+use crate::sink::escaped;
 
 /// How much of an answer's body is read, and kept: 4 KiB.
 pub(crate) const MAX_BODY: usize = 4 << 10;
@@ -53,6 +60,7 @@ pub(crate) struct Endpoint {
     client: Client,
     url: Url,
     timeout: Duration,
+    guarded: Guarded,
 }
 
 /// Why there is no answer.
@@ -83,9 +91,9 @@ fn read(url: &str, guard: &Guard) -> Result<Url, String> {
             .into());
     }
     let literal = match url.host() {
-        Some(url::Host::Ipv4(ip)) => Some(IpAddr::V4(ip)),
-        Some(url::Host::Ipv6(ip)) => Some(IpAddr::V6(ip)),
-        Some(url::Host::Domain(_)) => None,
+        Some(Host::Ipv4(ip)) => Some(IpAddr::V4(ip)),
+        Some(Host::Ipv6(ip)) => Some(IpAddr::V6(ip)),
+        Some(Host::Domain(_)) => None,
         None => return Err("the URL names no host".into()),
     };
     match literal.map(|ip| guard.permits(ip)) {
@@ -108,7 +116,7 @@ impl Endpoint {
         let guarded = Guarded { guard: calling.guard, lookup };
         let client = Client::builder()
             .user_agent(concat!("postbox/", env!("CARGO_PKG_VERSION")))
-            .dns_resolver(guarded)
+            .dns_resolver(guarded.clone())
             // A proxy of the environment would look up the name itself.
             .no_proxy()
             .redirect(redirect::Policy::none())
@@ -120,7 +128,7 @@ impl Endpoint {
             .pool_max_idle_per_host(if calling.reuse { usize::MAX } else { 0 })
             .tls_backend_preconfigured(tls(&calling.roots)?);
         let client = client.build().map_err(|e| format!("no client for HTTP: {}", innermost(&e)))?;
-        Ok(Endpoint { client, url, timeout: calling.timeout })
+        Ok(Endpoint { client, url, timeout: calling.timeout, guarded })
     }
 
     /// Scheme, host and port: what can be shown of it.
@@ -128,10 +136,16 @@ impl Endpoint {
         self.url.origin().ascii_serialization()
     }
 
-    /// Its host, and its port if that is no usual one.
-    pub(crate) fn host(&self) -> String {
-        let host = self.url.host_str().unwrap_or_default();
-        self.url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+    /// Looks up its name, and calls nobody. A name can come to mean something else: that is no reason not to begin.
+    pub(crate) async fn look(&self) -> Result<(), BrokerError> {
+        let Some(Host::Domain(name)) = self.url.host() else { return Ok(()) };
+        let looking = tokio::time::timeout(CONNECT, self.guarded.permitted(name.to_owned()));
+        let why = match looking.await {
+            Ok(Ok(_)) => return Ok(()),
+            Ok(Err(why)) => why.to_string(),
+            Err(_) => format!("no answer within {CONNECT:?}"),
+        };
+        Err(BrokerError::Unavailable(format!("the name of {} cannot be used: {why}", self.origin())))
     }
 
     /// How long a call may take.
@@ -214,56 +228,65 @@ fn tls(roots: &[Vec<u8>]) -> Result<rustls::ClientConfig, String> {
     Ok(builder.with_root_certificates(store).with_no_client_auth())
 }
 
-/// A header's value from any text: as the HTTP binding of CloudEvents writes it, with `%` before what has no place in
-/// a header.
+/// A header's value from any text: escaped as the HTTP binding of CloudEvents does it.
 pub(crate) fn header_value(text: &str) -> HeaderValue {
-    let mut value = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        match byte {
-            b'"' | b'%' | ..=b' ' | 0x7f.. => value.push_str(&format!("%{byte:02X}")),
-            _ => value.push(char::from(byte)),
-        }
-    }
     // Visible ASCII: nothing else is left.
-    HeaderValue::from_str(&value).unwrap_or(HeaderValue::from_static(""))
+    HeaderValue::try_from(escaped(text)).unwrap_or(HeaderValue::from_static(""))
 }
+
+/// What stands for a name.
+type Found = Pin<Box<dyn Future<Output = std::io::Result<Vec<IpAddr>>> + Send>>;
 
 /// Looks up names.
 trait Lookup: Send + Sync {
-    fn lookup(&self, name: String) -> Pin<Box<dyn Future<Output = std::io::Result<Vec<IpAddr>>> + Send>>;
+    fn lookup(&self, name: String) -> Found;
 }
 
 /// As the system does.
 struct System;
 
 impl Lookup for System {
-    fn lookup(&self, name: String) -> Pin<Box<dyn Future<Output = std::io::Result<Vec<IpAddr>>> + Send>> {
+    fn lookup(&self, name: String) -> Found {
         Box::pin(async move { Ok(tokio::net::lookup_host((name, 0)).await?.map(|address| address.ip()).collect()) })
     }
 }
 
 /// Gives the client those of a name's addresses that may be called. It connects to one of these, and looks up nothing
 /// again.
+#[derive(Clone)]
 struct Guarded {
     guard: Guard,
     lookup: Arc<dyn Lookup>,
 }
 
+impl fmt::Debug for Guarded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.guard.fmt(f)
+    }
+}
+
+impl Guarded {
+    async fn permitted(&self, name: String) -> Result<Vec<SocketAddr>, Box<dyn std::error::Error + Send + Sync>> {
+        let (mut permitted, mut refused) = (Vec::new(), None);
+        for ip in self.lookup.lookup(name).await? {
+            match self.guard.permits(ip) {
+                Ok(()) => permitted.push(SocketAddr::new(ip, 0)),
+                Err(why) => refused = Some(why),
+            }
+        }
+        match refused {
+            Some(why) if permitted.is_empty() => Err(why.into()),
+            _ => Ok(permitted),
+        }
+    }
+}
+
 impl Resolve for Guarded {
     fn resolve(&self, name: Name) -> Resolving {
-        let (guard, found) = (self.guard.clone(), self.lookup.lookup(name.as_str().to_owned()));
+        let guarded = self.clone();
         Box::pin(async move {
-            let (mut permitted, mut refused) = (Vec::new(), None);
-            for ip in found.await? {
-                match guard.permits(ip) {
-                    Ok(()) => permitted.push(SocketAddr::new(ip, 0)),
-                    Err(why) => refused = Some(why),
-                }
-            }
-            match refused {
-                Some(why) if permitted.is_empty() => Err(why.into()),
-                _ => Ok(Box::new(permitted.into_iter()) as Addrs),
-            }
+            let permitted = guarded.permitted(name.as_str().to_owned()).await?;
+            Ok(Box::new(permitted.into_iter()) as Addrs)
         })
     }
 }

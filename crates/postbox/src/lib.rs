@@ -46,6 +46,8 @@ mod context;
 mod crash;
 mod error;
 mod handler;
+#[cfg(feature = "webhook")]
+mod http;
 mod json;
 mod keys;
 mod limits;
@@ -57,6 +59,8 @@ mod planted;
 mod postbox;
 mod priority;
 mod pull;
+#[cfg(feature = "webhook")]
+mod push;
 mod retention;
 mod retry;
 mod router;
@@ -75,6 +79,8 @@ pub mod lifecycle;
 #[cfg(feature = "planted-bugs")]
 #[doc(hidden)]
 pub mod planted;
+#[cfg(feature = "webhook")]
+pub mod signature;
 pub mod sink;
 pub mod source;
 pub mod sql;
@@ -91,6 +97,8 @@ pub use handler::{
     IntoOutcomes, IntoVerdict, Metadata, NotDone, OperationHandler, Outcomes, Payload, Permanent, ReconcileHook,
     Rejection, ResultExt, RetryAfter, Several, Snoozed, State, Together, Tx,
 };
+#[cfg(feature = "webhook")]
+pub use http::Tested;
 pub use json::{JsonError, MAX_JSON_DEPTH};
 #[doc(hidden)]
 pub use keys::{Keys, OnDead};
@@ -104,6 +112,8 @@ pub use postbox::{Postbox, Published};
 pub use postbox_macros::Message;
 pub use priority::Priority;
 pub use pull::{PullSubscription, Pulled};
+#[cfg(feature = "webhook")]
+pub use push::{Push, push};
 pub use retention::MIN_KEEP;
 pub use retention::{Keep, Keeps, Retention};
 pub use retry::RetryPolicy;

@@ -136,16 +136,9 @@ pub struct Pushing {
 impl<Db: Database, S> Handler<Db, S, Pushes> for Pushing {
     const TRANSACTIONAL: bool = false;
 
-    fn call(
-        &self,
-        call: &Call,
-        _: &S,
-        _: Option<Tx<Db>>,
-    ) -> Result<BoxFuture<Result<FollowUps, Failure>>, Rejection> {
+    fn call(&self, call: &Call, _: &S, _: Option<Tx<Db>>) -> Result<BoxFuture<Result<FollowUps, Failure>>, Rejection> {
         let (poster, message) = (self.poster.clone(), call.envelope.clone());
-        Ok(Box::pin(async move {
-            handled(poster.post(&message, HeaderMap::new()).await, &poster.endpoint.origin())
-        }))
+        Ok(Box::pin(async move { handled(poster.post(&message, HeaderMap::new()).await, &poster.endpoint.origin()) }))
     }
 }
 
@@ -153,9 +146,7 @@ impl<S> OperationHandler<S, Pushes> for Pushing {
     fn call(&self, call: &Call, _: &S) -> Result<BoxFuture<Result<Receipt, OperationFailure>>, Rejection> {
         let (poster, message, attempt) = (self.poster.clone(), call.envelope.clone(), call.attempt);
         let operation = Operation::of(message.id, attempt.delivery, attempt.number);
-        Ok(Box::pin(async move {
-            operated(poster.post(&message, keyed(&operation)).await, &poster.endpoint.origin())
-        }))
+        Ok(Box::pin(async move { operated(poster.post(&message, keyed(&operation)).await, &poster.endpoint.origin()) }))
     }
 }
 
@@ -220,9 +211,7 @@ fn reconciled(answer: &Answer) -> Reconciled {
     }
     let said = serde_json::from_slice::<Said>(&answer.body).ok().filter(|_| answer.status == 200);
     match said.as_ref().map(|said| said.status.as_str()) {
-        Some("done") => {
-            Reconciled::Done(Receipt::of(json!({ "status": answer.status, "body": answer.text() })))
-        }
+        Some("done") => Reconciled::Done(Receipt::of(json!({ "status": answer.status, "body": answer.text() }))),
         Some("not_done") => Reconciled::NotDone,
         _ => Reconciled::Unknown,
     }

@@ -1,11 +1,11 @@
 //! What an answer means.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
 
 /// The longest wait that an endpoint can ask for.
-pub(crate) const MAX_RETRY_AFTER: Duration = Duration::from_secs(86_400);
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(86_400);
 
 /// What an endpoint answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,14 +78,14 @@ impl Answer {
 }
 
 /// The wait that a `Retry-After` asks for: seconds or a date, and a day at most.
-pub(crate) fn retry_after(value: &[u8], now: Timestamp) -> Option<Duration> {
+pub(super) fn retry_after(value: &[u8], now: Timestamp) -> Option<Duration> {
     let text = std::str::from_utf8(value).ok()?.trim();
     if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
         // More digits than fit are a long time, too.
         return Some(text.parse().map_or(MAX_RETRY_AFTER, Duration::from_secs).min(MAX_RETRY_AFTER));
     }
-    let date = Timestamp::try_from(httpdate::parse_http_date(text).ok()?).ok()?;
-    let wait = Duration::try_from(date.duration_since(now)).unwrap_or_default();
+    let date = httpdate::parse_http_date(text).ok()?;
+    let wait = date.duration_since(SystemTime::from(now)).unwrap_or_default();
     Some(wait.min(MAX_RETRY_AFTER))
 }
 

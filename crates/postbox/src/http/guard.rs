@@ -120,7 +120,7 @@ fn what_v4(ip: Ipv4Addr) -> Option<What> {
         [192, 0, 0, _] | [198, 18..=19, ..] => What::Reserved,
         [192, 88, 99, _] => What::Tunnel,
         [224..=239, ..] => What::Multicast,
-        [240.., ..] => What::Reserved,
+        [240..=255, ..] => What::Reserved,
         _ => return None,
     })
 }
@@ -140,7 +140,7 @@ fn what_v6(ip: Ipv6Addr) -> Option<What> {
         [0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254] => What::Metadata,
         [0xfc00..=0xfdff, ..] => What::UniqueLocal,
         [0xfe80..=0xfebf, ..] => What::LinkLocal,
-        [0xff00.., ..] => What::Multicast,
+        [0xff00..=0xffff, ..] => What::Multicast,
         [0x2001, 0xdb8, ..] | [0x3fff, 0..=0xfff, ..] => What::Documentation,
         // Teredo, and what else is assigned to protocols: 2001::/23.
         [0x2001, 0, ..] => What::Tunnel,

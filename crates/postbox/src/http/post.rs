@@ -1,16 +1,17 @@
 //! How a message is posted: signed over the exact bytes, with its id and what it belongs to in the headers.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use super::{Answer, Calling, Endpoint, Trouble, header_value};
+use super::{Answer, Calling, Endpoint, Meaning, Trouble, header_value};
 use crate::content::Content;
 use crate::message::Envelope;
 use crate::signature::{Secret, standard};
-use crate::sink::EnvelopeStyle;
+use crate::sink::{Encoded, EnvelopeStyle};
 
 /// What everything in one business process shares, whatever the envelope is.
 const CORRELATION: HeaderName = HeaderName::from_static("x-correlation-id");
@@ -24,6 +25,7 @@ pub(crate) struct Posting {
     pub(crate) url: String,
     pub(crate) secrets: Vec<Secret>,
     pub(crate) style: EnvelopeStyle,
+    pub(crate) source: Option<String>,
     pub(crate) calling: Calling,
     /// The first thing that is wrong with what was set.
     pub(crate) wrong: Option<String>,
@@ -31,8 +33,8 @@ pub(crate) struct Posting {
 
 impl Posting {
     pub(crate) fn to(url: String) -> Posting {
-        let (secrets, style) = (Vec::new(), EnvelopeStyle::default());
-        Posting { url, secrets, style, calling: Calling::default(), wrong: None }
+        let (secrets, style, source) = (Vec::new(), EnvelopeStyle::default(), None);
+        Posting { url, secrets, style, source, calling: Calling::default(), wrong: None }
     }
 
     /// Adds a secret.
@@ -58,7 +60,7 @@ impl Posting {
             return Err(wrong.clone());
         }
         let endpoint = Endpoint::new(&self.url, self.calling.clone())?;
-        Ok(Poster { endpoint, secrets: self.secrets.clone(), style: self.style })
+        Ok(Poster { endpoint, secrets: self.secrets.clone(), style: self.style, source: self.source.clone() })
     }
 
     /// The host, for a name; nothing if the URL is none.
@@ -88,6 +90,13 @@ macro_rules! posting {
         #[must_use]
         pub fn envelope(mut self, style: $crate::sink::EnvelopeStyle) -> Self {
             self.posting.style = style;
+            self
+        }
+
+        /// The `source` of the CloudEvents that do not say theirs. Default `postbox`.
+        #[must_use]
+        pub fn source(mut self, source: impl Into<String>) -> Self {
+            self.posting.source = Some(source.into());
             self
         }
 
@@ -122,6 +131,7 @@ pub(crate) struct Poster {
     pub(crate) endpoint: Endpoint,
     secrets: Vec<Secret>,
     style: EnvelopeStyle,
+    source: Option<String>,
 }
 
 impl Poster {
@@ -142,9 +152,12 @@ impl Poster {
     fn sign(&self, headers: &mut HeaderMap, id: Uuid, body: &[u8], now: Timestamp) {
         let id = id.to_string();
         if !self.secrets.is_empty() {
-            let mut signature = header_value(&standard::sign(&self.secrets, &id, now, body));
-            signature.set_sensitive(true);
-            headers.insert(standard::SIGNATURE, signature);
+            let signature = standard::sign(&self.secrets, &id, now, body);
+            // Base64, commas and spaces: always a header.
+            if let Ok(mut signature) = HeaderValue::try_from(signature) {
+                signature.set_sensitive(true);
+                headers.insert(standard::SIGNATURE, signature);
+            }
         }
         headers.insert(standard::ID, header_value(&id));
         headers.insert(standard::TIMESTAMP, HeaderValue::from(now.as_second()));
@@ -152,18 +165,92 @@ impl Poster {
 
     /// Its headers and its body.
     fn dressed(&self, message: &Envelope) -> (HeaderMap, Vec<u8>) {
+        let encoded = Encoded::new(message, self.style, self.source.as_deref());
         let mut headers = HeaderMap::new();
-        headers.insert(CORRELATION, header_value(&message.correlation()));
-        if let Some(id) = &message.causation_id {
-            headers.insert(CAUSATION, header_value(id));
+        for (name, value) in encoded.http_headers() {
+            // A header of the message may have a name or a value that HTTP does not take.
+            if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
+                headers.insert(name, value);
+            }
         }
-        if let Some(traceparent) = message.traceparent() {
-            headers.insert(TRACEPARENT, header_value(traceparent));
-        }
-        todo!()
+        let belongs = [
+            (TRACEPARENT, message.traceparent()),
+            (CORRELATION, Some(&*message.correlation())),
+            (CAUSATION, message.causation_id.as_deref()),
+        ]
+        .map(|(name, value)| Some((name, header_value(value?))));
+        headers.extend(belongs.into_iter().flatten());
+        (headers, encoded.body)
     }
 
-    pub(crate) fn is_signed(&self) -> bool {
-        !self.secrets.is_empty()
+    /// What an operator should know about it.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        let origin = self.endpoint.origin();
+        let mut warnings = Vec::new();
+        if self.secrets.is_empty() {
+            warnings.push(format!("what is sent to {origin} is not signed: give it a secret"));
+        }
+        if self.secrets.iter().any(Secret::is_short) {
+            warnings.push(format!("a secret for {origin} is shorter than 24 bytes: it can be guessed"));
+        }
+        if origin.starts_with("http:") {
+            warnings.push(format!("what is sent to {origin} can be read on the way: https is not"));
+        }
+        warnings
     }
+
+    /// Posts one message of the topic `postbox.test`.
+    pub(crate) async fn test(&self) -> Tested {
+        let now = Timestamp::now();
+        let message = Envelope {
+            id: Uuid::now_v7(),
+            topic: "postbox.test".into(),
+            key: None,
+            payload: Content::Json(RawValue::NULL.to_owned().into()),
+            headers: Default::default(),
+            occurred_at: now,
+            received_at: now,
+            source: None,
+            external_id: None,
+            correlation_id: None,
+            causation_id: None,
+            max_attempts: None,
+        };
+        let begin = Instant::now();
+        let answer = self.post(&message, HeaderMap::new()).await;
+        let took = begin.elapsed();
+        match answer {
+            Ok(answer) => {
+                let words = answer.words(&self.endpoint.origin());
+                let (status, body) = (Some(answer.status), answer.text());
+                Tested { id: message.id, status, took, body, words, taken: answer.meaning() == Meaning::Done }
+            }
+            Err(trouble) => Tested {
+                id: message.id,
+                status: None,
+                took,
+                body: String::new(),
+                words: trouble.words().to_owned(),
+                taken: false,
+            },
+        }
+    }
+}
+
+/// How a test of an endpoint went.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Tested {
+    /// The id that was sent.
+    pub id: Uuid,
+    /// What was answered, if anything was.
+    pub status: Option<u16>,
+    /// From the beginning to the end of the answer.
+    pub took: Duration,
+    /// The beginning of the answer's body: 4 KiB at most.
+    pub body: String,
+    /// All of it in words.
+    pub words: String,
+    /// The endpoint has taken it: a 2xx.
+    pub taken: bool,
 }

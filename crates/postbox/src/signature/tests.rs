@@ -100,10 +100,8 @@ fn the_clock_may_differ_by_the_tolerance_either_way() {
     standard::verify(&[secret(WHSEC)], ID, "1614265330", SIGNATURE, BODY, at(TIME + 3600), wide).expect("in time");
     // A time that nobody has, signed properly.
     let far = i64::MAX.to_string();
-    let signature = format!(
-        "v1,{}",
-        BASE64.encode(tag(&secret(WHSEC), &[ID.as_bytes(), b".", far.as_bytes(), b".", BODY]))
-    );
+    let signature =
+        format!("v1,{}", BASE64.encode(tag(&secret(WHSEC), &[ID.as_bytes(), b".", far.as_bytes(), b".", BODY])));
     let verdict = standard(&signature, ID, &far, BODY, TIME);
     assert!(matches!(verdict, Err(SignatureError::Stale { .. })), "{verdict:?}");
 }

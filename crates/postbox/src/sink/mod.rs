@@ -2,6 +2,8 @@
 //! handler is a sink.
 
 mod envelope;
+#[cfg(feature = "webhook")]
+mod webhook;
 
 use std::fmt;
 use std::future::Future;
@@ -9,7 +11,11 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(feature = "webhook")]
+pub(crate) use self::envelope::escaped;
 pub use self::envelope::{Encoded, EnvelopeStyle, Target};
+#[cfg(feature = "webhook")]
+pub use self::webhook::{WebhookSink, webhook_to};
 use crate::error::BrokerError;
 use crate::handler::Attempt;
 use crate::message::Envelope;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures_util::future::join_all;
 use reqwest::header::HeaderMap;
@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 
 use super::{Outgoing, Sent, Sink, Unsent};
 use crate::error::BrokerError;
-use crate::http::{Answer, Meaning, Poster, Posting, Trouble, posting};
+use crate::http::{Answer, Meaning, Poster, Posting, Tested, Trouble, posting};
 
 /// How many requests run at once, unless something else is set.
 const AT_ONCE: usize = 8;
@@ -29,7 +29,11 @@ pub struct WebhookSink {
 /// Only addresses of the public internet are called, whatever the name resolves to, unless others are allowed
 /// ([`allow`](WebhookSink::allow)). Nothing is redirected. See `docs/webhooks.md`.
 pub fn webhook_to(url: impl Into<String>) -> WebhookSink {
-    WebhookSink { posting: Posting::to(url.into()), permits: Arc::new(Semaphore::new(AT_ONCE)), poster: OnceLock::new() }
+    WebhookSink {
+        posting: Posting::to(url.into()),
+        permits: Arc::new(Semaphore::new(AT_ONCE)),
+        poster: OnceLock::new(),
+    }
 }
 
 impl WebhookSink {
@@ -48,12 +52,26 @@ impl WebhookSink {
         self
     }
 
+    /// Sends one message of the topic `postbox.test`, and says how it went.
+    ///
+    /// # Errors
+    /// [`BrokerError::Refused`]: what was set cannot be used.
+    pub async fn test(&self) -> Result<Tested, BrokerError> {
+        let poster = self.poster().map_err(|why| BrokerError::Refused(why.to_owned()))?;
+        Ok(poster.test().await)
+    }
+
     fn poster(&self) -> Result<&Poster, &str> {
         self.poster.get_or_init(|| self.posting.ready()).as_ref().map_err(String::as_str)
     }
 
     /// Messages of a key one after the other; what they came to, with their places in the batch.
-    async fn in_order(&self, poster: &Poster, chain: Vec<(usize, &Outgoing)>, until: Instant) -> Vec<(usize, Result<(), Unsent>)> {
+    async fn in_order(
+        &self,
+        poster: &Poster,
+        chain: Vec<(usize, &Outgoing)>,
+        until: Instant,
+    ) -> Vec<(usize, Result<(), Unsent>)> {
         let mut fates = Vec::with_capacity(chain.len());
         let mut stopped = None;
         for (place, message) in chain {
@@ -131,3 +149,6 @@ impl Sink for WebhookSink {
         fates.into_iter().map(|(_, fate)| fate).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;
