@@ -79,6 +79,11 @@ pub(crate) enum Command {
     /// Keys in order whose deliveries wait for one of them
     #[command(args_conflicts_with_subcommands = true)]
     Keys(Keys),
+    /// Brokers and webhooks that messages come from
+    Sources(Sources),
+    /// What came in and could not become a message
+    #[command(args_conflicts_with_subcommands = true)]
+    Quarantine(Quarantine),
     /// Messages that are published at set times
     Schedules(Schedules),
     /// Keep house for programs without a Rust worker: takeover, history of new subscriptions, schedules, tidying
@@ -396,6 +401,93 @@ pub(crate) enum KeysCommand {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Sources {
+    #[command(subcommand)]
+    pub(crate) command: Option<SourcesCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SourcesCommand {
+    /// The sources, and what they have brought
+    List,
+    /// Read nothing more from a source, in any process; a webhook answers 503
+    Pause(Pause),
+    /// End a pause
+    Resume(Pause),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Quarantine {
+    #[command(flatten)]
+    pub(crate) list: QuarantineList,
+    #[command(subcommand)]
+    pub(crate) command: Option<QuarantineCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum QuarantineCommand {
+    /// What is there, newest first
+    List(QuarantineList),
+    /// One entry, with what was read, byte for byte
+    Show {
+        /// Its number
+        number: i64,
+    },
+    /// Have it read again, after the format was mended
+    Retry(OneQuarantined),
+    /// Remove it for good
+    Drop(OneQuarantined),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct QuarantineList {
+    /// Of this source only
+    #[arg(long, value_name = "NAME")]
+    pub(crate) source: Option<String>,
+    /// Of this kind only
+    #[arg(long, value_name = "KIND")]
+    pub(crate) kind: Option<QuarantineKind>,
+    /// Also what became a message after all
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// How many at most
+    #[arg(long, value_name = "NUMBER", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) limit: u32,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum QuarantineKind {
+    /// It cannot become a message
+    Malformed,
+    /// Another body has its id
+    Conflict,
+    /// It was handed out too often
+    Undeliverable,
+    /// The broker did not have it any more
+    Lost,
+}
+
+impl QuarantineKind {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            QuarantineKind::Malformed => "malformed",
+            QuarantineKind::Conflict => "conflict",
+            QuarantineKind::Undeliverable => "undeliverable",
+            QuarantineKind::Lost => "lost",
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OneQuarantined {
+    /// Its number
+    pub(crate) number: i64,
+    /// Why; goes on record
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct KeysList {
     /// Of this subscription only
     #[arg(long, value_name = "NAME")]
@@ -509,7 +601,7 @@ pub(crate) struct OneSchedule {
 
 #[derive(Debug, Args)]
 pub(crate) struct Pause {
-    /// The subscription's name; --application says whose, if several have one of that name
+    /// Its name; --application says whose, if several have one of that name
     pub(crate) name: String,
     /// Why; goes on record
     #[arg(long, value_name = "TEXT")]

@@ -1,5 +1,6 @@
 //! What operators see and do: the same for the command, the dashboard and programs.
 
+mod inbox;
 mod keys;
 mod replay;
 mod schedules;
@@ -23,6 +24,8 @@ pub use crate::schedule::{ScheduleEdit, ScheduleRow};
 pub use crate::store::Stranded;
 use crate::store::{Database, DeliveryId, Pause, Store};
 
+pub use self::inbox::{QuarantineDetail, QuarantineFilter, QuarantineRow, QuarantineWish, SinkRow, SourceRow};
+pub(crate) use self::inbox::{no_source, not_in_quarantine};
 pub use self::keys::{KeyFilter, KeyRow, KeyWish};
 pub(crate) use self::keys::{key_moved_on, not_in_order};
 pub(crate) use self::replay::COUNTED;
@@ -365,6 +368,10 @@ pub struct Status {
     pub workers: Vec<WorkerRow>,
     /// One row a subscription.
     pub subscriptions: Vec<SubscriptionRow>,
+    /// The sources, and what they have brought.
+    pub sources: Vec<SourceRow>,
+    /// The relays, and what their sinks have confirmed.
+    pub sinks: Vec<SinkRow>,
     /// The schedules, those whose next tick comes first before the others.
     pub schedules: Vec<ScheduleStatus>,
     /// Messages that matched no subscription (counted up to 100001).

@@ -40,6 +40,7 @@
 //!
 //! An operator's view of the same things is [`Postbox::admin`], and the `postbox` command on top of it.
 
+mod body;
 mod content;
 mod context;
 #[cfg(not(feature = "crash-points"))]
@@ -48,6 +49,7 @@ mod error;
 mod handler;
 #[cfg(feature = "webhook")]
 mod http;
+mod inbox;
 mod json;
 mod keys;
 mod limits;
@@ -61,6 +63,7 @@ mod priority;
 mod pull;
 #[cfg(feature = "webhook")]
 mod push;
+mod raw;
 mod retention;
 mod retry;
 mod router;
@@ -86,12 +89,13 @@ pub mod source;
 pub mod sql;
 #[doc(hidden)]
 pub mod store;
+pub mod testing;
 #[cfg(feature = "tokio-postgres")]
 pub mod tokio_postgres;
 pub mod worker;
 
 pub use content::{Bytes, Content, JSON_CONTENT_TYPE};
-pub use error::{Error, PublishError};
+pub use error::{BrokerError, Error, PublishError};
 pub use handler::{
     Attempt, Batch, BatchHandler, BatchPayload, Call, Delivered, Discarded, Failure, FromDelivery, FromRef, Handler,
     IntoOutcomes, IntoVerdict, Metadata, NotDone, OperationHandler, Outcomes, Payload, Permanent, ReconcileHook,
@@ -99,6 +103,7 @@ pub use handler::{
 };
 #[cfg(feature = "webhook")]
 pub use http::Tested;
+pub use inbox::{Fate, Inbox};
 pub use json::{JsonError, MAX_JSON_DEPTH};
 #[doc(hidden)]
 pub use keys::{Keys, OnDead};
@@ -118,7 +123,8 @@ pub use retention::MIN_KEEP;
 pub use retention::{Keep, Keeps, Retention};
 pub use retry::RetryPolicy;
 pub use router::{
-    BatchEntry, HandlerEntry, IntoBatch, IntoSubscription, OperationEntry, Router, batch, handler, operation, together,
+    BatchEntry, HandlerEntry, IntoBatch, IntoRelay, IntoSubscription, OperationEntry, RelayEntry, Router, batch,
+    handler, operation, relay, together,
 };
 #[doc(hidden)]
 pub use schedule::Wish as ScheduleWish;
@@ -153,6 +159,10 @@ mod docs {
     mod publishing {}
     #[doc = include_str!("../../../docs/pull.md")]
     mod pull {}
+    #[doc = include_str!("../../../docs/receiving.md")]
+    mod receiving {}
+    #[doc = include_str!("../../../docs/relays.md")]
+    mod relays {}
     #[doc = include_str!("../../../docs/limits.md")]
     mod limits {}
     #[doc = include_str!("../../../docs/retention.md")]

@@ -328,6 +328,31 @@ impl IntoDraft for Result<Draft, PublishError> {
     }
 }
 
+/// What one statement stores at most: so many messages, and so many bytes of payloads (or one message).
+const CHUNK: usize = 1000;
+const CHUNK_BYTES: usize = 2 << 20;
+
+/// Runs that one statement can take: within these, and no dedup key twice.
+pub(crate) fn chunks(drafts: &[Draft]) -> impl Iterator<Item = &[Draft]> {
+    let mut rest = drafts;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let mut seen = std::collections::HashSet::new();
+        let mut bytes = 0;
+        let ends = rest.iter().take(CHUNK).enumerate().position(|(n, draft)| {
+            bytes += draft.payload.bytes().len();
+            let repeated =
+                draft.dedup.as_ref().is_some_and(|dedup| !seen.insert((draft.topic.as_str(), dedup.key.as_str())));
+            repeated || (n > 0 && bytes > CHUNK_BYTES)
+        });
+        let (chunk, tail) = rest.split_at(ends.unwrap_or(rest.len().min(CHUNK)));
+        rest = tail;
+        Some(chunk)
+    })
+}
+
 /// A message as it is stored: it has its id, and nothing in it changes any more.
 #[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::admin::{Admin, MigrationStatus, RoleRow};
 use crate::context;
 use crate::error::{Error, PublishError};
-use crate::message::{Draft, Envelope, IntoDraft, minted_at};
+use crate::message::{Draft, Envelope, IntoDraft, chunks, minted_at};
 use crate::pull::PullSubscription;
 use crate::router::Router;
 use crate::schedule::{Schedule, Scheduled, Wish};
@@ -281,6 +281,10 @@ impl<Db: Database> Postbox<Db> {
         Ok(checked.into_iter().map(|c| c.and_then(|_| stored.next().unwrap_or_else(lost))).collect())
     }
 
+    pub(crate) fn max_payload_bytes(&self) -> usize {
+        self.max_payload_bytes
+    }
+
     fn checked(&self, message: impl IntoDraft) -> Result<Draft, PublishError> {
         context::inherit(message.into_draft()?).checked(self.max_payload_bytes)
     }
@@ -355,31 +359,6 @@ impl<Db: Database> Postbox<Db> {
         }
         self.store.close().await;
     }
-}
-
-/// What one statement stores at most: so many messages, and so many bytes of payloads (or one message).
-const CHUNK: usize = 1000;
-const CHUNK_BYTES: usize = 2 << 20;
-
-/// Runs that one statement can take: within these, and no dedup key twice.
-pub(crate) fn chunks(drafts: &[Draft]) -> impl Iterator<Item = &[Draft]> {
-    let mut rest = drafts;
-    std::iter::from_fn(move || {
-        if rest.is_empty() {
-            return None;
-        }
-        let mut seen = std::collections::HashSet::new();
-        let mut bytes = 0;
-        let ends = rest.iter().take(CHUNK).enumerate().position(|(n, draft)| {
-            bytes += draft.payload.bytes().len();
-            let repeated =
-                draft.dedup.as_ref().is_some_and(|dedup| !seen.insert((draft.topic.as_str(), dedup.key.as_str())));
-            repeated || (n > 0 && bytes > CHUNK_BYTES)
-        });
-        let (chunk, tail) = rest.split_at(ends.unwrap_or(rest.len().min(CHUNK)));
-        rest = tail;
-        Some(chunk)
-    })
 }
 
 pub(crate) fn published(draft: Draft, stored: Stored) -> Result<Published, PublishError> {

@@ -394,9 +394,12 @@ macro_rules! options {
 }
 
 mod batch;
+mod relay;
 
 pub(crate) use batch::BoundBatch;
 pub use batch::{BatchEntry, IntoBatch, batch};
+pub(crate) use relay::{Attached, Relayed};
+pub use relay::{IntoRelay, RelayEntry, relay};
 
 /// A handler with options: [`handler`].
 pub struct HandlerEntry<H> {

@@ -33,13 +33,15 @@ use crate::retention::{Keeps, MIN_KEEP};
 /// | `keep_dead` | `POSTBOX_KEEP_DEAD` | `90d`: the same for dead and cancelled ones |
 /// | `keep_operations` | `POSTBOX_KEEP_OPERATIONS` | `400d`: the same for operations, if that is longer |
 /// | `keep_unrouted` | `POSTBOX_KEEP_UNROUTED` | `forever`: messages that nobody is subscribed to |
+/// | `keep_ids` | `POSTBOX_KEEP_IDS` | `7d`: how long ids that sources have brought are remembered |
+/// | `max_backlog` | `POSTBOX_MAX_BACKLOG` | 100000: nothing is received while so many deliveries are due |
 #[derive(Debug, Clone)]
 pub struct Settings {
     values: BTreeMap<&'static str, (String, String)>,
 }
 
 /// Every setting's name, in the order in which they are shown.
-pub const SETTINGS: [&str; 22] = [
+pub const SETTINGS: [&str; 24] = [
     "database_url",
     "host",
     "port",
@@ -62,6 +64,8 @@ pub const SETTINGS: [&str; 22] = [
     "keep_dead",
     "keep_operations",
     "keep_unrouted",
+    "keep_ids",
+    "max_backlog",
 ];
 
 /// Which database a set of settings points at.
@@ -234,6 +238,8 @@ impl Settings {
             "keep_dead" => "90d".into(),
             "keep_operations" => "400d".into(),
             "keep_unrouted" => "forever".into(),
+            "keep_ids" => "7d".into(),
+            "max_backlog" => "100000".into(),
             _ => String::new(),
         }
     }
@@ -435,6 +441,23 @@ impl Settings {
     }
 
     /// A time that something stays: days and weeks too, or `forever`.
+    /// How long ids that sources have brought are remembered, and their repetitions recognised.
+    ///
+    /// # Errors
+    /// Not 1 h to 100 years, or `forever`.
+    pub fn keep_ids(&self) -> Result<Duration, Error> {
+        // The calendar of every store reaches that far.
+        Ok(self.keep("keep_ids")?.min(Duration::from_secs(36_525 * 86_400)))
+    }
+
+    /// Nothing is received while so many deliveries are due and not claimed.
+    ///
+    /// # Errors
+    /// Not 1 to 100000000.
+    pub fn max_backlog(&self) -> Result<u32, Error> {
+        Ok(self.whole("max_backlog", 1..=100_000_000)? as u32)
+    }
+
     fn keep(&self, name: &'static str) -> Result<Duration, Error> {
         let text = self.text(name);
         if text == "forever" {

@@ -38,8 +38,8 @@ use std::ops::Range;
 
 use crate::context;
 use crate::error::{Error, PublishError};
-use crate::message::{Draft, Due, IntoDraft, MAX_PAYLOAD_BYTES};
-use crate::postbox::{Postbox, Published, chunks, published};
+use crate::message::{Draft, Due, IntoDraft, MAX_PAYLOAD_BYTES, chunks};
+use crate::postbox::{Postbox, Published, published};
 use crate::settings::{Settings, plain_name};
 use crate::store::Stored;
 

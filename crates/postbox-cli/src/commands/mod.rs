@@ -12,12 +12,14 @@ mod maintain;
 mod migrate;
 mod pause;
 mod publish;
+mod quarantine;
 mod replay;
 mod resolve;
 mod retain;
 mod retry;
 mod schedules;
 mod show;
+mod sources;
 mod status;
 mod subscriptions;
 
@@ -27,7 +29,8 @@ use crate::demo;
 use crate::desk::Desk;
 use crate::failure::{Failure, needs_role};
 use crate::flags::{
-    Command, Flags, Keys, KeysCommand, Migrate, Schedules, SchedulesCommand, Subscriptions, SubscriptionsCommand,
+    Command, Flags, Keys, KeysCommand, Migrate, Quarantine, QuarantineCommand, Schedules, SchedulesCommand, Sources,
+    SourcesCommand, Subscriptions, SubscriptionsCommand,
 };
 use crate::output::Output;
 
@@ -76,6 +79,13 @@ fn tell_role(desk: &Desk<'_>, command: &Command) {
         Command::Schedules(_) => "operator",
         Command::Keys(Keys { command: None | Some(KeysCommand::List(_)), .. }) => "viewer",
         Command::Keys(_) => "operator",
+        Command::Sources(Sources { command: None | Some(SourcesCommand::List) }) => "viewer",
+        Command::Sources(_) => "operator",
+        Command::Quarantine(Quarantine {
+            command: None | Some(QuarantineCommand::List(_) | QuarantineCommand::Show { .. }),
+            ..
+        }) => "viewer",
+        Command::Quarantine(_) => "operator",
         Command::Maintain => "worker",
         Command::Retain(retain) if !retain.preview => "worker",
         // The owner of the schema migrates.
@@ -98,6 +108,8 @@ async fn on<Db: Database>(desk: &Desk<'_>, command: Command) -> Ended {
         Command::Resolve(resolve) => resolve::run::<Db>(desk, resolve).await,
         Command::Subscriptions(subscriptions) => subscriptions::run::<Db>(desk, subscriptions).await,
         Command::Keys(keys) => keys::run::<Db>(desk, keys).await,
+        Command::Sources(sources) => sources::run::<Db>(desk, sources).await,
+        Command::Quarantine(quarantine) => quarantine::run::<Db>(desk, quarantine).await,
         Command::Schedules(schedules) => schedules::run::<Db>(desk, schedules).await,
         Command::Maintain => maintain::run::<Db>(desk).await,
         Command::Retain(retain) => retain::run::<Db>(desk, retain).await,

@@ -2,11 +2,11 @@
 
 use jiff::Timestamp;
 use postbox::Database;
-use postbox::admin::{HeldBack, ScheduleStatus, Status, Stranded, SubscriptionRow};
+use postbox::admin::{HeldBack, ScheduleStatus, SinkRow, Status, Stranded, SubscriptionRow};
 use serde_json::json;
 
-use crate::commands::Ended;
 use crate::commands::subscriptions::paused;
+use crate::commands::{Ended, sources};
 use crate::desk::Desk;
 use crate::failure::Failure;
 use crate::output::Tone;
@@ -38,6 +38,16 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>) -> Ended {
         output.line(
             "no subscriptions yet: a worker makes them when it first starts; `postbox subscriptions add` does, too",
         )?;
+    }
+    if !status.sources.is_empty() {
+        sources::table(&status.sources).print(output)?;
+        for row in status.sources.iter().filter(|row| row.state == "failing") {
+            let trouble = plain(row.trouble.as_deref().unwrap_or_default());
+            output.line(&format!("{}  {}: {trouble}", output.paint(Tone::Bad, "failing"), plain(&row.name)))?;
+        }
+    }
+    if !status.sinks.is_empty() {
+        sinks(&status.sinks).print(output)?;
     }
     if !status.schedules.is_empty() {
         schedules(&status.schedules).print(output)?;
@@ -232,6 +242,36 @@ fn table(subscriptions: &[SubscriptionRow]) -> Columns {
             warn(Tone::Bad, row.dead),
             text(count(row.succeeded_last_hour)),
             text(row.oldest_age_s.map_or_else(|| "-".into(), span)),
+        ]);
+    }
+    columns
+}
+
+fn sinks(rows: &[SinkRow]) -> Columns {
+    let mut columns =
+        Columns::new(&["relay", "kind", "state", ">lag", ">oldest", ">sent", ">retried", ">dead", ">blocked keys"]);
+    let applications = rows.iter().map(|s| s.application.as_str()).collect::<std::collections::BTreeSet<_>>();
+    let bad = |number: i64| -> Text { if number > 0 { toned(Tone::Bad, capped(number)) } else { text("-") } };
+    for row in rows {
+        let name = match applications.len() {
+            1 => plain(&row.name),
+            _ => format!("{}/{}", plain(&row.application), plain(&row.name)),
+        };
+        let state = match row.state.as_str() {
+            "sending" => toned(Tone::Good, "sending"),
+            "paused" => toned(Tone::Doubt, "paused"),
+            other => toned(Tone::Faint, plain(other)),
+        };
+        columns.row([
+            text(name),
+            text(plain(&row.kind)),
+            state,
+            text(capped(row.lag)),
+            text(row.oldest_age_s.map_or_else(|| "-".into(), span)),
+            text(count(row.sent)),
+            text(count(row.retried)),
+            bad(row.dead),
+            bad(row.blocked_keys),
         ]);
     }
     columns

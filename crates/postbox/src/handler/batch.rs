@@ -146,6 +146,10 @@ enum Answered {
 }
 
 impl Answers {
+    pub(crate) fn of(each: Vec<Result<FollowUps, Failure>>) -> Answers {
+        Answers(Answered::Each(each))
+    }
+
     /// An answer for each of so many, or what the call failed of as a whole.
     pub(crate) fn each(self, count: usize) -> Result<Vec<Result<FollowUps, Failure>>, Failure> {
         let wrong = |what: String| Failure::retry(format!("{what}; nothing of the batch counts as done"));

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use super::relay::Relayed;
 use super::{Bare, IntoSubscription, MAX_TIMEOUT, Options, Router, Stands, Subscription, Unbound, WithOptions, parsed};
 use crate::handler::{BatchHandler, Call, Gather, Reading, read};
 use crate::keys::{Keys, OnDead};
@@ -23,6 +24,11 @@ const LONGEST: Duration = Duration::from_secs(60);
 /// A batch handler bound to its state, ready to be called.
 pub(crate) trait BoundBatch<Db: Database>: Send + Sync {
     fn read(&self, calls: Vec<Call>) -> Reading<Db>;
+
+    /// The sink behind it, if it is a relay.
+    fn relay(&self) -> Option<&dyn Relayed<Db>> {
+        None
+    }
 }
 
 struct InBatches<H, M>(H, PhantomData<fn() -> M>);

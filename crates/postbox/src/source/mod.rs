@@ -2,30 +2,18 @@
 //! two, once and only once, is the [inbox](crate::Inbox)'s.
 
 mod format;
+#[cfg(feature = "webhook")]
+mod webhook;
 
 use std::future::Future;
 use std::time::Duration;
 
 pub use self::format::{Format, Incoming, Mapping, Template};
+#[cfg(feature = "webhook")]
+pub use self::webhook::{Webhook, webhook};
 use crate::error::BrokerError;
+pub use crate::raw::Raw;
 pub use crate::template::TemplateError;
-
-/// What was read, before anybody understood it. It is kept like this, byte for byte, if nobody does.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Raw {
-    /// Names and values beside the body: headers, or the fields of an entry that has no body.
-    pub fields: Vec<(Vec<u8>, Vec<u8>)>,
-    /// The body, where the broker has such a thing.
-    pub body: Option<Vec<u8>>,
-}
-
-impl Raw {
-    /// The first field of this name, in any case.
-    pub fn field(&self, name: &str) -> Option<&[u8]> {
-        let found = self.fields.iter().find(|(n, _)| n.eq_ignore_ascii_case(name.as_bytes()));
-        found.map(|(_, value)| value.as_slice())
-    }
-}
 
 /// One thing that a source has read.
 #[derive(Debug, Clone, PartialEq, Eq)]

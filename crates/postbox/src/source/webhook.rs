@@ -29,6 +29,9 @@ const BODY_TIME: Duration = Duration::from_secs(30);
 /// When to come again while nothing is taken, in seconds.
 const COME_AGAIN: HeaderValue = HeaderValue::from_static("30");
 
+/// For how long senders try: what Standard Webhooks recommends ends after 75 hours.
+const REPLAYED_FOR: Duration = Duration::from_secs(75 * 3600);
+
 /// Headers that prove who is asking. They are never stored.
 const SECRETS: [HeaderName; 11] = [
     HeaderName::from_static("authorization"),
@@ -152,6 +155,14 @@ impl Webhook {
         if scheme == Scheme::Standard && self.secrets.iter().any(Secret::is_short) {
             tracing::warn!(source = name, "a secret is shorter than 24 bytes: it can be guessed");
         }
+        let remembered = postbox.settings().keep_ids()?;
+        if remembered < REPLAYED_FOR {
+            return Err(wrong(format!(
+                "senders try for up to 75 hours, and ids are remembered for {} hours only: set `keep_ids` to more than that",
+                remembered.as_secs() / 3600
+            )));
+        }
+        let usual = self.format.is_none();
         let format = self.format.unwrap_or_else(|| usual_format(scheme));
         let inbox = postbox.inbox(&self.name, "webhook", format).await?;
         let path = format!("/in/{}", self.name);
@@ -161,6 +172,7 @@ impl Webhook {
             secrets: self.secrets,
             body_limit: self.body_limit,
             tolerance: self.tolerance,
+            usual,
             inbox,
         };
         let methods = post(take::<Db>).fallback(another_method);
@@ -193,9 +205,9 @@ fn usual_format(scheme: Scheme) -> Format {
                 .id("{header:x-github-delivery}")
                 .key("{payload:repository.full_name}"),
         ),
-        Scheme::Stripe => Format::mapped(
-            Mapping::new().topic("stripe.{payload:type}").id("{payload:id}").time("{payload:created}"),
-        ),
+        Scheme::Stripe => {
+            Format::mapped(Mapping::new().topic("stripe.{payload:type}").id("{payload:id}").time("{payload:created}"))
+        }
     }
 }
 
@@ -206,6 +218,8 @@ struct Door<Db: Database> {
     secrets: Vec<Secret>,
     body_limit: usize,
     tolerance: Duration,
+    /// Nobody has said how requests become messages.
+    usual: bool,
     inbox: Inbox<Db>,
 }
 
@@ -286,12 +300,8 @@ async fn take<Db: Database>(State(door): State<Arc<Door<Db>>>, request: Request)
 
 fn told(fate: Fate) -> Response {
     match fate {
-        Fate::Received(id) => {
-            answer(StatusCode::OK, &Said { status: "received", id: Some(id), ..Said::default() })
-        }
-        Fate::Duplicate(id) => {
-            answer(StatusCode::OK, &Said { status: "duplicate", id: Some(id), ..Said::default() })
-        }
+        Fate::Received(id) => answer(StatusCode::OK, &Said { status: "received", id: Some(id), ..Said::default() }),
+        Fate::Duplicate(id) => answer(StatusCode::OK, &Said { status: "duplicate", id: Some(id), ..Said::default() }),
         // Stored, and nothing follows from it before somebody has looked: sending again would not help.
         Fate::Conflict { existing, quarantine } => {
             let reason = Some("another message with this id, and another body, is there already".into());
@@ -360,7 +370,10 @@ impl<Db: Database> Door<Db> {
         };
         let position = delivery.filter(|id| id.len() <= MAX_NAME_BYTES).map(str::to_owned);
         let position = position.unwrap_or_else(|| Uuid::now_v7().to_string());
-        let kept = headers.iter().filter(|(name, _)| !SECRETS.contains(name));
+        // Headers are not signed. Those that would say themselves what message this is, and no specification knows,
+        // are left out.
+        let forged = |name: &HeaderName| self.usual && matches!(name.as_str(), "event_id" | "event_type");
+        let kept = headers.iter().filter(|(name, _)| !SECRETS.contains(name) && !forged(name));
         let fields = kept.map(|(name, value)| (name.as_str().into(), value.as_bytes().into())).collect();
         Entry { position, raw: Raw { fields, body: Some(body) }, deliveries: 1 }
     }

@@ -24,6 +24,8 @@ pub(crate) struct Holdings {
     pub(crate) in_doubt: i64,
     /// Schedules.
     pub(crate) schedules: i64,
+    /// What could not become a message.
+    pub(crate) quarantined: i64,
 }
 
 impl Holdings {
@@ -41,6 +43,12 @@ impl Holdings {
             return Some(Error::Refused(format!(
                 "the schema `{schema}` has schedules ({}), which version {to} has not; `postbox schedules --json` shows what they say. Nothing was changed; if they may go, say so: `postbox migrate down --to {to} --and-lose-data`",
                 self.schedules
+            )));
+        }
+        if self.messages == 0 && self.unfinished == 0 && self.quarantined > 0 {
+            return Some(Error::Refused(format!(
+                "the schema `{schema}` has entries in quarantine ({}), which version {to} has not; `postbox quarantine list` shows them. Nothing was changed; if they may go, say so: `postbox migrate down --to {to} --and-lose-data`",
+                capped(self.quarantined)
             )));
         }
         (self.messages > 0 || self.unfinished > 0).then(|| {
@@ -76,6 +84,7 @@ mod tests {
         );
         assert!(words(Holdings { messages: 100_001, ..Holdings::default() }).contains("messages: more than 100000,"));
         assert!(words(Holdings { schedules: 2, ..Holdings::default() }).contains("has schedules (2)"));
+        assert!(words(Holdings { quarantined: 4, ..Holdings::default() }).contains("entries in quarantine (4)"));
         assert!(words(Holdings { workers: 1, messages: 3, ..Holdings::default() }).contains("1 worker is"));
     }
 }

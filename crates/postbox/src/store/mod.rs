@@ -12,8 +12,8 @@ use uuid::Uuid;
 
 use crate::admin::{
     AuditEntry, Cancel, CoalescedRow, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish,
-    MigrationStatus, Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status,
-    SubscriptionRow,
+    MigrationStatus, QuarantineDetail, QuarantineFilter, QuarantineRow, QuarantineWish, Replay, ReplayCount, Replayed,
+    Resolution, Retained, RetentionPreview, Retry, RoleRow, SinkRow, SourceRow, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::keys::Keys;
@@ -27,14 +27,18 @@ use crate::unique::Unique;
 
 pub(crate) mod decide;
 pub(crate) mod down;
+pub mod inbox;
 pub(crate) mod lanes;
 pub mod postgres;
+pub(crate) mod relays;
 pub mod sqlite;
 pub(crate) mod tokens;
 pub(crate) mod turns;
 pub(crate) mod uniques;
 
 pub use down::Loss;
+
+use self::inbox::{Arrival, DeclaredRelay, Intake, OpenedSource, ReadAgain, Requested, SourceId, SourceReport, Taken};
 
 /// A subscription's number in the database.
 pub type SubscriptionId = i32;
@@ -776,6 +780,35 @@ pub trait Store: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn learn_routes(&self, topics: &[String]) -> impl Verb<()>;
     /// Lets go of what claims have emptied, where that needs doing; bounded, and often nothing.
     fn rotate(&self) -> impl Verb<()>;
+    /// Finds a source, or makes it.
+    fn open_source(&self, application: &str, name: &str, kind: &str) -> impl Verb<OpenedSource>;
+    /// Says how a source stands; whether it is paused.
+    fn report_source(&self, source: SourceId, report: &SourceReport) -> impl Verb<bool>;
+    /// Whether so many deliveries are due and not claimed.
+    fn crowded(&self, most: u32) -> impl Verb<bool>;
+    /// Stores what has come in, what cannot be stored in quarantine, in one transaction; in order.
+    fn receive(&self, intake: Intake, arrivals: &[Arrival]) -> impl Verb<Vec<Taken>>;
+    /// What of a source in quarantine is to be read again.
+    fn requested(&self, source: SourceId, limit: u32) -> impl Verb<Vec<Requested>>;
+    /// Puts down what reading it again came to. The message that it is now.
+    fn read_again(&self, intake: Intake, again: &ReadAgain) -> impl Verb<Option<Uuid>>;
+    /// The sources.
+    fn sources(&self) -> impl Verb<Vec<SourceRow>>;
+    /// An operator: nothing is read from a source, or is again.
+    fn pause_source(&self, application: &str, name: &str, pause: &Pause<'_>) -> impl Verb<AuditEntry>;
+    /// What is in quarantine, newest first.
+    fn quarantine(&self, filter: &QuarantineFilter, limit: u32) -> impl Verb<Vec<QuarantineRow>>;
+    /// One of it.
+    fn quarantined(&self, id: i64) -> impl Verb<Option<QuarantineDetail>>;
+    /// An operator: it is read again, or removed.
+    fn wish_quarantined(&self, id: i64, wish: QuarantineWish, actor: &str, reason: &str) -> impl Verb<AuditEntry>;
+    /// Says which subscriptions are relays.
+    fn declare_relays(&self, relays: &[DeclaredRelay]) -> impl Verb<()>;
+    /// Counts what a relay's sink has confirmed, and what is to be sent again.
+    fn count_relayed(&self, subscription: SubscriptionId, slot: i16, sent: i64, retried: i64) -> impl Verb<()>;
+    /// The relays.
+    fn sinks(&self) -> impl Verb<Vec<SinkRow>>;
+
     /// Removes what has run out: dedup windows; and opens what messages of later days go to. How many
     /// dedup windows went.
     fn tidy(&self) -> impl Verb<u64>;

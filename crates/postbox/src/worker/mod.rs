@@ -6,6 +6,8 @@ mod core;
 mod heart;
 mod maintain;
 pub(crate) mod puller;
+mod receive;
+mod relay;
 mod run;
 
 use std::collections::HashMap;
@@ -18,6 +20,7 @@ use uuid::Uuid;
 
 use self::attempt::{Attempt, Means};
 use self::core::{Command, Core, Event, Flushed, Hold, Lane, Member, Setup};
+use self::receive::Receiver;
 use self::run::{Look, Run, Running, Through};
 use crate::crash;
 use crate::error::Error;
@@ -27,6 +30,7 @@ use crate::postbox::Postbox;
 use crate::router::{Route, Router, Stands};
 use crate::schedule::Schedule;
 use crate::settings::Settings;
+use crate::source::Source;
 use crate::store::{Database, Item, LeaseRef, Registration, Store, Stranded, SubscriptionId};
 
 /// How long a start may hand out what was published before it.
@@ -44,6 +48,7 @@ pub struct WorkerBuilder<Db: Database> {
     settings: Settings,
     batch: Option<u32>,
     schedules: Vec<Schedule>,
+    receivers: Vec<Receiver<Db>>,
 }
 
 impl<Db: Database> WorkerBuilder<Db> {
@@ -54,6 +59,7 @@ impl<Db: Database> WorkerBuilder<Db> {
             settings: postbox.settings().clone(),
             batch: None,
             schedules: Vec::new(),
+            receivers: Vec::new(),
         }
     }
 
@@ -91,6 +97,24 @@ impl<Db: Database> WorkerBuilder<Db> {
     /// stays as it is.
     pub fn schedule(mut self, schedule: Schedule) -> Self {
         self.schedules.push(schedule);
+        self
+    }
+
+    /// Receives from a source: what it reads becomes messages, each once, and goes to whatever is subscribed, here and
+    /// in other workers. Any number of workers receive from the same source, if they call it by the same name; see
+    /// `docs/receiving.md`.
+    ///
+    /// # Panics
+    /// Two sources have one name.
+    #[track_caller]
+    pub fn receive(mut self, source: impl Source) -> Self {
+        let receiver = Receiver::new(source);
+        assert!(
+            self.receivers.iter().all(|other| other.name() != receiver.name()),
+            "two sources are called `{}`; give one a name of its own with `.named(\"…\")`",
+            receiver.name()
+        );
+        self.receivers.push(receiver);
         self
     }
 
@@ -190,7 +214,7 @@ impl<Db: Database> Drop for Worker<Db> {
 
 impl<Db: Database> Worker<Db> {
     async fn start(builder: WorkerBuilder<Db>) -> Result<Self, Error> {
-        let WorkerBuilder { postbox, router, settings, batch, schedules } = builder;
+        let WorkerBuilder { postbox, router, settings, batch, schedules, receivers } = builder;
         let mut routes = router.into_routes();
         let keeps = settings.keeps()?;
         settings.keep_unrouted()?;
@@ -208,7 +232,13 @@ impl<Db: Database> Worker<Db> {
         for schedule in schedules {
             postbox.declare_schedule(&registration.application, schedule).await?;
         }
+        relay::open(&routes).await?;
         let store = postbox.store().clone();
+        let (stop, stopping) = watch::channel(Stop::No);
+        let mut readings = Vec::with_capacity(receivers.len());
+        for receiver in receivers {
+            readings.push(receiver.start(&postbox, &registration.application, stopping.clone()).await?);
+        }
         let sent = Moment::now();
         let ids = store.register(&registration).await?;
         // What was published before anybody was subscribed is there when this returns, unless it is much:
@@ -225,13 +255,18 @@ impl<Db: Database> Worker<Db> {
             );
         }
         let id = registration.worker;
-        let (stop, stopping) = watch::channel(Stop::No);
         let (done, finished) = oneshot::channel();
         let life = Life::new(registration.worker, sent, registration.lease);
-        let routes = ids.into_iter().zip(routes).collect();
+        let routes: Vec<_> = ids.into_iter().zip(routes).collect();
+        relay::declare::<Db>(&store, &registration.application, &routes).await?;
         let engine = Engine::new(postbox.clone(), registration, life, routes, &settings, batch, stopping)?;
         tokio::spawn(async move {
+            // Each by itself, so that none keeps another waiting.
+            let receiving: Vec<_> = readings.into_iter().map(tokio::spawn).collect();
             let result = engine.run().await;
+            for reading in receiving {
+                reading.await.ok();
+            }
             done.send(result).ok();
         });
         Ok(Worker { id, stop: Arc::new(stop), finished: Some(finished), stranded, postbox })
@@ -443,6 +478,7 @@ impl<Db: Database> Engine<Db> {
             ids.reverse();
         }
         let heart = heart::start(&store, &self.registration, ids, self.means.life.clone(), self.events.clone())?;
+        let counting = relay::Counting::start(store.clone(), self.routes.clone());
         let keeper =
             maintain::start(self.postbox.clone(), self.registration.clone(), self.routes.clone(), self.topics.clone());
         let mut batch = vec![Event::Tick];
@@ -482,6 +518,7 @@ impl<Db: Database> Engine<Db> {
         }
         keeper.abort();
         drop(heart);
+        counting.end().await;
         let observed = async { while self.observing.join_next().await.is_some() {} };
         tokio::time::timeout(LEAST_PATIENCE, observed).await.ok();
         let retired = tokio::time::timeout(LEAST_PATIENCE, store.retire(self.registration.worker)).await;

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::lanes::LEVELS;
 use super::read::envelope;
-use super::{PgStore, Work, doubt, schedules, timestamp};
+use super::{PgStore, Work, doubt, inbox, relays, schedules, timestamp};
 use crate::admin::{
     AttemptRow, AuditEntry, DeliveryDetail, DeliveryRow, Filter, HELD_BACK, HeldBack, LimitsRow, RecordRow, Resolution,
     ScheduleStatus, Status, SubscriptionRow, WorkerRow, no_delivery,
@@ -398,8 +398,12 @@ pub(super) async fn status(store: &PgStore) -> Result<Status, Error> {
             array(select distinct u.topic from (select topic from {schema}.unrouted limit 1000) u order by 1 limit 20) as topics"
     );
     let row = store.dynamic(sql).fetch_one(work.on()).await?;
+    let sources = inbox::sources(store, &mut work).await?;
+    let relayed = relays::all(store, &mut work).await?;
     work.rollback().await?;
     Ok(Status {
+        sources,
+        sinks: crate::store::relays::rows(&subscriptions, relayed),
         schema_version: row.try_get::<Option<i32>, _>("version")?.unwrap_or(0).max(0) as u32,
         workers: workers
             .iter()

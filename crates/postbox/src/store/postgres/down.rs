@@ -29,8 +29,9 @@ pub(super) async fn to(store: &PgStore, version: u32, loss: Loss) -> Result<Vec<
             // The first step speaks for all: nobody wants to learn half-way that it cannot go on.
             let leaves = &MIGRATIONS[version as usize..done];
             let holds_data = leaves.iter().any(|m| m.holds_data);
-            let schedules = leaves.iter().any(|m| m.name == "schedules");
-            if let Some(refused) = refusal(store, &mut work, version, (holds_data, schedules)).await? {
+            let (schedules, inbox) =
+                (leaves.iter().any(|m| m.name == "schedules"), leaves.iter().any(|m| m.name == "inbox"));
+            if let Some(refused) = refusal(store, &mut work, version, (holds_data, schedules, inbox)).await? {
                 work.rollback().await?;
                 return Err(refused);
             }
@@ -51,7 +52,7 @@ async fn refusal(
     store: &PgStore,
     work: &mut Work,
     to: u32,
-    (holds_data, schedules): (bool, bool),
+    (holds_data, schedules, inbox): (bool, bool, bool),
 ) -> Result<Option<Error>, Error> {
     let schema = &store.schema;
     let sql = format!(
@@ -62,6 +63,12 @@ async fn refusal(
     if schedules && held.workers == 0 {
         let sql = format!("select pg_catalog.count(*) as schedules from {schema}.schedule");
         held.schedules = store.dynamic(sql).fetch_one(work.on()).await?.try_get("schedules")?;
+    }
+    if inbox && held.workers == 0 {
+        let sql = format!(
+            "select pg_catalog.count(*) as quarantined from (select from {schema}.quarantine q where q.ended_at is null limit 100001) q"
+        );
+        held.quarantined = store.dynamic(sql).fetch_one(work.on()).await?.try_get("quarantined")?;
     }
     if holds_data && held.workers == 0 {
         // In the order in which publishing locks them.

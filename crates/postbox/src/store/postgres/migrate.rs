@@ -32,7 +32,7 @@ macro_rules! migration {
 /// The first migration of the present shape: those before it make the tables and functions of the earlier one.
 const PRESENT: usize = 7;
 
-pub(super) const MIGRATIONS: [Migration; 13] = [
+pub(super) const MIGRATIONS: [Migration; 14] = [
     migration!("0001", "engine", holds_data: true),
     migration!("0002", "pull", holds_data: false),
     migration!("0003", "roles", holds_data: false),
@@ -46,6 +46,7 @@ pub(super) const MIGRATIONS: [Migration; 13] = [
     migration!("0011", "pause_and_priority", holds_data: false),
     migration!("0012", "order", holds_data: false),
     migration!("0013", "unique", holds_data: false),
+    migration!("0014", "inbox", holds_data: false),
 ];
 
 /// The version that this migration leads to.

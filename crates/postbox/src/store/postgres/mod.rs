@@ -4,6 +4,7 @@ mod admin;
 mod claim;
 mod doubt;
 mod down;
+mod inbox;
 mod keys;
 mod lanes;
 mod limits;
@@ -18,6 +19,7 @@ mod publish;
 mod pull;
 mod read;
 mod register;
+mod relays;
 mod replay;
 mod retain;
 mod roles;
@@ -43,8 +45,8 @@ use self::promote::Promoted;
 use self::publish::{Fans, Refusing};
 use crate::admin::{
     AuditEntry, Cancel, CoalescedRow, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish,
-    MigrationStatus, Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status,
-    SubscriptionRow,
+    MigrationStatus, QuarantineDetail, QuarantineFilter, QuarantineRow, QuarantineWish, Replay, ReplayCount, Replayed,
+    Resolution, Retained, RetentionPreview, Retry, RoleRow, SinkRow, SourceRow, Status, SubscriptionRow,
 };
 use crate::error::{Error, PublishError};
 use crate::lifecycle::Kind;
@@ -52,6 +54,9 @@ use crate::message::{Draft, Envelope};
 use crate::retention::Retention;
 use crate::schedule::{ScheduleRow, Scheduled, Wish};
 use crate::settings::Settings;
+use crate::store::inbox::{
+    Arrival, DeclaredRelay, Intake, OpenedSource, ReadAgain, Requested, SourceId, SourceReport, Taken,
+};
 use crate::store::lanes::{Balanced, FIRST_HELD, FIRST_LANE, LET_THROUGH};
 use crate::store::turns::Turns;
 use crate::store::uniques::Uniques;
@@ -87,7 +92,7 @@ macro_rules! statements {
     }};
 }
 statements! {
-    audit, beat, claim = claim without "many" "lanes", claim_many = claim without "few" "lanes",
+    audit, beat, inbox_count, inbox_known, inbox_remember, claim = claim without "many" "lanes", claim_many = claim without "few" "lanes",
     claim_lanes = claim without "many" "plain", complete, doubt_for_update, doubts, duplicates, free_keys, history, keys_aside,
     keys_block, keys_free, keys_list, lanes, lanes_free, lanes_leave, lanes_take, learn_routes, leftover, lock_holders,
     look, moves, permits, tokens, only_moves = moves without "ended", next_due, part_exists, paused, promote, publish, publish_checked,
@@ -647,6 +652,7 @@ impl Store for PgStore {
         );
         let removed = self.dynamic(sql).execute(work.on()).await?.rows_affected();
         unique::tidy(self, &mut work).await?;
+        let removed = removed.max(inbox::tidy(self, &mut work).await?);
         work.commit().await?;
         // A transaction of its own: for a moment it holds a lock that publishers wait for.
         let mut work = self.work().await?;
@@ -675,6 +681,81 @@ impl Store for PgStore {
 
     async fn retention_preview(&self, keep_unrouted: Duration) -> Result<RetentionPreview, Error> {
         retain::preview(self, keep_unrouted).await
+    }
+
+    async fn open_source(&self, application: &str, name: &str, kind: &str) -> Result<OpenedSource, Error> {
+        inbox::open(self, application, name, kind).await
+    }
+
+    async fn report_source(&self, source: SourceId, report: &SourceReport) -> Result<bool, Error> {
+        inbox::report(self, source, report).await
+    }
+
+    async fn crowded(&self, most: u32) -> Result<bool, Error> {
+        inbox::crowded(self, most).await
+    }
+
+    async fn receive(&self, intake: Intake, arrivals: &[Arrival]) -> Result<Vec<Taken>, Error> {
+        inbox::receive(self, intake, arrivals).await
+    }
+
+    async fn requested(&self, source: SourceId, limit: u32) -> Result<Vec<Requested>, Error> {
+        inbox::requested(self, source, limit).await
+    }
+
+    async fn read_again(&self, intake: Intake, again: &ReadAgain) -> Result<Option<Uuid>, Error> {
+        inbox::read_again(self, intake, again).await
+    }
+
+    async fn sources(&self) -> Result<Vec<SourceRow>, Error> {
+        let mut work = self.read().await?;
+        let rows = inbox::sources(self, &mut work).await?;
+        work.rollback().await?;
+        Ok(rows)
+    }
+
+    async fn pause_source(&self, application: &str, name: &str, pause: &Pause<'_>) -> Result<AuditEntry, Error> {
+        inbox::pause(self, application, name, pause).await
+    }
+
+    async fn quarantine(&self, filter: &QuarantineFilter, limit: u32) -> Result<Vec<QuarantineRow>, Error> {
+        inbox::quarantine(self, filter, limit).await
+    }
+
+    async fn quarantined(&self, id: i64) -> Result<Option<QuarantineDetail>, Error> {
+        inbox::quarantined(self, id).await
+    }
+
+    async fn wish_quarantined(
+        &self,
+        id: i64,
+        wish: QuarantineWish,
+        actor: &str,
+        reason: &str,
+    ) -> Result<AuditEntry, Error> {
+        inbox::wish(self, id, wish, actor, reason).await
+    }
+
+    async fn declare_relays(&self, relays: &[DeclaredRelay]) -> Result<(), Error> {
+        relays::declare(self, relays).await
+    }
+
+    async fn count_relayed(
+        &self,
+        subscription: SubscriptionId,
+        slot: i16,
+        sent: i64,
+        retried: i64,
+    ) -> Result<(), Error> {
+        relays::count(self, subscription, slot, (sent, retried)).await
+    }
+
+    async fn sinks(&self) -> Result<Vec<SinkRow>, Error> {
+        let subscriptions = self.subscriptions().await?;
+        let mut work = self.read().await?;
+        let relayed = relays::all(self, &mut work).await?;
+        work.rollback().await?;
+        Ok(crate::store::relays::rows(&subscriptions, relayed))
     }
 
     async fn tick(&self) -> Result<Ticked, Error> {

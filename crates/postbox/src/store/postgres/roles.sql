@@ -116,6 +116,13 @@ begin
         if pg_catalog.to_regclass('{schema}.one_per_key') is not null then
             given := pg_catalog.array_append(given, 'select on {schema}.one_per_key, {schema}.coalesced');
         end if;
+        if pg_catalog.to_regclass('{schema}.source') is not null then
+            given := given || array[
+                'select, insert, update (kind, checkpoint, lag, trouble, seen_at) on {schema}.source',
+                'select, insert, update on {schema}.source_tally, {schema}.relay, {schema}.relay_tally',
+                'select, insert, update, delete on {schema}.inbox',
+                'select, insert, delete, update (message, retry_at, retried, ended_at) on {schema}.quarantine'];
+        end if;
         -- A subscription may be declared anew; whether it is paused is an operator's word.
         execute pg_catalog.format('revoke update on {schema}.subscription from %I', '{schema}_worker');
         select pg_catalog.concat('update (', pg_catalog.string_agg(pg_catalog.quote_ident(a.attname), ', '), ') on {schema}.subscription')
@@ -142,6 +149,10 @@ begin
             -- A row lock needs the right to update some column.
             execute pg_catalog.format('grant update (leaving) on {schema}.lane to %I', '{schema}_operator');
             execute pg_catalog.format('grant update (name) on {schema}.worker to %I', '{schema}_operator');
+        end if;
+        if pg_catalog.to_regclass('{schema}.source') is not null then
+            execute pg_catalog.format('grant update (paused_at) on {schema}.source to %I', '{schema}_operator');
+            execute pg_catalog.format('grant delete, update (retry_at, retry_by, retry_why) on {schema}.quarantine to %I', '{schema}_operator');
         end if;
         foreach thing in array array[
             'usage on sequence {schema}.delivery_id',
@@ -175,7 +186,7 @@ begin
                     'unrouted', 'dedup', 'ready', 'scheduled', 'worker', 'lease', 'attempt', 'outcome', 'outcome_part',
                     'doubt', 'dead_letter', 'resolution', 'observation', 'audit_counter', 'audit', 'retention', 'thinned',
                     'message_window', 'ring', 'reference', 'flow_limit', 'permit', 'schedule', 'lane', 'key_state',
-                    'one_per_key', 'key_holder', 'coalesced',
+                    'one_per_key', 'key_holder', 'coalesced', 'source', 'source_tally', 'inbox', 'quarantine', 'relay', 'relay_tally',
                     'attempts', 'leased', 'delivery']::pg_catalog.name[])
         loop
             execute pg_catalog.format('grant select on %s to %I', door.name, pg_catalog.concat('{schema}_', holder));

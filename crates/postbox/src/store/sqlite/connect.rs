@@ -16,7 +16,7 @@ use crate::settings::Settings;
 use crate::store::down::{Holdings, Loss, too_far};
 
 /// Version and name are the position and the file's; up and down.
-pub(super) const MIGRATIONS: [(&str, &str, &str); 7] = [
+pub(super) const MIGRATIONS: [(&str, &str, &str); 8] = [
     ("engine", include_str!("migrations/0001_engine.sql"), include_str!("migrations/0001_engine.down.sql")),
     ("successes", include_str!("migrations/0002_successes.sql"), include_str!("migrations/0002_successes.down.sql")),
     ("limits", include_str!("migrations/0003_limits.sql"), include_str!("migrations/0003_limits.down.sql")),
@@ -28,6 +28,7 @@ pub(super) const MIGRATIONS: [(&str, &str, &str); 7] = [
     ),
     ("order", include_str!("migrations/0006_order.sql"), include_str!("migrations/0006_order.down.sql")),
     ("unique", include_str!("migrations/0007_unique.sql"), include_str!("migrations/0007_unique.down.sql")),
+    ("inbox", include_str!("migrations/0008_inbox.sql"), include_str!("migrations/0008_inbox.down.sql")),
 ];
 
 pub(super) const HEAD: &str = "create table if not exists postbox_migration (
@@ -257,9 +258,16 @@ async fn holdings(
         true => sqlx::query_scalar("select count(*) from postbox_schedule").fetch_one(&mut *connection).await?,
         false => 0,
     };
+    let quarantined = match leaves.iter().any(|(name, ..)| *name == "inbox") {
+        true => {
+            let sql = "select count(*) from (select 1 from postbox_quarantine where ended_at is null limit 100001)";
+            sqlx::query_scalar(sql).fetch_one(&mut *connection).await?
+        }
+        false => 0,
+    };
     let workers: Vec<Uuid> = sqlx::query_scalar("select id from postbox_worker").fetch_all(connection).await?;
     let workers = workers.into_iter().filter(|id| store.shared.alive.lives(*id)).count() as i64;
-    Ok(Holdings { workers, messages, unfinished, in_doubt, schedules })
+    Ok(Holdings { workers, messages, unfinished, in_doubt, schedules, quarantined })
 }
 
 /// All migrations as one SQL text, for the user's own migration tool.

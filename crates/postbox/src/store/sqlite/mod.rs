@@ -21,11 +21,11 @@ macro_rules! row {
 mod admin;
 mod alive;
 mod backfill;
-mod body;
 mod claim;
 mod connect;
 mod doubt;
 mod held;
+mod inbox;
 mod keys;
 mod lanes;
 mod limits;
@@ -34,6 +34,7 @@ mod pause;
 mod publish;
 mod pull;
 mod register;
+mod relays;
 mod replay;
 mod retain;
 mod schedules;
@@ -54,8 +55,8 @@ use uuid::Uuid;
 
 use crate::admin::{
     AuditEntry, Cancel, CoalescedRow, DeliveryDetail, DeliveryRow, Filter, HeldBack, KeyFilter, KeyRow, KeyWish,
-    MigrationStatus, Replay, ReplayCount, Replayed, Resolution, Retained, RetentionPreview, Retry, RoleRow, Status,
-    SubscriptionRow,
+    MigrationStatus, QuarantineDetail, QuarantineFilter, QuarantineRow, QuarantineWish, Replay, ReplayCount, Replayed,
+    Resolution, Retained, RetentionPreview, Retry, RoleRow, SinkRow, SourceRow, Status, SubscriptionRow,
 };
 use crate::content::Content;
 use crate::error::{Error, PublishError};
@@ -64,6 +65,9 @@ use crate::message::{Draft, Envelope, MAX_WAIT, minted_at};
 use crate::retention::Retention;
 use crate::schedule::{ScheduleRow, Scheduled, Wish};
 use crate::settings::Settings;
+use crate::store::inbox::{
+    Arrival, DeclaredRelay, Intake, OpenedSource, ReadAgain, Requested, SourceId, SourceReport, Taken,
+};
 use crate::store::lanes::Balanced;
 use crate::store::turns::Turns;
 use crate::store::uniques::Uniques;
@@ -418,6 +422,81 @@ impl Store for SqliteStore {
 
     async fn retention_preview(&self, keep_unrouted: Duration) -> Result<RetentionPreview, Error> {
         retain::preview(self, keep_unrouted).await
+    }
+
+    async fn open_source(&self, application: &str, name: &str, kind: &str) -> Result<OpenedSource, Error> {
+        inbox::open(self, application, name, kind).await
+    }
+
+    async fn report_source(&self, source: SourceId, report: &SourceReport) -> Result<bool, Error> {
+        inbox::report(self, source, report).await
+    }
+
+    async fn crowded(&self, most: u32) -> Result<bool, Error> {
+        inbox::crowded(self, most).await
+    }
+
+    async fn receive(&self, intake: Intake, arrivals: &[Arrival]) -> Result<Vec<Taken>, Error> {
+        inbox::receive(self, intake, arrivals).await
+    }
+
+    async fn requested(&self, source: SourceId, limit: u32) -> Result<Vec<Requested>, Error> {
+        inbox::requested(self, source, limit).await
+    }
+
+    async fn read_again(&self, intake: Intake, again: &ReadAgain) -> Result<Option<Uuid>, Error> {
+        inbox::read_again(self, intake, again).await
+    }
+
+    async fn sources(&self) -> Result<Vec<SourceRow>, Error> {
+        let mut work = self.read().await?;
+        let rows = inbox::sources(work.on()).await?;
+        work.rollback().await?;
+        Ok(rows)
+    }
+
+    async fn pause_source(&self, application: &str, name: &str, pause: &Pause<'_>) -> Result<AuditEntry, Error> {
+        inbox::pause(self, application, name, pause).await
+    }
+
+    async fn quarantine(&self, filter: &QuarantineFilter, limit: u32) -> Result<Vec<QuarantineRow>, Error> {
+        inbox::quarantine(self, filter, limit).await
+    }
+
+    async fn quarantined(&self, id: i64) -> Result<Option<QuarantineDetail>, Error> {
+        inbox::quarantined(self, id).await
+    }
+
+    async fn wish_quarantined(
+        &self,
+        id: i64,
+        wish: QuarantineWish,
+        actor: &str,
+        reason: &str,
+    ) -> Result<AuditEntry, Error> {
+        inbox::wish(self, id, wish, actor, reason).await
+    }
+
+    async fn declare_relays(&self, relays: &[DeclaredRelay]) -> Result<(), Error> {
+        relays::declare(self, relays).await
+    }
+
+    async fn count_relayed(
+        &self,
+        subscription: SubscriptionId,
+        _slot: i16,
+        sent: i64,
+        retried: i64,
+    ) -> Result<(), Error> {
+        relays::count(self, subscription, (sent, retried)).await
+    }
+
+    async fn sinks(&self) -> Result<Vec<SinkRow>, Error> {
+        let subscriptions = self.subscriptions().await?;
+        let mut work = self.read().await?;
+        let relayed = relays::all(work.on()).await?;
+        work.rollback().await?;
+        Ok(crate::store::relays::rows(&subscriptions, relayed))
     }
 
     async fn tick(&self) -> Result<Ticked, Error> {

@@ -5,7 +5,8 @@ use sqlx::{Row, SqliteConnection};
 use uuid::Uuid;
 
 use super::lanes::lane_of;
-use super::{SqliteStore, body, millis_up, unique};
+use super::{SqliteStore, millis_up, unique};
+use crate::body;
 use crate::error::{Error, PublishError};
 use crate::message::{Draft, Due};
 use crate::planted::planted;
@@ -228,6 +229,7 @@ pub(super) async fn tidy(store: &SqliteStore) -> Result<u64, Error> {
     )
     .execute(work.on())
     .await?;
+    let forgotten = super::inbox::tidy(work.on()).await?;
     work.commit().await?;
-    Ok(windows)
+    Ok(windows.max(forgotten))
 }

@@ -5,7 +5,7 @@ use sqlx::{Row, SqliteConnection};
 use uuid::Uuid;
 
 use super::work::Work;
-use super::{SqliteStore, json_of, messages, schedules, timestamp};
+use super::{SqliteStore, inbox, json_of, messages, relays, schedules, timestamp};
 use crate::admin::{
     AttemptRow, DeliveryDetail, DeliveryRow, Filter, LimitsRow, RecordRow, ScheduleStatus, Status, SubscriptionRow,
     WorkerRow,
@@ -296,12 +296,17 @@ pub(super) async fn status(store: &SqliteStore) -> Result<Status, Error> {
     )
     .fetch_all(work.on())
     .await?;
+    let sources = inbox::sources(work.on()).await?;
+    let relayed = relays::all(work.on()).await?;
     work.rollback().await?;
+    let (stranded, subscriptions) = (left_alone(&rows), shown(rows));
     Ok(Status {
+        sources,
+        sinks: crate::store::relays::rows(&subscriptions, relayed),
         schema_version,
         workers: workers.into_iter().map(|(worker, _)| worker).collect(),
-        stranded: left_alone(&rows),
-        subscriptions: shown(rows),
+        stranded,
+        subscriptions,
         unrouted,
         unrouted_topics,
         held_back: None,

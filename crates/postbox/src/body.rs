@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use crate::content::{Bytes, Content};
 
 /// A hash of a key and a checked payload.
-pub(super) fn hash(key: Option<&str>, payload: &Content) -> [u8; 32] {
+pub(crate) fn hash(key: Option<&str>, payload: &Content) -> [u8; 32] {
     match payload {
         Content::Json(text) => hash_json(key, text.get()),
         Content::Bytes(bytes) => hash_bytes(key, bytes),

@@ -1,0 +1,141 @@
+//! `postbox sources [list]`, `pause` and `resume`.
+
+use postbox::Database;
+use postbox::admin::SourceRow;
+
+use crate::commands::Ended;
+use crate::desk::Desk;
+use crate::failure::{Failure, NOT_FOUND};
+use crate::flags::{Pause, Sources, SourcesCommand};
+use crate::output::Tone;
+use crate::table::{Columns, Text, text, toned};
+use crate::text::{ago, count, plain, quoted, shortened};
+
+pub(super) async fn run<Db: Database>(desk: &Desk<'_>, sources: Sources) -> Ended {
+    match sources.command {
+        None | Some(SourcesCommand::List) => list::<Db>(desk).await,
+        Some(SourcesCommand::Pause(wish)) => pause::<Db>(desk, wish, true).await,
+        Some(SourcesCommand::Resume(wish)) => pause::<Db>(desk, wish, false).await,
+    }
+}
+
+async fn list<Db: Database>(desk: &Desk<'_>) -> Ended {
+    let postbox = desk.open::<Db>().await?;
+    let rows = postbox.admin().sources().await;
+    let mut rows = rows.map_err(|e| Failure::of(&e, "list the sources", desk.command("status")))?;
+    rows.retain(|row| desk.application.as_ref().is_none_or(|wanted| *wanted == row.application));
+    if desk.output.json {
+        for row in &rows {
+            desk.output.object(row)?;
+        }
+        return Ok(0);
+    }
+    if rows.is_empty() {
+        desk.output.prose(
+            "nothing is received from anywhere: a worker's `receive` makes a source, and `postbox serve` does, too",
+        );
+        return Ok(0);
+    }
+    table(&rows).print(desk.output)?;
+    for row in rows.iter().filter(|row| row.state == "failing") {
+        let trouble = plain(row.trouble.as_deref().unwrap_or_default());
+        desk.output.line(&format!("{}  {}: {trouble}", desk.output.paint(Tone::Bad, "failing"), plain(&row.name)))?;
+    }
+    if rows.iter().any(|row| row.quarantined + row.conflict > 0) {
+        desk.output.prose(&format!("next: {}", desk.command("quarantine list")));
+    }
+    Ok(0)
+}
+
+/// The sources as a table: for `status`, too.
+pub(super) fn table(rows: &[SourceRow]) -> Columns {
+    let mut columns = Columns::new(&[
+        "source",
+        "kind",
+        "state",
+        ">lag",
+        ">received",
+        ">duplicate",
+        ">conflict",
+        ">quarantined",
+        ">lost",
+        "last",
+    ]);
+    let applications = rows.iter().map(|s| s.application.as_str()).collect::<std::collections::BTreeSet<_>>();
+    let bad = |number: i64| -> Text { if number > 0 { toned(Tone::Bad, count(number)) } else { text("-") } };
+    for row in rows {
+        let name = match applications.len() {
+            1 => plain(&row.name),
+            _ => format!("{}/{}", plain(&row.application), plain(&row.name)),
+        };
+        let state = match row.state.as_str() {
+            "receiving" => toned(Tone::Good, "receiving"),
+            "failing" => toned(Tone::Bad, "failing"),
+            "paused" => toned(Tone::Doubt, "paused"),
+            other => toned(Tone::Faint, plain(other)),
+        };
+        columns.row([
+            text(name),
+            text(plain(&row.kind)),
+            state,
+            text(row.lag.map_or_else(|| "-".into(), count)),
+            text(count(row.received)),
+            text(count(row.duplicate)),
+            bad(row.conflict),
+            bad(row.quarantined),
+            bad(row.lost),
+            text(row.last_at.map_or_else(|| "-".into(), |at| format!("{} ago", ago(at)))),
+        ]);
+    }
+    columns
+}
+
+async fn pause<Db: Database>(desk: &Desk<'_>, wish: Pause, pauses: bool) -> Ended {
+    let (verb, hint) = if pauses { ("pause", "why") } else { ("resume", "what was mended") };
+    let name = plain(&wish.name);
+    let tried = format!("{verb} the source {}", shortened(&name, 80));
+    let postbox = desk.open::<Db>().await?;
+    let failed = |e| Failure::of(&e, &tried, desk.command("sources"));
+    let rows = postbox.admin().sources().await.map_err(failed)?;
+    let meant = |row: &&SourceRow| {
+        row.name == wish.name && desk.application.as_ref().is_none_or(|wanted| *wanted == row.application)
+    };
+    let mut found = rows.iter().filter(meant);
+    let (Some(row), None) = (found.next(), found.next()) else {
+        let several = rows.iter().filter(meant).count() > 1;
+        let why = match several {
+            true => "several applications have a source of that name; say which with --application",
+            false => "there is no such source",
+        };
+        return Err(Failure::new(NOT_FOUND, &tried, why, desk.command("sources")));
+    };
+    let whose = match desk.application {
+        Some(_) => String::new(),
+        None => format!(" --application {}", quoted(&plain(&row.application))),
+    };
+    let typed = |verb: &str| desk.action(&format!("sources {verb} {}{whose}", quoted(&name)));
+    let reason = desk.reason(wish.reason, &tried, &typed(verb), hint)?;
+    let admin = postbox.admin();
+    let entry = match pauses {
+        true => admin.pause_source(&row.application, &row.name, &desk.actor, &reason).await,
+        false => admin.resume_source(&row.application, &row.name, &desk.actor, &reason).await,
+    }
+    .map_err(failed)?;
+    if desk.output.json {
+        desk.output.object(&entry)?;
+        return Ok(0);
+    }
+    let plus = desk.output.paint(Tone::Good, "+");
+    let was = match (pauses, row.paused_at) {
+        (true, Some(since)) => format!("; it has been paused for {} already", ago(since)),
+        (false, None) => "; it was not paused".to_owned(),
+        _ => String::new(),
+    };
+    let done = if pauses { "paused" } else { "resumed" };
+    desk.output.line(&format!("{plus} {done} by {}, audit {}{was}", plain(&entry.actor), entry.seq))?;
+    if pauses {
+        desk.output.prose("what was read is stored and acknowledged; within about a second nothing more is read");
+        desk.output.prose(&format!("next: {} --reason …", typed("resume")));
+    }
+    Ok(0)
+}
