@@ -136,7 +136,7 @@ pub use sqlx::{Postgres, Sqlite};
 pub use store::postgres::{migrations_down_sql, migrations_sql};
 pub use store::{AsConnection, Database};
 pub use unique::Unique;
-pub use worker::{Worker, WorkerBuilder};
+pub use worker::{Alive, Worker, WorkerBuilder};
 
 /// The Rust in the texts is compiled with the doc-tests.
 #[cfg(doctest)]
