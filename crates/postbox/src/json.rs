@@ -45,6 +45,11 @@ pub(crate) struct Findings {
 
 /// Checks a JSON text. Strings must be Rust strings already, so bad UTF-8 never gets here.
 pub(crate) fn check(text: &str) -> Result<Findings, JsonError> {
+    check_within(text, MAX_JSON_DEPTH)
+}
+
+/// The same for a text that may be nested otherwise: an envelope is a level around its payload.
+pub(crate) fn check_within(text: &str, levels: usize) -> Result<Findings, JsonError> {
     let mut findings = Findings::default();
     let bytes = text.as_bytes();
     let (mut at, mut depth) = (0, 0usize);
@@ -52,7 +57,7 @@ pub(crate) fn check(text: &str) -> Result<Findings, JsonError> {
         match bytes[at] {
             b'[' | b'{' => {
                 depth += 1;
-                if depth > MAX_JSON_DEPTH {
+                if depth > levels {
                     return Err(JsonError::TooDeep);
                 }
             }

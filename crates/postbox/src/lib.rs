@@ -65,6 +65,7 @@ mod retry;
 mod router;
 mod schedule;
 mod settings;
+mod template;
 mod unique;
 
 pub mod admin;

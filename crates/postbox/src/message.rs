@@ -491,17 +491,23 @@ impl Envelope {
     ///
     /// Source: CloudEvents 1.0.2, JSON event format, and its partitioning and tracing extensions.
     pub fn to_cloudevent(&self) -> String {
+        let trace = self.traceparent().map(|trace| ("traceparent", trace));
+        self.cloudevent(DEFAULT_SOURCE, trace.into_iter().collect())
+    }
+
+    /// The same with a source for messages that have none, and with these extensions.
+    pub(crate) fn cloudevent(&self, source: &str, extensions: BTreeMap<&str, &str>) -> String {
         let event = CloudEvent {
             specversion: "1.0",
             id: self.id,
-            source: self.source.as_deref().unwrap_or("postbox"),
+            source: self.source.as_deref().unwrap_or(source),
             kind: &self.topic,
             time: self.occurred_at,
             datacontenttype: self.content_type(),
             partitionkey: self.key.as_deref(),
             correlationid: self.correlation(),
             causationid: self.causation_id.as_deref(),
-            traceparent: self.traceparent(),
+            extensions,
             data: match &self.payload {
                 Content::Json(text) => Some(text),
                 Content::Bytes(_) => None,
@@ -511,6 +517,9 @@ impl Envelope {
         serde_json::to_string(&event).unwrap_or_default()
     }
 }
+
+/// The `source` of messages that do not say theirs.
+pub(crate) const DEFAULT_SOURCE: &str = "postbox";
 
 /// A CloudEvent 1.0 in its structured JSON form.
 #[derive(Serialize)]
@@ -527,8 +536,8 @@ struct CloudEvent<'a> {
     correlationid: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     causationid: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    traceparent: Option<&'a str>,
+    #[serde(flatten)]
+    extensions: BTreeMap<&'a str, &'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     data: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,15 +1,19 @@
 //! Sinks: brokers and webhooks that messages go to. A [relay](crate::Router::relay) is a subscription whose
 //! handler is a sink.
 
+mod envelope;
+
 use std::fmt;
 use std::future::Future;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use self::envelope::{Encoded, EnvelopeStyle, Target};
 use crate::error::BrokerError;
 use crate::handler::Attempt;
 use crate::message::Envelope;
+pub use crate::template::TemplateError;
 
 /// A message on its way out; it reads like its [`Envelope`].
 #[derive(Debug, Clone)]

@@ -6,9 +6,10 @@ mod format;
 use std::future::Future;
 use std::time::Duration;
 
-pub use self::format::{Format, Incoming, Mapping};
+pub use self::format::{Format, Incoming, Mapping, Template};
 use crate::error::BrokerError;
 pub use crate::raw::Raw;
+pub use crate::template::TemplateError;
 
 /// One thing that a source has read.
 #[derive(Debug, Clone, PartialEq, Eq)]
