@@ -9,11 +9,11 @@ const LAYERS: [&[&str]; 12] = [
     // Pure: no clock, no I/O, no SQL.
     &["body", "content", "json", "pattern", "priority", "raw", "retry", "template", "crash", "planted", "unique"],
     &["lifecycle", "message", "error", "keys", "limits", "retention", "schedule"],
-    &["settings", "context"],
+    &["settings", "context", "redis_client"],
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
     &["source"],
-    &["handler", "sink", "router"],
+    &["handler", "router", "sink"],
     &["postbox", "pull", "worker", "inbox"],
     &["testing"],
     &["sql"],

@@ -60,6 +60,8 @@ mod postbox;
 mod priority;
 mod pull;
 mod raw;
+#[cfg(feature = "redis")]
+mod redis_client;
 mod retention;
 mod retry;
 mod router;

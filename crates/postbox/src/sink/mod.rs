@@ -2,6 +2,8 @@
 //! handler is a sink.
 
 mod envelope;
+#[cfg(feature = "redis")]
+mod redis;
 
 use std::fmt;
 use std::future::Future;
@@ -10,6 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::envelope::{Encoded, EnvelopeStyle, Target};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisSink, redis};
 use crate::error::BrokerError;
 use crate::handler::Attempt;
 use crate::message::Envelope;
@@ -86,6 +90,18 @@ impl Unsent {
     /// this message waits with the others.
     pub fn gone(error: impl fmt::Display) -> Unsent {
         Unsent { error: error.to_string(), then: Then::Pause }
+    }
+}
+
+impl Unsent {
+    /// Whether the other side will never take it: it is not sent again.
+    pub fn is_final(&self) -> bool {
+        self.then == Then::Dead
+    }
+
+    /// Why, in the other side's words.
+    pub fn error(&self) -> &str {
+        &self.error
     }
 }
 

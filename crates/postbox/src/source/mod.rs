@@ -2,11 +2,15 @@
 //! two, once and only once, is the [inbox](crate::Inbox)'s.
 
 mod format;
+#[cfg(feature = "redis")]
+mod redis;
 
 use std::future::Future;
 use std::time::Duration;
 
 pub use self::format::{Format, Incoming, Mapping, Template};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisSource, redis_stream};
 use crate::error::BrokerError;
 pub use crate::raw::Raw;
 pub use crate::template::TemplateError;
