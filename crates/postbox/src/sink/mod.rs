@@ -101,6 +101,18 @@ impl Unsent {
     }
 }
 
+impl Unsent {
+    /// Whether the other side will never take it: it is not sent again.
+    pub fn is_final(&self) -> bool {
+        self.then == Then::Dead
+    }
+
+    /// Why, in the other side's words.
+    pub fn error(&self) -> &str {
+        &self.error
+    }
+}
+
 /// What a batch came to: one for each message, in their order.
 pub type Sent = Vec<Result<(), Unsent>>;
 
