@@ -68,10 +68,7 @@ impl Text {
             let Some(end) = rest.find('}') else {
                 return wrong(at, "a `{` is not closed; write `{{` for one that is meant".into());
             };
-            let slot = match slot(&rest[1..end], vocabulary) {
-                Ok(slot) => slot,
-                Err(why) => return wrong(at, why),
-            };
+            let slot = slot(&rest[1..end], vocabulary).map_err(|why| TemplateError { at, why })?;
             if !literal.is_empty() {
                 pieces.push(Piece::Literal(std::mem::take(&mut literal)));
             }
