@@ -47,6 +47,8 @@ mod context;
 mod crash;
 mod error;
 mod handler;
+#[cfg(feature = "webhook")]
+mod http;
 mod inbox;
 mod json;
 mod keys;
@@ -59,6 +61,8 @@ mod planted;
 mod postbox;
 mod priority;
 mod pull;
+#[cfg(feature = "webhook")]
+mod push;
 mod raw;
 #[cfg(feature = "redis")]
 mod redis_client;
@@ -80,6 +84,8 @@ pub mod lifecycle;
 #[cfg(feature = "planted-bugs")]
 #[doc(hidden)]
 pub mod planted;
+#[cfg(feature = "webhook")]
+pub mod signature;
 pub mod sink;
 pub mod source;
 pub mod sql;
@@ -97,6 +103,8 @@ pub use handler::{
     IntoOutcomes, IntoVerdict, Metadata, NotDone, OperationHandler, Outcomes, Payload, Permanent, ReconcileHook,
     Rejection, ResultExt, RetryAfter, Several, Snoozed, State, Together, Tx,
 };
+#[cfg(feature = "webhook")]
+pub use http::Tested;
 pub use inbox::{Fate, Inbox};
 pub use json::{JsonError, MAX_JSON_DEPTH};
 #[doc(hidden)]
@@ -111,6 +119,8 @@ pub use postbox::{Postbox, Published};
 pub use postbox_macros::Message;
 pub use priority::Priority;
 pub use pull::{PullSubscription, Pulled};
+#[cfg(feature = "webhook")]
+pub use push::{Push, push};
 pub use retention::MIN_KEEP;
 pub use retention::{Keep, Keeps, Retention};
 pub use retry::RetryPolicy;

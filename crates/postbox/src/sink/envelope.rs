@@ -168,7 +168,7 @@ impl Encoded {
 }
 
 /// A value as HTTP headers carry it.
-fn escaped(value: &str) -> String {
+pub(crate) fn escaped(value: &str) -> String {
     let mut escaped = String::with_capacity(value.len());
     for byte in value.bytes() {
         match byte {

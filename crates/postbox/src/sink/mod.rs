@@ -4,6 +4,9 @@
 mod envelope;
 #[cfg(feature = "redis")]
 mod redis;
+mod stdout;
+#[cfg(feature = "webhook")]
+mod webhook;
 
 use std::fmt;
 use std::future::Future;
@@ -11,9 +14,14 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(feature = "webhook")]
+pub(crate) use self::envelope::escaped;
 pub use self::envelope::{Encoded, EnvelopeStyle, Target};
 #[cfg(feature = "redis")]
 pub use self::redis::{RedisSink, redis};
+pub use self::stdout::{Stdout, stdout};
+#[cfg(feature = "webhook")]
+pub use self::webhook::{WebhookSink, webhook_to};
 use crate::error::BrokerError;
 use crate::handler::Attempt;
 use crate::message::Envelope;

@@ -4,6 +4,8 @@
 mod format;
 #[cfg(feature = "redis")]
 mod redis;
+#[cfg(feature = "webhook")]
+mod webhook;
 
 use std::future::Future;
 use std::time::Duration;
@@ -11,6 +13,8 @@ use std::time::Duration;
 pub use self::format::{Format, Incoming, Mapping, Template};
 #[cfg(feature = "redis")]
 pub use self::redis::{RedisSource, redis_stream};
+#[cfg(feature = "webhook")]
+pub use self::webhook::{Webhook, webhook};
 use crate::error::BrokerError;
 pub use crate::raw::Raw;
 pub use crate::template::TemplateError;

@@ -10,7 +10,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
 use super::reading::{
-    Members, Parts, Payload, Times, body, check, content_type, headers, is_json, name, scalar, shown, text,
+    Members, Parts, Payload, Times, body, check, content_type, field, headers, is_json, name, scalar, shown, text,
 };
 use crate::source::Raw;
 
@@ -51,6 +51,11 @@ pub(super) fn binary(raw: &Raw, times: Times) -> Result<Parts, String> {
         None => Payload::default(),
     };
     let mut parts = event(attributes, payload, times)?;
+    // What a webhook signs is this id and the body, not the attributes beside it: with another `ce-id` a request
+    // that was seen once would be another message.
+    if let Some(signed) = field(raw, "webhook-id")?.filter(|id| raw.body.is_some() && !id.is_empty()) {
+        parts.identity = Some(signed.to_owned());
+    }
     let used = |name: &str| {
         attribute(name.as_bytes()).is_some()
             || matches!(name, "data" | "content-type" | "content_type" | "datacontenttype")

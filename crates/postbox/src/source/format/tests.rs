@@ -329,7 +329,7 @@ fn a_mapping() {
     assert_eq!((header(&read, "authorization"), header(&read, "traceparent")), (None, Some("00-1")));
     let push = request(&[("x-github-event", "push"), ("x-github-delivery", "d2")], r#"{"ref":"main"}"#);
     let read = github().read(&push, "github", "d2").expect("an event");
-    assert_eq!((read.draft.topic(), read.draft.key), ("github.push", None));
+    assert_eq!((read.draft.topic(), read.draft.key.as_deref()), ("github.push", None));
     let why = github().read(&request(&headers[..1], body), "github", "").expect_err("no id");
     assert_eq!(why, "it has no id: {header:x-github-delivery} is not there");
     let odd = r#"{"action":{"a":1}}"#;
