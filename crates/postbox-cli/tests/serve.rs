@@ -177,6 +177,7 @@ operation = true
     let mut redis = redis::Client::open(redis_url).and_then(|client| client.get_connection()).expect("Redis");
     let serving = house.serve();
     let address = serving.address();
+    rustls::crypto::ring::default_provider().install_default().ok();
     let http = reqwest::Client::builder().no_proxy().build().expect("a client");
     let get =
         async |path: &str| http.get(format!("{address}{path}")).send().await.expect("an answer").status().as_u16();
