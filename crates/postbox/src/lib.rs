@@ -147,6 +147,8 @@ mod docs {
     mod bad_input {}
     #[doc = include_str!("../../../docs/batches.md")]
     mod batches {}
+    #[doc = include_str!("../../../docs/formats.md")]
+    mod formats {}
     #[doc = include_str!("../../../docs/lifecycle.md")]
     mod lifecycle {}
     #[doc = include_str!("../../../docs/operations.md")]

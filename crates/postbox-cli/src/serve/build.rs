@@ -142,9 +142,6 @@ macro_rules! with_policy {
         if let Some((first, longest)) = policy.backoff {
             entry = entry.backoff(first, longest);
         }
-        if let Some(at_once) = policy.concurrency {
-            entry = entry.concurrency(at_once);
-        }
         if let Some((count, per)) = policy.rate {
             entry = entry.rate(count, per);
         }
@@ -163,11 +160,16 @@ fn relayed<Db: Database>(router: Router<Db>, planned: Relay) -> Router<Db> {
             if let Some(entries) = max_len {
                 sink = sink.max_len_approx(*entries);
             }
-            router.relay(&pattern, with_options(relay(sink), &planned))
+            let entry = with_options(relay(sink), &planned);
+            router.relay(&pattern, match planned.policy.concurrency {
+                Some(at_once) => entry.concurrency(at_once),
+                None => entry,
+            })
         }
         To::Webhook(endpoint) => {
             let mut sink = endpoint.sink();
             if let Some(at_once) = planned.policy.concurrency {
+                // Of requests: a batch is many of them.
                 sink = sink.at_once(at_once);
             }
             router.relay(&pattern, with_options(relay(sink), &planned))
@@ -190,12 +192,18 @@ fn pushed<Db: Database>(router: Router<Db>, planned: config::Push) -> Router<Db>
     let pattern = pattern.as_str();
     if operation {
         let mut entry = with_policy!(endpoint.push().operation().named(name), &policy);
+        if let Some(at_once) = policy.concurrency {
+            entry = entry.concurrency(at_once);
+        }
         if ordered {
             entry = entry.ordered().on_dead(policy.on_dead);
         }
         router.on(pattern, entry)
     } else {
         let mut entry = with_policy!(endpoint.push().handler().named(name), &policy);
+        if let Some(at_once) = policy.concurrency {
+            entry = entry.concurrency(at_once);
+        }
         if ordered {
             entry = entry.ordered().on_dead(policy.on_dead);
         }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use postbox::signature::Secret;
 use postbox::sink::{EnvelopeStyle, Target};
 use postbox::source::{Format, Mapping, Template};
 use postbox::{OnDead, Pattern, Settings};
@@ -301,6 +302,15 @@ fn webhook_source(table: &Table<'_>, name: Option<&str>, line: usize) -> Option<
     if !table.has("secret") {
         table.missing("secret", &table.example("secret"));
     }
+    for secret in &secrets {
+        let read = match &scheme {
+            Some(Scheme::Standard) => Secret::standard(&secret.value),
+            _ => Secret::bytes(secret.value.as_str()),
+        };
+        if let Err(error) = read {
+            table.wrong(secret.line, format!("`secret`: {error}"));
+        }
+    }
     let tolerance = table.duration("tolerance", Duration::from_secs(1)..=DAY);
     let max_body_bytes = table.whole("max_body_bytes", 1..=64 << 20).and_then(|n| usize::try_from(n).ok());
     let secrets = secrets.into_iter().map(|secret| secret.value).collect();
@@ -468,7 +478,9 @@ fn policy(table: &Table<'_>, relay: bool) -> Policy {
         (None, None) => None,
         (first, longest) => {
             let first = first.unwrap_or(Duration::from_secs(1));
-            Some((first, longest.unwrap_or(Duration::from_secs(900)).max(first)))
+            // As the library has it for each.
+            let usual = Duration::from_secs(if relay { 300 } else { 900 });
+            Some((first, longest.unwrap_or(usual).max(first)))
         }
     };
     let rate = table.parsed::<Rate>("rate").map(|rate| (rate.value.0, rate.value.1));
