@@ -161,10 +161,13 @@ fn relayed<Db: Database>(router: Router<Db>, planned: Relay) -> Router<Db> {
                 sink = sink.max_len_approx(*entries);
             }
             let entry = with_options(relay(sink), &planned);
-            router.relay(&pattern, match planned.policy.concurrency {
-                Some(at_once) => entry.concurrency(at_once),
-                None => entry,
-            })
+            router.relay(
+                &pattern,
+                match planned.policy.concurrency {
+                    Some(at_once) => entry.concurrency(at_once),
+                    None => entry,
+                },
+            )
         }
         To::Webhook(endpoint) => {
             let mut sink = endpoint.sink();
