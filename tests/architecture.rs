@@ -22,7 +22,7 @@ const LAYERS: [&[&str]; 11] = [
         "unique",
     ],
     &["lifecycle", "message", "error", "keys", "limits", "retention", "schedule"],
-    &["settings", "context"],
+    &["settings", "context", "redis_client"],
     // The port, and the types that go through it.
     &["store", "admin", "operation"],
     &["handler", "http", "push", "router", "sink"],

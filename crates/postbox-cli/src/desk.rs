@@ -1,6 +1,6 @@
 //! What every command has at hand: the settings, who acts, where answers go.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use postbox::admin::MAX_REASON_BYTES;
 use postbox::{Backend, Database, Error, Postbox, Settings, hide_password};
@@ -19,6 +19,8 @@ pub(crate) struct Desk<'a> {
     pub(crate) actor: String,
     /// Whose subscriptions are meant, if somebody said so.
     pub(crate) application: Option<String>,
+    /// The settings' file, if there is one.
+    pub(crate) file: Option<PathBuf>,
     prefix: String,
     /// The same without the database.
     elsewhere: String,
@@ -74,6 +76,7 @@ impl<'a> Desk<'a> {
             output,
             actor: actor.unwrap_or_else(|| "unknown".into()),
             application: global.application.filter(|a| !a.is_empty()),
+            file: global.config.or_else(|| usual.exists().then(|| usual.to_owned())),
             prefix,
             elsewhere,
             acting,

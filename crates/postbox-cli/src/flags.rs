@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use jiff::{Span, SpanRelativeTo, Timestamp};
 use postbox::lifecycle::Answer;
 use postbox::{Missed, Priority};
@@ -86,6 +86,12 @@ pub(crate) enum Command {
     Quarantine(Quarantine),
     /// Messages that are published at set times
     Schedules(Schedules),
+    /// Receive, relay and push as postbox.toml says, without Rust: sources, relays, pushes
+    #[command(
+        after_help = "The file is ./postbox.toml, or that of --config. See docs/serve.md. SIGTERM or Ctrl-C stops it: sources \
+                            first, then what runs is waited for; a second one ends it at once."
+    )]
+    Serve(Serve),
     /// Keep house for programs without a Rust worker: takeover, history of new subscriptions, schedules, tidying
     Maintain,
     /// Remove what has ended and was kept long enough, now; workers do it by themselves
@@ -116,6 +122,13 @@ pub(crate) struct Demo {
     /// Where to keep the shop's database; a new file [default: in the temporary directory]
     #[arg(long, value_name = "PATH")]
     pub(crate) keep: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Serve {
+    /// Reads the file, the variables and files it names, and says what would run; connects to nothing
+    #[arg(long)]
+    pub(crate) check: bool,
 }
 
 #[derive(Debug, Clone, Copy, Subcommand)]

@@ -7,6 +7,7 @@ mod desk;
 mod failure;
 mod flags;
 mod output;
+mod serve;
 mod table;
 mod text;
 

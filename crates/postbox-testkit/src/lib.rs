@@ -1,7 +1,8 @@
 //! Private servers and fresh stores for postbox's own tests.
 //!
 //! PostgreSQL: the server at `DATABASE_URL` if it is set, else one that this process starts from the
-//! installed binaries on a free port, and that ends with it. Each test has a schema of its own.
+//! installed binaries on a free port, and that ends with it. Each test has a schema of its own. Redis: the same
+//! with `REDIS_URL`; each test has names of its own.
 
 pub mod bad_input;
 mod child;
@@ -10,6 +11,8 @@ mod login;
 #[cfg(feature = "faults")]
 pub mod planted;
 mod postgres;
+mod proxy;
+mod redis;
 mod remote;
 
 use std::future::Future;
@@ -19,6 +22,8 @@ use postbox::{Database, Postbox, Postgres, Settings, Sqlite};
 pub use child::WorkerProcess;
 pub use login::Login;
 pub use postgres::{Disks, Server, shared_url, unprivileged_account};
+pub use proxy::{Lost, Proxy};
+pub use redis::{RedisServer, shared_redis_url};
 pub use remote::Remote;
 
 /// A store of its own for one test. Dropped, it leaves nothing behind.

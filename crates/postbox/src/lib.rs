@@ -64,6 +64,8 @@ mod pull;
 #[cfg(feature = "webhook")]
 mod push;
 mod raw;
+#[cfg(feature = "redis")]
+mod redis_client;
 mod retention;
 mod retry;
 mod router;

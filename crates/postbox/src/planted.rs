@@ -63,6 +63,11 @@ mod bugs {
         Bug { name, what, binary: "scenarios", caught_by }
     }
 
+    /// On the way in.
+    const fn received(name: &'static str, what: &'static str, caught_by: &'static [&'static str]) -> Bug {
+        Bug { name, what, binary: "receiving", caught_by }
+    }
+
     const LIMITS: &[&str] = &["limits_are_kept_and_used"];
     const TICKS: &[&str] = &["ticks_fire_once"];
     const ORDER: &[&str] = &["keys_are_in_order"];
@@ -70,7 +75,7 @@ mod bugs {
         &["postgres::a_settle_counts_once_and_needs_its_lease", "sqlite::a_settle_counts_once_and_needs_its_lease"];
 
     /// All of them.
-    pub const BUGS: [Bug; 40] = [
+    pub const BUGS: [Bug; 42] = [
         decided("call-before-start", "an operation is called before its attempt is committed"),
         decided("start-without-lease", "attempts whose start was fenced are made all the same"),
         decided("no-last-look", "a worker that slept through its lease calls without looking at the clock"),
@@ -169,6 +174,16 @@ mod bugs {
         shared("key-not-held", "it is not on record that a key waits for a delivery that has failed", ORDER),
         shared("tick-apart", "a tick is published apart from its schedule's row, and has no dedup key", TICKS),
         shared("latest-tick-only", "of several ticks that are due only the latest is published", TICKS),
+        received(
+            "acknowledge-first",
+            "what was read is acknowledged before it is committed",
+            &["postgres::nothing_is_acknowledged_without_a_row", "sqlite::nothing_is_acknowledged_without_a_row"],
+        ),
+        received(
+            "inbox-forgets",
+            "nobody looks whether an id came before",
+            &["postgres::entries_become_messages_once", "sqlite::entries_become_messages_once"],
+        ),
     ];
 
     thread_local! {

@@ -68,6 +68,9 @@ pub const SETTINGS: [&str; 24] = [
     "max_backlog",
 ];
 
+/// What else may stand in `postbox.toml`: what `postbox serve` reads, and reads by itself.
+const OF_SERVE: [&str; 4] = ["http", "source", "relay", "push"];
+
 /// Which database a set of settings points at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
@@ -83,6 +86,7 @@ enum Scalar {
     Text(String),
     Whole(i64),
     Switch(bool),
+    Other(serde::de::IgnoredAny),
 }
 
 impl Settings {
@@ -128,16 +132,25 @@ impl Settings {
             toml::from_str(text).map_err(|e| Error::Settings(format!("{origin}: {e}")))?;
         for (name, value) in table {
             let line = text[..value.span().start.min(text.len())].matches('\n').count() + 1;
+            if OF_SERVE.contains(&name.as_str()) {
+                continue;
+            }
             let Some(known) = SETTINGS.into_iter().find(|s| *s == name) else {
                 return Err(Error::Settings(format!(
-                    "{origin}, line {line}: there is no setting `{name}`; there are {}",
-                    SETTINGS.join(", ")
+                    "{origin}, line {line}: there is no setting `{name}`; there are {}, and for `postbox serve` {}",
+                    SETTINGS.join(", "),
+                    OF_SERVE.join(", ")
                 )));
             };
             let value = match value.into_inner() {
                 Scalar::Text(text) => text,
                 Scalar::Whole(number) => number.to_string(),
                 Scalar::Switch(on) => on.to_string(),
+                Scalar::Other(_) => {
+                    return Err(Error::Settings(format!(
+                        "{origin}, line {line}: the setting `{name}` must be a text, a whole number, true or false"
+                    )));
+                }
             };
             self.values.insert(known, (value, format!("{origin}, line {line}")));
         }
@@ -559,7 +572,17 @@ mod tests {
         assert!(Settings::defaults().set("schema", "x".repeat(49)).schema().is_err());
         let error = Settings::defaults().read_toml("\nleese = 3", "postbox.toml").expect_err("unknown").to_string();
         assert!(error.contains("line 2") && error.contains("leese"), "{error}");
+        let error = Settings::defaults().read_toml("lease = [1]", "postbox.toml").expect_err("a list").to_string();
+        assert!(error.contains("line 1") && error.contains("`lease` must be a text"), "{error}");
         assert!(Settings::defaults().backend().expect_err("none").to_string().contains("DATABASE_URL"));
+    }
+
+    #[test]
+    fn what_serve_reads_stands_in_the_same_file() {
+        let mut settings = Settings::defaults();
+        let file = "lease = \"10s\"\nhttp = \"127.0.0.1:7070\"\n[[source]]\nname = \"a\"\n[[relay]]\n[[push]]\n";
+        settings.read_toml(file, "postbox.toml").expect("parses");
+        assert_eq!(settings.lease().expect("lease"), Duration::from_secs(10));
     }
 
     #[test]

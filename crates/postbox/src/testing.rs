@@ -3,7 +3,7 @@
 //! They panic where something is not as it has to be, so they are called from tests. See
 //! `examples/custom_sink.rs`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use crate::handler::Attempt;
-use crate::message::Envelope;
+use crate::message::{Draft, Envelope, minted_at};
 use crate::postbox::Postbox;
 use crate::router::{Router, handler, relay};
 use crate::sink::{Outgoing, Sink};
@@ -216,24 +216,28 @@ pub async fn sink_suite<Db: Database, B: SinkBench>(bench: &B, postbox: &Postbox
     a_relay_sends_all(bench, postbox).await;
 }
 
-fn outgoing(topic: &str, key: &str, n: usize) -> Outgoing {
-    let draft = Envelope::json(topic, &json!({ "n": n })).expect("a draft").key(key);
+/// A message as a sink gets it, with an id of its own, at its first attempt.
+pub fn outgoing(draft: Draft) -> Outgoing {
     let id = Uuid::now_v7();
-    let envelope = crate::message::Envelope {
+    let envelope = Envelope {
         id,
         topic: draft.topic,
         key: draft.key,
         payload: draft.payload,
-        headers: BTreeMap::new(),
-        occurred_at: crate::message::minted_at(id),
-        received_at: crate::message::minted_at(id),
-        source: None,
-        external_id: None,
-        correlation_id: None,
-        causation_id: None,
-        max_attempts: None,
+        headers: draft.headers,
+        occurred_at: draft.occurred_at.unwrap_or_else(|| minted_at(id)),
+        received_at: minted_at(id),
+        source: draft.source,
+        external_id: draft.external_id,
+        correlation_id: draft.correlation_id,
+        causation_id: draft.causation_id,
+        max_attempts: draft.max_attempts,
     };
-    Outgoing::new(Arc::new(envelope), Attempt { number: 1, max: 4, delivery: n as i64 })
+    Outgoing::new(Arc::new(envelope), Attempt { number: 1, max: 4, delivery: 1 })
+}
+
+fn numbered(topic: &str, key: &str, n: usize) -> Outgoing {
+    outgoing(Envelope::json(topic, &json!({ "n": n })).expect("a draft").key(key))
 }
 
 async fn what_is_sent_is_there<B: SinkBench>(bench: &B) {
@@ -241,7 +245,7 @@ async fn what_is_sent_is_there<B: SinkBench>(bench: &B) {
     assert!(!sink.kind().is_empty() && !sink.name().is_empty(), "a sink has a kind and a name");
     sink.open().await.expect("the other side is there");
     assert_eq!(sink.send(&[]).await, Vec::new(), "nothing can be sent, too");
-    let batch: Vec<Outgoing> = (0..40).map(|n| outgoing("suite.sent", &format!("k{}", n % 4), n)).collect();
+    let batch: Vec<Outgoing> = (0..40).map(|n| numbered("suite.sent", &format!("k{}", n % 4), n)).collect();
     assert_eq!(sink.send(&batch).await, vec![Ok(()); 40], "each is confirmed");
     let arrived = bench.arrived().await;
     assert_eq!(arrived.len(), 40, "each is there once");
@@ -277,7 +281,7 @@ async fn what_nobody_confirms_is_not_sent<B: SinkBench>(bench: &B) {
     let sink = bench.sink().await;
     sink.open().await.expect("the other side is there");
     bench.answers(false).await;
-    let batch: Vec<Outgoing> = (0..3).map(|n| outgoing("suite.unsent", "k", n)).collect();
+    let batch: Vec<Outgoing> = (0..3).map(|n| numbered("suite.unsent", "k", n)).collect();
     let sent = tokio::time::timeout(PATIENCE, sink.send(&batch)).await.expect("sending to nobody ends");
     assert_eq!(sent.len(), 3, "one answer for each");
     for answer in sent {

@@ -29,10 +29,11 @@ use crate::demo;
 use crate::desk::Desk;
 use crate::failure::{Failure, needs_role};
 use crate::flags::{
-    Command, Flags, Keys, KeysCommand, Migrate, Quarantine, QuarantineCommand, Schedules, SchedulesCommand, Sources,
-    SourcesCommand, Subscriptions, SubscriptionsCommand,
+    Command, Flags, Keys, KeysCommand, Migrate, Quarantine, QuarantineCommand, Schedules, SchedulesCommand, Serve,
+    Sources, SourcesCommand, Subscriptions, SubscriptionsCommand,
 };
 use crate::output::Output;
+use crate::serve;
 
 /// How a command ended that did what it could: its exit code.
 pub(crate) type Ended = Result<u8, Failure>;
@@ -50,6 +51,16 @@ pub(crate) async fn run(flags: Flags, output: &Output) -> Ended {
     match flags.command {
         Command::Config(command) => config::run(&desk, command),
         Command::Migrate(Migrate::Print { down }) => migrate::print(&desk, down),
+        Command::Serve(Serve { check }) => {
+            let plan = serve::plan(&desk)?;
+            if check {
+                return serve::check(&desk, &plan);
+            }
+            match desk.backend()? {
+                Backend::Postgres => serve::run::<Postgres>(&desk, plan).await,
+                Backend::Sqlite => serve::run::<Sqlite>(&desk, plan).await,
+            }
+        }
         command => match desk.backend()? {
             Backend::Postgres => {
                 tell_role(&desk, &command);
@@ -117,6 +128,7 @@ async fn on<Db: Database>(desk: &Desk<'_>, command: Command) -> Ended {
         // These need no database and were served above.
         Command::Config(_)
         | Command::Demo(_)
+        | Command::Serve(_)
         | Command::DemoProvider
         | Command::Completions { .. }
         | Command::Manual => Ok(0),

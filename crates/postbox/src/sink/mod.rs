@@ -2,6 +2,9 @@
 //! handler is a sink.
 
 mod envelope;
+#[cfg(feature = "redis")]
+mod redis;
+mod stdout;
 #[cfg(feature = "webhook")]
 mod webhook;
 
@@ -14,6 +17,9 @@ use std::time::Duration;
 #[cfg(feature = "webhook")]
 pub(crate) use self::envelope::escaped;
 pub use self::envelope::{Encoded, EnvelopeStyle, Target};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisSink, redis};
+pub use self::stdout::{Stdout, stdout};
 #[cfg(feature = "webhook")]
 pub use self::webhook::{WebhookSink, webhook_to};
 use crate::error::BrokerError;
@@ -92,6 +98,18 @@ impl Unsent {
     /// this message waits with the others.
     pub fn gone(error: impl fmt::Display) -> Unsent {
         Unsent { error: error.to_string(), then: Then::Pause }
+    }
+}
+
+impl Unsent {
+    /// Whether the other side will never take it: it is not sent again.
+    pub fn is_final(&self) -> bool {
+        self.then == Then::Dead
+    }
+
+    /// Why, in the other side's words.
+    pub fn error(&self) -> &str {
+        &self.error
     }
 }
 

@@ -2,6 +2,8 @@
 //! two, once and only once, is the [inbox](crate::Inbox)'s.
 
 mod format;
+#[cfg(feature = "redis")]
+mod redis;
 #[cfg(feature = "webhook")]
 mod webhook;
 
@@ -9,6 +11,8 @@ use std::future::Future;
 use std::time::Duration;
 
 pub use self::format::{Format, Incoming, Mapping, Template};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisSource, redis_stream};
 #[cfg(feature = "webhook")]
 pub use self::webhook::{Webhook, webhook};
 use crate::error::BrokerError;

@@ -144,7 +144,8 @@ fn syntax_error_at(text: &str) -> usize {
     parser.disable_recursion_limit();
     let Err(error) = serde::de::IgnoredAny::deserialize(&mut parser).and_then(|_| parser.end()) else { return 0 };
     let lines: usize = text.split_inclusive('\n').take(error.line().saturating_sub(1)).map(str::len).sum();
-    (lines + error.column().saturating_sub(1)).min(text.len())
+    let column = if error.is_eof() { error.column() } else { error.column().saturating_sub(1) };
+    (lines + column).min(text.len())
 }
 
 /// The members of a JSON object in their order, each as its own text.
