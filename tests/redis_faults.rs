@@ -372,9 +372,16 @@ async fn all_are_sent_in_order<Db: Testable>(mut house: House<Db>) {
             }
         }
     };
-    // The subscription is there before the first message.
+    let admin = house.fresh.postbox.admin();
     let mut crashes = 0;
     let mut alive = vec![house.start(&relays)];
+    // What is published before there is anybody to send it is taken up later, in no order with what is published then.
+    let declared = async {
+        while admin.sinks().await.expect("sinks").is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, declared).await.expect("the relay is declared");
     let dying = doomed(&house, "relayed:4");
     publish(&house.fresh, 0..15).await;
     dying.kill_at("relayed").await;
@@ -400,7 +407,6 @@ async fn all_are_sent_in_order<Db: Testable>(mut house: House<Db>) {
     alive.push(house.start(&relays));
 
     let sent = (KEYS - 1) * OF_EACH;
-    let admin = house.fresh.postbox.admin();
     let blocked = OF_EACH - 1;
     let looking = async {
         loop {
