@@ -177,7 +177,6 @@ operation = true
     let mut redis = redis::Client::open(redis_url).and_then(|client| client.get_connection()).expect("Redis");
     let serving = house.serve();
     let address = serving.address();
-    rustls::crypto::ring::default_provider().install_default().ok();
     let http = reqwest::Client::builder().no_proxy().build().expect("a client");
     let get =
         async |path: &str| http.get(format!("{address}{path}")).send().await.expect("an answer").status().as_u16();
@@ -310,7 +309,6 @@ async fn it_is_not_ready_while_the_database_is_down() {
     house.says("http = \"127.0.0.1:0\"\n[[relay]]\nname = \"pipe\"\npattern = \">\"\nkind = \"stdout\"\n");
     let serving = house.serve();
     let address = serving.address();
-    rustls::crypto::ring::default_provider().install_default().ok();
     let http = reqwest::Client::builder().no_proxy().build().expect("a client");
     let ready = async || {
         let answer = http.get(format!("{address}/ready")).send().await.expect("an answer");
