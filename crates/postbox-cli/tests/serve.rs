@@ -4,6 +4,7 @@ mod place;
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use postbox::{Postgres, signature};
 use postbox_testkit::{Server, Testable, shared_redis_url};
 use redis::Commands;
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use place::{Place, Ran};
 
@@ -92,9 +93,17 @@ impl Serving {
         serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"))
     }
 
-    fn terminate(mut self) -> i32 {
+    fn tell_to_stop(&self) {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().expect("kill").success());
+    }
+
+    fn terminate(self) -> i32 {
+        self.tell_to_stop();
+        self.end()
+    }
+
+    fn end(mut self) -> i32 {
         let ended = self.child.wait().expect("it ends");
         for line in self.err.try_iter() {
             eprintln!("  {line}");
@@ -327,4 +336,65 @@ async fn it_is_not_ready_while_the_database_is_down() {
         assert!(begun.elapsed() < PATIENCE, "it is ready again when the database is back");
     }
     assert_eq!(serving.terminate(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_turns_senders_away_and_waits_for_what_runs() {
+    // A program that takes its time.
+    let (begun, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let slow = {
+        let (begun, go_on) = (begun.clone(), go_on.clone());
+        move || async move {
+            begun.notify_one();
+            go_on.notified().await;
+        }
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let program = format!("http://{}/", listener.local_addr().expect("an address"));
+    let routes = axum::Router::new().route("/", axum::routing::post(slow));
+    tokio::spawn(async move { axum::serve(listener, routes).await });
+    let house = House { place: Place::new(), variables: Vec::new() };
+    house.says(&format!(
+        r#"
+http = "127.0.0.1:0"
+
+[[source]]
+name = "github"
+kind = "webhook"
+scheme = "github"
+secret = {{ env = "GITHUB_SECRET" }}
+
+[[push]]
+name = "slow"
+pattern = "orders.>"
+url = "{program}"
+operation = true
+"#
+    ));
+    let serving = house.serve();
+    let address = serving.address();
+    house.run(&["publish", "orders.placed", "1"]).ends(0);
+    tokio::time::timeout(PATIENCE, begun.notified()).await.expect("the push has begun");
+    serving.tell_to_stop();
+    let http = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let secret = signature::Secret::bytes(GITHUB_SECRET).expect("a secret");
+    let mut tries = 0;
+    let turned_away = loop {
+        let request = http.post(format!("{address}/in/github")).header("x-github-event", "ping").body("{}");
+        let request = request.header("x-hub-signature-256", signature::github::sign(&secret, b"{}"));
+        let answer = request.header("x-github-delivery", format!("d{tries}")).send().await.expect("an answer");
+        if answer.status() != 200 {
+            break answer;
+        }
+        tries += 1;
+    };
+    assert_eq!(turned_away.status(), 503);
+    assert!(turned_away.headers().contains_key("retry-after"));
+    let ready = http.get(format!("{address}/ready")).send().await.expect("an answer");
+    assert_eq!(ready.status(), 503);
+    assert_eq!(ready.json::<Value>().await.expect("JSON")["reasons"], json!(["it is stopping"]));
+    go_on.notify_one();
+    assert_eq!(serving.end(), 0);
+    let row = house.run(&["list", "topic:orders.>", "--json"]).ends(0).json();
+    assert_eq!(row["state"], "succeeded", "its end was waited for: {row}");
 }
