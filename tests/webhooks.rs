@@ -23,6 +23,11 @@ on_both_stores!(
     the_events_of_github_come_in_as_they_are,
 );
 
+#[test]
+fn planted_bugs_are_caught() {
+    postbox_testkit::planted::each_is_caught("webhooks");
+}
+
 const WHSEC: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 const NEXT: &str = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD";
 

@@ -140,29 +140,16 @@ fn unique(prefix: &str) -> String {
     format!("{prefix}_{}", &uuid::Uuid::now_v7().simple().to_string()[20..])
 }
 
+/// A store on a server of the test's own.
+pub async fn fresh_on(server: &Server) -> Fresh<Postgres> {
+    fresh_at(server.url(), |settings| settings).await
+}
+
 impl Testable for Postgres {
     const NAME: &'static str = "postgres";
 
     async fn fresh_with(adjust: impl FnOnce(Settings) -> Settings + Send) -> Fresh<Postgres> {
-        let url = shared_url();
-        let schema = unique("postbox_test");
-        let settings = Settings::defaults().url(&url).set("schema", &schema).set("application", "test");
-        let settings = adjust(settings);
-        let postbox = Postbox::migrate(settings.clone()).await.expect("a fresh schema on the test server");
-        let pool = sqlx::PgPool::connect(&url).await.expect("a pool on the test server");
-        let cleanup = Cleanup::Schema { url, schema };
-        let mut fresh = Fresh { postbox, pool, settings, cleanup, login: None };
-        // The same tests, by programs that own nothing and have the roles only.
-        if std::env::var_os("POSTBOX_TEST_AS_ROLES").is_some() {
-            let login = Login::with(&fresh, &["worker", "operator"]).await;
-            let sql =
-                format!("alter default privileges in schema {} grant all on tables to {}", fresh.schema(), login.name);
-            Postgres::execute(&fresh, &sql).await;
-            fresh.settings = login.settings.clone();
-            fresh.postbox = Postbox::open(login.settings.clone()).await.expect("open as the roles");
-            fresh.login = Some(login);
-        }
-        fresh
+        fresh_at(shared_url(), adjust).await
     }
 
     async fn execute(fresh: &Fresh<Postgres>, sql: &str) {
@@ -180,6 +167,27 @@ impl Testable for Postgres {
         );
         sqlx::query(sqlx::AssertSqlSafe(sql)).bind(worker).execute(&fresh.pool).await.expect("the lease ends");
     }
+}
+
+async fn fresh_at(url: String, adjust: impl FnOnce(Settings) -> Settings + Send) -> Fresh<Postgres> {
+    let schema = unique("postbox_test");
+    let settings = Settings::defaults().url(&url).set("schema", &schema).set("application", "test");
+    let settings = adjust(settings);
+    let postbox = Postbox::migrate(settings.clone()).await.expect("a fresh schema on the test server");
+    let pool = sqlx::PgPool::connect(&url).await.expect("a pool on the test server");
+    let cleanup = Cleanup::Schema { url, schema };
+    let mut fresh = Fresh { postbox, pool, settings, cleanup, login: None };
+    // The same tests, by programs that own nothing and have the roles only.
+    if std::env::var_os("POSTBOX_TEST_AS_ROLES").is_some() {
+        let login = Login::with(&fresh, &["worker", "operator"]).await;
+        let sql =
+            format!("alter default privileges in schema {} grant all on tables to {}", fresh.schema(), login.name);
+        Postgres::execute(&fresh, &sql).await;
+        fresh.settings = login.settings.clone();
+        fresh.postbox = Postbox::open(login.settings.clone()).await.expect("open as the roles");
+        fresh.login = Some(login);
+    }
+    fresh
 }
 
 impl Testable for Sqlite {

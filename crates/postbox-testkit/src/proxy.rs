@@ -29,8 +29,8 @@ struct Shared {
     upstream: u16,
     armed: Mutex<Vec<(Lost, String)>>,
     cut: Notify,
-    /// All connections up to now are cut.
-    all: watch::Sender<()>,
+    /// Whether connections are refused; with each word of that, all that there are are cut.
+    refusing: watch::Sender<bool>,
 }
 
 impl Proxy {
@@ -41,17 +41,21 @@ impl Proxy {
     pub async fn start(upstream: u16) -> Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let port = listener.local_addr().expect("its address").port();
-        let shared = Shared { upstream, armed: Mutex::default(), cut: Notify::new(), all: watch::channel(()).0 };
+        let shared =
+            Shared { upstream, armed: Mutex::default(), cut: Notify::new(), refusing: watch::channel(false).0 };
         let proxy = Proxy { port, shared: Arc::new(shared) };
         let shared = proxy.shared.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let (shared, mut all) = (shared.clone(), shared.all.subscribe());
+                let (shared, mut refusing) = (shared.clone(), shared.refusing.subscribe());
+                if *refusing.borrow() {
+                    continue;
+                }
                 tokio::spawn(async move {
                     let Ok(server) = TcpStream::connect(("127.0.0.1", shared.upstream)).await else { return };
                     tokio::select! {
                         _ = shared.serve(client, server) => {}
-                        _ = all.changed() => {}
+                        _ = refusing.changed() => {}
                     }
                 });
             }
@@ -71,7 +75,12 @@ impl Proxy {
 
     /// Cuts all connections that there are.
     pub fn cut_all(&self) {
-        self.shared.all.send_replace(());
+        self.refuse(false);
+    }
+
+    /// Cuts all connections that there are, and refuses others, or takes them again.
+    pub fn refuse(&self, does: bool) {
+        self.shared.refusing.send_replace(does);
     }
 
     /// Waits until an armed cut has been made.

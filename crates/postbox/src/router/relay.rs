@@ -7,6 +7,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use super::{Bare, BoundBatch, MAX_TIMEOUT, Options, Router, Stands, Subscription, Unbound, WithOptions, parsed};
+use crate::crash;
 use crate::error::BrokerError;
 use crate::handler::{Answers, BoxFuture, Call, Failure, Gather, Reading};
 use crate::keys::{Keys, OnDead};
@@ -215,6 +216,7 @@ impl<Db: Database, K: Sink> BoundBatch<Db> for Relay<Db, K> {
         let batch: Vec<Outgoing> = calls.into_iter().map(|call| Outgoing::new(call.envelope, call.attempt)).collect();
         let send = async move {
             let sent = sink.send(&batch).await;
+            crash::point("relayed");
             if sent.len() != batch.len() {
                 let words = format!(
                     "the sink gave {} answers for {} messages; none of them counts as sent",
