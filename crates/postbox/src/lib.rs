@@ -179,4 +179,7 @@ mod docs {
     mod subscriptions {}
     #[doc = include_str!("../../../docs/unique.md")]
     mod unique {}
+    #[cfg(feature = "webhook")]
+    #[doc = include_str!("../../../docs/webhooks.md")]
+    mod webhooks {}
 }
