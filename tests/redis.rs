@@ -21,6 +21,8 @@ on_both_stores!(
     real_events_come_in_as_they_are,
     real_events_come_back_as_they_went,
     an_entry_without_an_id_is_known_by_where_it_stands,
+    what_comes_too_often_and_what_is_lost_is_put_aside,
+    what_may_come_again_for_longer_than_it_is_remembered_is_refused,
 );
 
 /// Between two looks.
@@ -277,4 +279,44 @@ async fn an_entry_without_an_id_is_known_by_where_it_stands<Db: Testable>() {
         assert_eq!(matches!(&fates[..], [Fate::Duplicate(_)]), again, "{fates:?}");
     }
     assert_eq!(received(&fresh).await.0, 1);
+}
+
+async fn what_comes_too_often_and_what_is_lost_is_put_aside<Db: Testable>() {
+    let (fresh, url) = (Db::fresh().await, shared_redis_url());
+    let (mut redis, stream) = (connect(&url).await, name("often"));
+    let mut ids = Vec::new();
+    for id in ["stops-everybody", "deleted", "fine"] {
+        let fields = [("event_id", id.as_bytes()), ("event_type", b"orders.placed"), ("payload", b"{}")];
+        ids.push(add(&mut redis, &stream, &fields).await);
+    }
+    // Another consumer has had them, the first of them more often than anything may come, and is gone.
+    cmd("XGROUP").arg("CREATE").arg(&stream).arg("shop").arg("0").exec_async(&mut redis).await.expect("a group");
+    let gone = ["GROUP", "shop", "gone", "COUNT", "10", "STREAMS"];
+    cmd("XREADGROUP").arg(&gone).arg(&stream).arg(">").exec_async(&mut redis).await.expect("read");
+    let often = ["XCLAIM", &stream, "shop", "gone", "0", &ids[0], "RETRYCOUNT", "5"];
+    cmd(often[0]).arg(&often[1..]).exec_async(&mut redis).await.expect("claimed");
+    cmd("XDEL").arg(&stream).arg(&ids[1]).exec_async(&mut redis).await.expect("deleted");
+    let seen = Seen::default();
+    let source = redis_stream(&stream).url(&url).group("shop").block(LOOK).min_idle(LOOK).max_deliveries(5);
+    let worker = fresh.postbox.worker(noting("orders.*", &seen)).receive(source).start().await.expect("it starts");
+    until("one is handled", async || !seen.lock().expect("a list").is_empty()).await;
+    until("all is acknowledged", async || received(&fresh).await.2 == 0).await;
+    worker.stop(Some(PATIENCE)).await.expect("it stops");
+    let handled: Vec<String> = seen.lock().expect("a list").iter().map(|(id, _)| id.clone()).collect();
+    assert_eq!(handled, ["fine"]);
+    let kept = fresh.postbox.admin().quarantine(&Default::default(), 10).await.expect("quarantine");
+    let kept: BTreeMap<String, String> = kept.into_iter().map(|row| (row.position, row.kind)).collect();
+    let wanted = [(&ids[0], "undeliverable"), (&ids[1], "lost")];
+    assert_eq!(kept, wanted.map(|(id, kind)| (format!("{stream}/{id}"), kind.to_owned())).into());
+    let pending: (usize, redis::Value, redis::Value, redis::Value) =
+        cmd("XPENDING").arg(&stream).arg("shop").query_async(&mut redis).await.expect("pending");
+    assert_eq!(pending.0, 0, "and acknowledged");
+}
+
+async fn what_may_come_again_for_longer_than_it_is_remembered_is_refused<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let month = Duration::from_secs(30 * 86_400);
+    let source = redis_stream("payments").url(shared_redis_url()).replay_horizon(month);
+    let refused = fresh.postbox.worker(Router::new()).receive(source).start().await.expect_err("refused");
+    assert!(refused.to_string().contains("keep_ids"), "{refused}");
 }
