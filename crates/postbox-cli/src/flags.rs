@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use jiff::{Span, SpanRelativeTo, Timestamp};
 use postbox::lifecycle::Answer;
 use postbox::{Missed, Priority};
@@ -92,6 +92,9 @@ pub(crate) enum Command {
                             first, then what runs is waited for; a second one ends it at once."
     )]
     Serve(Serve),
+    /// Endpoints of postbox.toml: relays of the kind webhook, and pushes
+    #[command(subcommand)]
+    Webhooks(Webhooks),
     /// Keep house for programs without a Rust worker: takeover, history of new subscriptions, schedules, tidying
     Maintain,
     /// Remove what has ended and was kept long enough, now; workers do it by themselves
@@ -122,6 +125,15 @@ pub(crate) struct Demo {
     /// Where to keep the shop's database; a new file [default: in the temporary directory]
     #[arg(long, value_name = "PATH")]
     pub(crate) keep: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Webhooks {
+    /// Send one signed message of the topic postbox.test, and show the answer
+    Test {
+        /// Of a relay or a push
+        name: String,
+    },
 }
 
 #[derive(Debug, Clone, Copy, Args)]

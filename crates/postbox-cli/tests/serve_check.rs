@@ -214,6 +214,17 @@ rate = "many"
 }
 
 #[test]
+fn the_files_in_the_docs_are_fine() {
+    for document in ["docs/serve.md", "README.md"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(document);
+        let text = std::fs::read_to_string(path).expect("the document");
+        let file = text.split("```toml\n# postbox.toml\n").nth(1).and_then(|rest| rest.split("```").next());
+        let ran = check(&place(file.unwrap_or_else(|| panic!("no file in {document}"))), &[]).ends(0);
+        assert!(ran.out.contains("as the application shop"), "{document}: {}", ran.out);
+    }
+}
+
+#[test]
 fn what_is_no_toml_is_told_with_its_line() {
     let place = place("application = \"shop\"\n[[source]\nname = 1\n");
     let ran = check(&place, &[]);

@@ -5,14 +5,22 @@ use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-use reqwest::header::{HeaderMap, HeaderValue};
-use reqwest::{Client, Method, Url, redirect};
+use axum::http::header::{HOST, RETRY_AFTER, USER_AGENT};
+use axum::http::{HeaderMap, HeaderValue, Method, Request, Uri};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::dns::Name;
+use hyper_util::client::legacy::{Client, Error};
+use hyper_util::rt::TokioExecutor;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use url::Host;
+use tower_service::Service;
+use url::{Host, Url};
 
 mod answer;
 mod guard;
@@ -57,8 +65,9 @@ impl Default for Calling {
 /// A URL that can be called.
 #[derive(Debug, Clone)]
 pub(crate) struct Endpoint {
-    client: Client,
+    client: Client<Limited<HttpsConnector<HttpConnector<Guarded>>>, Full<Bytes>>,
     url: Url,
+    uri: Uri,
     timeout: Duration,
     guarded: Guarded,
 }
@@ -113,22 +122,22 @@ impl Endpoint {
         if calling.timeout.is_zero() {
             return Err("the timeout is zero".into());
         }
+        // A URL without what no request has: what begins with a `#`.
+        let uri = url.as_str().split('#').next().unwrap_or_default().parse::<Uri>();
+        let uri = uri.map_err(|e| format!("the URL cannot be called: {e}"))?;
         let guarded = Guarded { guard: calling.guard, lookup };
-        let client = Client::builder()
-            .user_agent(concat!("postbox/", env!("CARGO_PKG_VERSION")))
-            .dns_resolver(guarded.clone())
-            // A proxy of the environment would look up the name itself.
-            .no_proxy()
-            .redirect(redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .referer(false)
-            .http1_only()
-            .connect_timeout(CONNECT.min(calling.timeout / 2))
+        // It asks for the addresses, connects to one of them, and knows of no proxy: that would look up the name itself.
+        let mut tcp = HttpConnector::new_with_resolver(guarded.clone());
+        tcp.enforce_http(false);
+        tcp.set_nodelay(true);
+        let tls = HttpsConnectorBuilder::new().with_tls_config(tls(&calling.roots)?).https_or_http().enable_http1();
+        let connector = Limited { connector: tls.wrap_connector(tcp), limit: CONNECT.min(calling.timeout / 2) };
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(hyper_util::rt::TokioTimer::new())
             .pool_idle_timeout(REST)
             .pool_max_idle_per_host(if calling.reuse { usize::MAX } else { 0 })
-            .tls_backend_preconfigured(tls(&calling.roots)?);
-        let client = client.build().map_err(|e| format!("no client for HTTP: {}", innermost(&e)))?;
-        Ok(Endpoint { client, url, timeout: calling.timeout, guarded })
+            .build(connector);
+        Ok(Endpoint { client, url, uri, timeout: calling.timeout, guarded })
     }
 
     /// Scheme, host and port: what can be shown of it.
@@ -157,50 +166,54 @@ impl Endpoint {
     ///
     /// Cancel safety: dropped, it may have arrived.
     pub(crate) async fn post(&self, headers: HeaderMap, body: Vec<u8>) -> Result<Answer, Trouble> {
-        self.call(self.client.request(Method::POST, self.url.clone()).headers(headers).body(body)).await
+        self.call(Method::POST, headers, body).await
     }
 
     /// Gets it.
     pub(crate) async fn get(&self, headers: HeaderMap) -> Result<Answer, Trouble> {
-        self.call(self.client.request(Method::GET, self.url.clone()).headers(headers)).await
+        self.call(Method::GET, headers, Vec::new()).await
     }
 
-    async fn call(&self, request: reqwest::RequestBuilder) -> Result<Answer, Trouble> {
+    async fn call(&self, method: Method, mut headers: HeaderMap, body: Vec<u8>) -> Result<Answer, Trouble> {
         let begin = Instant::now();
-        let mut response = request.timeout(self.timeout).send().await.map_err(|e| self.trouble(&e))?;
+        headers.insert(USER_AGENT, HeaderValue::from_static(concat!("postbox/", env!("CARGO_PKG_VERSION"))));
+        headers.remove(HOST);
+        let mut request = Request::new(Full::new(Bytes::from(body)));
+        (*request.method_mut(), *request.uri_mut(), *request.headers_mut()) = (method, self.uri.clone(), headers);
+        let (head, mut incoming) = match tokio::time::timeout(self.timeout, self.client.request(request)).await {
+            Ok(Ok(response)) => response.into_parts(),
+            Ok(Err(error)) => return Err(self.trouble(&error)),
+            Err(_) => {
+                let words = format!("{} did not answer within {:?}", self.origin(), self.timeout);
+                return Err(Trouble::Unknown(words));
+            }
+        };
         let mut body = Vec::new();
         // The status is there, whatever becomes of the body.
         let reading = async {
             while body.len() < MAX_BODY {
-                match response.chunk().await {
-                    Ok(Some(chunk)) => body.extend_from_slice(&chunk[..chunk.len().min(MAX_BODY - body.len())]),
-                    Ok(None) | Err(_) => break,
-                }
+                let Some(Ok(frame)) = incoming.frame().await else { break };
+                let Ok(chunk) = frame.into_data() else { continue };
+                body.extend_from_slice(&chunk[..chunk.len().min(MAX_BODY - body.len())]);
             }
         };
         tokio::time::timeout(BODY, reading).await.ok();
-        let header = response.headers().get(reqwest::header::RETRY_AFTER);
+        let header = head.headers.get(RETRY_AFTER);
         let retry_after = header.and_then(|value| answer::retry_after(value.as_bytes(), jiff::Timestamp::now()));
-        Ok(Answer { status: response.status().as_u16(), retry_after, body, took: begin.elapsed() })
+        Ok(Answer { status: head.status.as_u16(), retry_after, body, took: begin.elapsed() })
     }
 
-    fn trouble(&self, error: &reqwest::Error) -> Trouble {
+    fn trouble(&self, error: &Error) -> Trouble {
         let (origin, cause) = (self.origin(), innermost(error));
-        if error.is_builder() {
-            return Trouble::NotSent(format!("the request to {origin} cannot be made: {cause}"));
-        }
         // The client says so only if no connection came about: no byte of the request has been written.
         if error.is_connect() {
             return Trouble::NotSent(format!("no connection to {origin}: {cause}"));
-        }
-        if error.is_timeout() {
-            return Trouble::Unknown(format!("{origin} did not answer within {:?}", self.timeout));
         }
         Trouble::Unknown(format!("the connection to {origin} was lost before the answer was there: {cause}"))
     }
 }
 
-/// The cause at the bottom; what is above it repeats it, or quotes the URL.
+/// The cause at the bottom; what is above it only says what was being done.
 fn innermost(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {
@@ -266,7 +279,7 @@ impl fmt::Debug for Guarded {
 }
 
 impl Guarded {
-    async fn permitted(&self, name: String) -> Result<Vec<SocketAddr>, Box<dyn std::error::Error + Send + Sync>> {
+    async fn permitted(&self, name: String) -> Result<Vec<SocketAddr>, Cause> {
         let (mut permitted, mut refused) = (Vec::new(), None);
         for ip in self.lookup.lookup(name).await? {
             match self.guard.permits(ip) {
@@ -281,12 +294,49 @@ impl Guarded {
     }
 }
 
-impl Resolve for Guarded {
-    fn resolve(&self, name: Name) -> Resolving {
+/// What was refused, or went wrong.
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+impl Service<Name> for Guarded {
+    type Response = std::vec::IntoIter<SocketAddr>;
+    type Error = Cause;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Cause>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Cause>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, name: Name) -> Self::Future {
         let guarded = self.clone();
+        Box::pin(async move { Ok(guarded.permitted(name.as_str().to_owned()).await?.into_iter()) })
+    }
+}
+
+/// Connects, from the look-up of the name to the end of TLS's handshake, within a time.
+#[derive(Debug, Clone)]
+struct Limited<C> {
+    connector: C,
+    limit: Duration,
+}
+
+impl<C> Service<Uri> for Limited<C>
+where
+    C: Service<Uri, Error = Cause>,
+    C::Future: Send + 'static,
+{
+    type Response = C::Response;
+    type Error = Cause;
+    type Future = Pin<Box<dyn Future<Output = Result<C::Response, Cause>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Cause>> {
+        self.connector.poll_ready(context)
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let (connecting, limit) = (self.connector.call(uri), self.limit);
         Box::pin(async move {
-            let permitted = guarded.permitted(name.as_str().to_owned()).await?;
-            Ok(Box::new(permitted.into_iter()) as Addrs)
+            let connected = tokio::time::timeout(limit, connecting).await;
+            connected.map_err(|_| format!("none came about within {limit:?}"))?
         })
     }
 }

@@ -136,7 +136,7 @@ pub use sqlx::{Postgres, Sqlite};
 pub use store::postgres::{migrations_down_sql, migrations_sql};
 pub use store::{AsConnection, Database};
 pub use unique::Unique;
-pub use worker::{Worker, WorkerBuilder};
+pub use worker::{Alive, Worker, WorkerBuilder};
 
 /// The Rust in the texts is compiled with the doc-tests.
 #[cfg(doctest)]
@@ -147,6 +147,8 @@ mod docs {
     mod bad_input {}
     #[doc = include_str!("../../../docs/batches.md")]
     mod batches {}
+    #[doc = include_str!("../../../docs/formats.md")]
+    mod formats {}
     #[doc = include_str!("../../../docs/lifecycle.md")]
     mod lifecycle {}
     #[doc = include_str!("../../../docs/operations.md")]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use reqwest::header::{HeaderMap, HeaderName};
+use axum::http::{HeaderMap, HeaderName};
 use serde::Deserialize;
 use serde_json::json;
 

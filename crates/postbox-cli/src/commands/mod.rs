@@ -30,7 +30,7 @@ use crate::desk::Desk;
 use crate::failure::{Failure, needs_role};
 use crate::flags::{
     Command, Flags, Keys, KeysCommand, Migrate, Quarantine, QuarantineCommand, Schedules, SchedulesCommand, Serve,
-    Sources, SourcesCommand, Subscriptions, SubscriptionsCommand,
+    Sources, SourcesCommand, Subscriptions, SubscriptionsCommand, Webhooks,
 };
 use crate::output::Output;
 use crate::serve;
@@ -51,6 +51,7 @@ pub(crate) async fn run(flags: Flags, output: &Output) -> Ended {
     match flags.command {
         Command::Config(command) => config::run(&desk, command),
         Command::Migrate(Migrate::Print { down }) => migrate::print(&desk, down),
+        Command::Webhooks(Webhooks::Test { name }) => serve::test::run(&desk, &name).await,
         Command::Serve(Serve { check }) => {
             let plan = serve::plan(&desk)?;
             if check {
@@ -129,6 +130,7 @@ async fn on<Db: Database>(desk: &Desk<'_>, command: Command) -> Ended {
         Command::Config(_)
         | Command::Demo(_)
         | Command::Serve(_)
+        | Command::Webhooks(_)
         | Command::DemoProvider
         | Command::Completions { .. }
         | Command::Manual => Ok(0),

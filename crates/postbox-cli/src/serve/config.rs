@@ -4,9 +4,10 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use postbox::signature::Secret;
 use postbox::sink::{EnvelopeStyle, Target};
 use postbox::source::{Format, Mapping, Template};
-use postbox::{Pattern, Settings};
+use postbox::{OnDead, Pattern, Settings};
 use toml::de::DeTable;
 
 use super::table::{At, File, Mistake, Table, tables};
@@ -39,17 +40,17 @@ pub(crate) enum Origin {
         stream: String,
         group: Option<String>,
         consumer: Option<String>,
-        batch: Option<u64>,
+        batch: Option<usize>,
         block: Option<Duration>,
         min_idle: Option<Duration>,
-        max_deliveries: Option<u64>,
+        max_deliveries: Option<u32>,
         replay_horizon: Option<Duration>,
     },
     Webhook {
         scheme: Scheme,
         secrets: Vec<String>,
         tolerance: Option<Duration>,
-        max_body_bytes: Option<u64>,
+        max_body_bytes: Option<usize>,
     },
 }
 
@@ -88,6 +89,10 @@ pub(crate) struct Endpoint {
     pub(crate) root_certificate: Option<Vec<u8>>,
     /// Of one call.
     pub(crate) timeout: Option<Duration>,
+    /// Where an operation's doubts are asked about.
+    pub(crate) reconcile: Option<String>,
+    /// A sink's: one's own network may be called.
+    pub(crate) allow_private_addresses: bool,
 }
 
 /// A `[[push]]`.
@@ -104,6 +109,10 @@ pub(crate) struct Push {
 /// What a relay or push may set beside where it goes; what it does not say is the library's default.
 #[derive(Debug, Default)]
 pub(crate) struct Policy {
+    /// In order: what becomes of a key when one of its deliveries has died.
+    pub(crate) on_dead: OnDead,
+    /// So many go to a sink at once.
+    pub(crate) up_to: Option<usize>,
     pub(crate) max_attempts: Option<u32>,
     pub(crate) backoff: Option<(Duration, Duration)>,
     pub(crate) concurrency: Option<usize>,
@@ -252,10 +261,10 @@ fn redis_source(table: &Table<'_>) -> Option<Origin> {
     Some(Origin::Redis {
         group: text("group"),
         consumer: text("consumer"),
-        batch: table.whole("batch", 1..=10_000),
+        batch: table.whole("batch", 1..=10_000).and_then(|n| usize::try_from(n).ok()),
         block: table.duration("block", MOMENT..=DAY / 24),
         min_idle: table.duration("min_idle", Duration::from_secs(1)..=DAY),
-        max_deliveries: table.whole("max_deliveries", 1..=1_000_000),
+        max_deliveries: table.whole("max_deliveries", 1..=1_000_000).and_then(|n| u32::try_from(n).ok()),
         replay_horizon: table.duration("replay_horizon", Duration::from_secs(1)..=3660 * DAY),
         url: url?,
         stream: stream?,
@@ -293,8 +302,17 @@ fn webhook_source(table: &Table<'_>, name: Option<&str>, line: usize) -> Option<
     if !table.has("secret") {
         table.missing("secret", &table.example("secret"));
     }
+    for secret in &secrets {
+        let read = match &scheme {
+            Some(Scheme::Standard) => Secret::standard(&secret.value),
+            _ => Secret::bytes(secret.value.as_str()),
+        };
+        if let Err(error) = read {
+            table.wrong(secret.line, format!("`secret`: {error}"));
+        }
+    }
     let tolerance = table.duration("tolerance", Duration::from_secs(1)..=DAY);
-    let max_body_bytes = table.whole("max_body_bytes", 1..=64 << 20);
+    let max_body_bytes = table.whole("max_body_bytes", 1..=64 << 20).and_then(|n| usize::try_from(n).ok());
     let secrets = secrets.into_iter().map(|secret| secret.value).collect();
     Some(Origin::Webhook { scheme: scheme?, secrets, tolerance, max_body_bytes })
 }
@@ -375,7 +393,7 @@ fn relay(file: &File<'_>, (line, members): Found<'_>, names: &mut Names) -> Opti
         }
     };
     let ordered = table.switch("ordered").unwrap_or(true);
-    let policy = policy(&table);
+    let policy = policy(&table, true);
     table.finish();
     Some(Relay { name: name?, pattern: pattern?, to: to?, ordered, policy })
 }
@@ -423,7 +441,15 @@ fn endpoint(table: &Table<'_>, push: bool) -> Option<Endpoint> {
         }
     });
     let timeout = table.duration("timeout", Duration::from_millis(100)..=DAY / 24);
-    Some(Endpoint { url: url?.value, secrets, envelope, allow, root_certificate, timeout })
+    let reconcile = if push { table.text("reconcile").map(|url| url.value.to_owned()) } else { None };
+    let allow_private_addresses = !push && table.switch("allow_private_addresses").unwrap_or(false);
+    let url = url?.value;
+    let endpoint =
+        Endpoint { url, secrets, envelope, allow, root_certificate, timeout, reconcile, allow_private_addresses };
+    if let Err(error) = endpoint.push().check() {
+        table.wrong(table.line, error);
+    }
+    Some(endpoint)
 }
 
 fn push(file: &File<'_>, (line, members): Found<'_>, names: &mut Names) -> Option<Push> {
@@ -433,23 +459,35 @@ fn push(file: &File<'_>, (line, members): Found<'_>, names: &mut Names) -> Optio
     let endpoint = endpoint(&table, true);
     let operation = table.switch("operation").unwrap_or(false);
     let ordered = table.switch("ordered").unwrap_or(false);
-    let policy = policy(&table);
+    let policy = policy(&table, false);
+    if endpoint.as_ref().is_some_and(|endpoint| endpoint.reconcile.is_some()) && !operation {
+        table.wrong(
+            table.line,
+            "`reconcile` is for operations, whose end may not be known; add operation = true, or leave it out",
+        );
+    }
     table.finish();
     Some(Push { name: name?, pattern: pattern?, endpoint: endpoint?, operation, ordered, policy })
 }
 
-fn policy(table: &Table<'_>) -> Policy {
+fn policy(table: &Table<'_>, relay: bool) -> Policy {
+    let on_dead = table.parsed::<OnDead>("on_dead").map(|on_dead| on_dead.value).unwrap_or_default();
     let first = table.duration("backoff", MOMENT..=DAY);
     let longest = table.duration("max_backoff", MOMENT..=DAY);
     let backoff = match (first, longest) {
         (None, None) => None,
         (first, longest) => {
             let first = first.unwrap_or(Duration::from_secs(1));
-            Some((first, longest.unwrap_or(Duration::from_secs(900)).max(first)))
+            // As the library has it for each.
+            let usual = Duration::from_secs(if relay { 300 } else { 900 });
+            Some((first, longest.unwrap_or(usual).max(first)))
         }
     };
     let rate = table.parsed::<Rate>("rate").map(|rate| (rate.value.0, rate.value.1));
+    let up_to = if relay { table.whole("up_to", 1..=1000) } else { None };
     Policy {
+        on_dead,
+        up_to: up_to.and_then(|n| usize::try_from(n).ok()),
         max_attempts: table.whole("max_attempts", 1..=1000).and_then(|n| u32::try_from(n).ok()),
         backoff,
         concurrency: table.whole("concurrency", 1..=10_000).and_then(|n| usize::try_from(n).ok()),

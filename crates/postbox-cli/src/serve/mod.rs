@@ -1,14 +1,19 @@
 //! `postbox serve`: sources, relays and pushes from a file, with no Rust.
 
+mod build;
 mod check;
 mod config;
+mod http;
+mod run;
 mod table;
+pub(crate) mod test;
 
 use std::path::Path;
 
 use serde_json::json;
 
 use self::config::Plan;
+pub(crate) use self::run::run;
 use crate::commands::Ended;
 use crate::desk::Desk;
 use crate::failure::{FAILED, Failure};
@@ -67,10 +72,5 @@ pub(crate) fn check(desk: &Desk<'_>, plan: &Plan) -> Ended {
         desk.output.line(&format!("  {line}"))?;
     }
     desk.output.prose("nothing was connected to");
-    Ok(0)
-}
-
-/// NOT YET
-pub(crate) async fn run<Db: postbox::Database>(_: &Desk<'_>, _: Plan) -> Ended {
     Ok(0)
 }

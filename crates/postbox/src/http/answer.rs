@@ -63,7 +63,7 @@ impl Answer {
     /// In words for an operator.
     pub(crate) fn words(&self, origin: &str) -> String {
         let status = self.status;
-        let meant = match reqwest::StatusCode::from_u16(status).ok().and_then(|s| s.canonical_reason()) {
+        let meant = match axum::http::StatusCode::from_u16(status).ok().and_then(|s| s.canonical_reason()) {
             Some(reason) => format!("{origin} answered {status} {reason}"),
             None => format!("{origin} answered {status}"),
         };

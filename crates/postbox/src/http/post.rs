@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use jiff::Timestamp;
-use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
@@ -65,7 +65,7 @@ impl Posting {
 
     /// The host, for a name; nothing if the URL is none.
     pub(crate) fn host(&self) -> String {
-        let url = self.url.trim().parse::<reqwest::Url>().ok();
+        let url = self.url.trim().parse::<url::Url>().ok();
         let host = url.as_ref().and_then(|url| Some((url.host_str()?, url.port())));
         match host {
             Some((host, Some(port))) => format!("{host}:{port}"),

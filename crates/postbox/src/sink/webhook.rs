@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use axum::http::HeaderMap;
 use futures_util::future::join_all;
-use reqwest::header::HeaderMap;
 use tokio::sync::Semaphore;
 
 use super::{Outgoing, Sent, Sink, Unsent};

@@ -26,6 +26,8 @@ use crate::store::Database;
 const BODY_LIMIT: usize = 1 << 20;
 /// How long a body may take to arrive.
 const BODY_TIME: Duration = Duration::from_secs(30);
+/// How long the database may take. What it stores after that is recognised when it comes again.
+const STORING_TIME: Duration = Duration::from_secs(10);
 /// When to come again while nothing is taken, in seconds.
 const COME_AGAIN: HeaderValue = HeaderValue::from_static("30");
 
@@ -285,16 +287,20 @@ async fn take<Db: Database>(State(door): State<Arc<Door<Db>>>, request: Request)
         return not_now(reason);
     }
     let entry = door.entry(&head.headers, body);
-    // A caller that hangs up does not end it half-way.
-    let receiving = tokio::spawn(async move { (door.inbox.receive(&[entry]).await, door) });
-    match receiving.await {
-        Ok((Ok(fates), _)) => fates.into_iter().next().map_or_else(|| broken("no fate"), told),
-        Ok((Err(error), door)) if error.is_transient() => {
+    // A caller that hangs up does not end it half-way; one that waits is told before it gives up.
+    let receiving = tokio::spawn({
+        let door = door.clone();
+        async move { door.inbox.receive(&[entry]).await }
+    });
+    match tokio::time::timeout(STORING_TIME, receiving).await {
+        Ok(Ok(Ok(fates))) => fates.into_iter().next().map_or_else(|| broken("no fate"), told),
+        Ok(Ok(Err(error))) if error.is_transient() => {
             tracing::warn!(source = door.name, %error, "a webhook could not be stored");
             not_now("the database does not take it now")
         }
-        Ok((Err(error), _)) => broken(error),
-        Err(error) => broken(error),
+        Ok(Ok(Err(error))) => broken(error),
+        Ok(Err(error)) => broken(error),
+        Err(_) => not_now("the database takes too long"),
     }
 }
 

@@ -151,15 +151,7 @@ impl<Db: Database> WorkerBuilder<Db> {
             signals.next().await;
         }
         tracing::info!("stopping: no new claims; what runs is waited for (a second signal stops at once)");
-        let stop = worker.stop_sender();
-        let mut stopped = std::pin::pin!(worker.stop(None));
-        tokio::select! {
-            result = &mut stopped => return result,
-            () = signals.next() => {}
-        }
-        tracing::warn!("stopping now");
-        stop.send(Stop::Now).ok();
-        stopped.await
+        worker.stop_or_hurry(signals.next()).await
     }
 }
 
@@ -260,16 +252,19 @@ impl<Db: Database> Worker<Db> {
         let routes: Vec<_> = ids.into_iter().zip(routes).collect();
         relay::declare::<Db>(&store, &registration.application, &routes).await?;
         let engine = Engine::new(postbox.clone(), registration, life, routes, &settings, batch, stopping)?;
+        let stop = Arc::new(stop);
+        let last = Last(stop.clone());
         tokio::spawn(async move {
             // Each by itself, so that none keeps another waiting.
             let receiving: Vec<_> = readings.into_iter().map(tokio::spawn).collect();
             let result = engine.run().await;
+            drop(last);
             for reading in receiving {
                 reading.await.ok();
             }
             done.send(result).ok();
         });
-        Ok(Worker { id, stop: Arc::new(stop), finished: Some(finished), stranded, postbox })
+        Ok(Worker { id, stop, finished: Some(finished), stranded, postbox })
     }
 
     /// Its id, as `status` and the attempts show it.
@@ -287,8 +282,9 @@ impl<Db: Database> Worker<Db> {
         &self.postbox
     }
 
-    fn stop_sender(&self) -> Arc<watch::Sender<Stop>> {
-        self.stop.clone()
+    /// Tells whether it lives, where the worker itself cannot be kept: behind a readiness check, say.
+    pub fn alive(&self) -> Alive {
+        Alive(self.stop.subscribe())
     }
 
     /// Stops claiming, hands back what has not started, waits for what runs: for as long as it
@@ -319,6 +315,22 @@ impl<Db: Database> Worker<Db> {
         finished.await.unwrap_or_else(|_| Err(gone()))
     }
 
+    /// Stops gracefully, and when `hurry` comes before that is done (a second signal, say), at once.
+    ///
+    /// # Errors
+    /// As [`stop`](Self::stop).
+    pub async fn stop_or_hurry(self, hurry: impl Future<Output = ()>) -> Result<(), Error> {
+        let stop = self.stop.clone();
+        let mut stopped = std::pin::pin!(self.stop(None));
+        tokio::select! {
+            result = &mut stopped => return result,
+            () = hurry => {}
+        }
+        tracing::warn!("stopping now");
+        stop.send(Stop::Now).ok();
+        stopped.await
+    }
+
     /// Stops at once: what runs is cancelled, as [`stop`](Self::stop) does when its patience ends.
     ///
     /// # Errors
@@ -326,6 +338,37 @@ impl<Db: Database> Worker<Db> {
     pub async fn stop_now(self) -> Result<(), Error> {
         self.stop.send(Stop::Now).ok();
         self.stop(None).await
+    }
+}
+
+/// Whether a worker lives: [`Worker::alive`].
+#[derive(Debug, Clone)]
+pub struct Alive(watch::Receiver<Stop>);
+
+impl Alive {
+    /// It works: nobody has stopped it, and it has not ended by itself.
+    pub fn is_alive(&self) -> bool {
+        *self.0.borrow() == Stop::No
+    }
+
+    /// Waits until that is over. Cancel safety: it may be dropped.
+    pub async fn ended(&self) {
+        self.0.clone().wait_for(|stop| *stop != Stop::No).await.ok();
+    }
+}
+
+/// Whatever ends a worker, its sources end with it.
+struct Last(Arc<watch::Sender<Stop>>);
+
+impl Drop for Last {
+    fn drop(&mut self) {
+        self.0.send_if_modified(|stop| {
+            let by_itself = *stop == Stop::No;
+            if by_itself {
+                *stop = Stop::Gracefully;
+            }
+            by_itself
+        });
     }
 }
 

@@ -10,9 +10,9 @@ create table {schema}.source (
     -- As whoever receives from it has told last.
     lag         bigint,
     trouble     text,
-    seen_at     timestamptz,
-    unique (application, name)
+    seen_at     timestamptz
 );
+create unique index source_by_name on {schema}.source (application, name);
 
 -- How much a source has brought. Each process counts in one of several rows, so that they do not wait for each other.
 create table {schema}.source_tally (
@@ -58,10 +58,10 @@ create table {schema}.quarantine (
     retry_why  text,
     retried    text,
     -- It became a message after all.
-    ended_at   timestamptz,
-    -- What comes again after a crash is recorded once.
-    unique (source, kind, position)
+    ended_at   timestamptz
 );
+-- What comes again after a crash is recorded once.
+create unique index quarantine_by_position on {schema}.quarantine (source, kind, position);
 create index quarantine_retries on {schema}.quarantine (source) where retry_at is not null;
 
 -- Which subscriptions are relays, and how much their sinks have confirmed.

@@ -112,13 +112,28 @@ async fn the_way_back_to_version_1_and_up_again_loses_nothing() {
     );
     assert_eq!(
         shop.store.migrate_down(1, Loss::Accepted).await.expect("down"),
-        ["0007 unique", "0006 order", "0005 pause_and_priority", "0004 schedules", "0003 limits", "0002 successes"]
+        [
+            "0008 inbox",
+            "0007 unique",
+            "0006 order",
+            "0005 pause_and_priority",
+            "0004 schedules",
+            "0003 limits",
+            "0002 successes"
+        ]
     );
     let states = "select group_concat(state, ' ') from (select state from postbox_delivery order by id)";
     let states: String = sqlx::query_scalar(states).fetch_one(&shop.store.reader).await.expect("version 1");
     assert_eq!(states, "succeeded succeeded dead running running");
-    let up =
-        ["0002 successes", "0003 limits", "0004 schedules", "0005 pause_and_priority", "0006 order", "0007 unique"];
+    let up = [
+        "0002 successes",
+        "0003 limits",
+        "0004 schedules",
+        "0005 pause_and_priority",
+        "0006 order",
+        "0007 unique",
+        "0008 inbox",
+    ];
     assert_eq!(shop.store.migrate().await.expect("up"), up);
     assert_eq!(listed(&shop.store).await, before);
     assert_eq!(attempts(claimed.items[0].delivery).await, first);

@@ -94,7 +94,7 @@ async fn counts_filters_and_what_nobody_stands_behind() {
     let status = shop.store.status().await.expect("status");
     let row = &status.subscriptions[0];
     assert_eq!((row.pending, row.scheduled, row.running, row.in_doubt, row.dead), (2, 1, 1, 1, 1));
-    assert_eq!((row.succeeded_last_hour, row.workers, row.max_attempts, status.schema_version), (1, 1, 3, 7));
+    assert_eq!((row.succeeded_last_hour, row.workers, row.max_attempts, status.schema_version), (1, 1, 3, 8));
     assert!(row.oldest_age_s.is_some_and(|age| age < 60.0));
     assert!(status.stranded.is_empty());
     let listed =

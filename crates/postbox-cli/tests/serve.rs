@@ -1,0 +1,303 @@
+//! `postbox serve` as it is run: a file, a real Redis, webhooks and a handler behind a URL; on both stores.
+
+mod place;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::http::HeaderMap;
+use postbox::{Postgres, signature};
+use postbox_testkit::{Testable, shared_redis_url};
+use redis::Commands;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+use place::{Place, Ran};
+
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+const GITHUB_SECRET: &str = "it is a secret";
+const PUSH_SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+
+/// Where a store is, for the command.
+struct House {
+    place: Place,
+    variables: Vec<(&'static str, String)>,
+}
+
+impl House {
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = self.place.command(args);
+        command
+            .env("GITHUB_SECRET", GITHUB_SECRET)
+            .env("CRM_SECRET", PUSH_SECRET)
+            .env("POSTBOX_LOG", "warn,sqlx=error");
+        command.envs(self.variables.iter().map(|(name, value)| (*name, value.as_str())));
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Ran {
+        Ran::of(&self.command(args).output().expect("runs"))
+    }
+
+    fn says(&self, file: &str) {
+        std::fs::write(self.place.file("postbox.toml"), file).expect("written");
+    }
+
+    fn serve(&self) -> Serving {
+        let mut command = self.command(&["serve"]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+        let out = lines(child.stdout.take().expect("its data"));
+        let err = lines(child.stderr.take().expect("its words"));
+        Serving { child, out, err }
+    }
+}
+
+/// A stream's lines, as they come.
+fn lines(stream: impl std::io::Read + Send + 'static) -> Receiver<String> {
+    let (send, lines) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            if send.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    lines
+}
+
+/// A process that serves, and ends with the test.
+struct Serving {
+    child: Child,
+    out: Receiver<String>,
+    err: Receiver<String>,
+}
+
+impl Serving {
+    /// The address, once it serves.
+    fn address(&self) -> String {
+        loop {
+            let line = self.err.recv_timeout(PATIENCE).expect("it says that it serves");
+            if let Some((_, address)) = line.split_once(", at ") {
+                return address.split(';').next().expect("an address").to_owned();
+            }
+        }
+    }
+
+    fn message(&self) -> Value {
+        let line = self.out.recv_timeout(PATIENCE).expect("a message");
+        serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"))
+    }
+
+    fn terminate(mut self) -> i32 {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().expect("kill").success());
+        let ended = self.child.wait().expect("it ends");
+        for line in self.err.try_iter() {
+            eprintln!("  {line}");
+        }
+        ended.code().unwrap_or(-1)
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// A program of one's own in any language: takes what is pushed, and proves who sent it.
+async fn program() -> (String, mpsc::UnboundedReceiver<(HeaderMap, Bytes)>) {
+    let (send, taken) = mpsc::unbounded_channel();
+    let take = move |headers: HeaderMap, body: Bytes| {
+        send.send((headers, body)).ok();
+        async {}
+    };
+    let routes = axum::Router::new().route("/events", axum::routing::post(take));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}/events", listener.local_addr().expect("an address"));
+    tokio::spawn(async move { axum::serve(listener, routes).await });
+    (url, taken)
+}
+
+/// From a stream, a webhook and a table to a pipe, a stream and a program, and a stop.
+async fn the_whole_way(variables: Vec<(&'static str, String)>) {
+    let house = House { place: Place::new(), variables };
+    let redis_url = shared_redis_url();
+    let mine = uuid::Uuid::now_v7().simple().to_string();
+    let (program, mut taken) = program().await;
+    house.says(&format!(
+        r#"
+application = "shop"
+http = "127.0.0.1:0"
+
+[[source]]
+name = "payments"
+kind = "redis"
+url = "{redis_url}"
+stream = "{mine}:payments"
+group = "shop"
+block = "100ms"
+
+[[source]]
+name = "github"
+kind = "webhook"
+scheme = "github"
+secret = {{ env = "GITHUB_SECRET" }}
+topic = "github.{{header:x-github-event}}.{{payload:action}}"
+id = "{{header:x-github-delivery}}"
+key = "{{payload:repository.full_name}}"
+
+[[relay]]
+name = "to-redis"
+pattern = "orders.>"
+kind = "redis"
+url = "{redis_url}"
+to = "{mine}:{{topic}}"
+ordered = true
+
+[[relay]]
+name = "to-the-pipe"
+pattern = ">"
+kind = "stdout"
+ordered = false
+
+[[push]]
+name = "crm"
+pattern = "payment.settled"
+url = "{program}"
+secret = {{ env = "CRM_SECRET" }}
+operation = true
+"#
+    ));
+    let mut redis = redis::Client::open(redis_url).and_then(|client| client.get_connection()).expect("Redis");
+    let serving = house.serve();
+    let address = serving.address();
+    rustls::crypto::ring::default_provider().install_default().ok();
+    let http = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let get =
+        async |path: &str| http.get(format!("{address}{path}")).send().await.expect("an answer").status().as_u16();
+    assert_eq!((get("/health").await, get("/ready").await, get("/in/github").await), (200, 200, 405));
+
+    // In: from the stream. One that is malformed holds nobody up.
+    let stream = format!("{mine}:payments");
+    let _: String = redis.xadd(&stream, "*", &[("event_type", "payment.settled"), ("payload", "1")]).expect("added");
+    for _ in 0..2 {
+        let fields = [
+            ("event_id", "e1"),
+            ("event_type", "payment.settled"),
+            ("aggregate_id", "42"),
+            ("payload", r#"{"n": 1.10}"#),
+        ];
+        let _: String = redis.xadd(&stream, "*", &fields).expect("added");
+    }
+    let message = serving.message();
+    assert_eq!(
+        (&message["topic"], &message["key"], &message["external_id"]),
+        (&json!("payment.settled"), &json!("42"), &json!("e1"))
+    );
+    let (headers, body) = tokio::time::timeout(PATIENCE, taken.recv()).await.expect("in time").expect("a push");
+    assert_eq!(body, r#"{"n": 1.10}"#);
+    let value = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    assert_eq!((value("ce-type"), value("webhook-id")), ("payment.settled", message["id"].as_str().expect("an id")));
+    assert!(!value("idempotency-key").is_empty() && value("webhook-signature").starts_with("v1,"));
+
+    // In: a webhook, twice; and one that nobody signed.
+    let body = r#"{"action":"opened","repository":{"full_name":"octo/repo"}}"#;
+    let secret = signature::Secret::bytes(GITHUB_SECRET).expect("a secret");
+    for (signed, status) in [
+        (signature::github::sign(&secret, body.as_bytes()), 200),
+        ("sha256=00".into(), 401),
+        (signature::github::sign(&secret, body.as_bytes()), 200),
+    ] {
+        let request = http.post(format!("{address}/in/github")).header("x-hub-signature-256", signed);
+        let request = request.header("x-github-event", "issues").header("x-github-delivery", "d1").body(body);
+        assert_eq!(request.send().await.expect("an answer").status().as_u16(), status);
+    }
+    let message = serving.message();
+    assert_eq!((&message["topic"], &message["key"]), (&json!("github.issues.opened"), &json!("octo/repo")));
+
+    // Out: from the table to another stream.
+    house.run(&["publish", "orders.placed", r#"{"order_id": 42}"#, "--key", "42"]).ends(0);
+    let message = serving.message();
+    assert_eq!(message["topic"], "orders.placed");
+    let target = format!("{mine}:orders.placed");
+    let entries: redis::streams::StreamReadReply = redis
+        .xread_options(&[&target], &["0"], &redis::streams::StreamReadOptions::default().block(60_000))
+        .expect("an entry");
+    let entry = &entries.keys[0].ids[0];
+    let field = |name: &str| entry.get::<String>(name).unwrap_or_default();
+    assert_eq!(
+        (field("ce-id"), field("ce-type"), field("data")),
+        (message["id"].as_str().expect("an id").to_owned(), "orders.placed".into(), r#"{"order_id": 42}"#.into())
+    );
+
+    // What happened is on record.
+    let told = house.run(&["status", "--json"]).ends(0).json();
+    let source = |name: &str| {
+        let sources = told["sources"].as_array().expect("sources");
+        sources.iter().find(|source| source["name"] == name).cloned().unwrap_or_else(|| panic!("no {name} in {told}"))
+    };
+    let counts = |name: &str| ["received", "duplicate", "quarantined"].map(|count| source(name)[count].as_i64());
+    assert_eq!(counts("payments"), [Some(1), Some(1), Some(1)]);
+    assert_eq!(counts("github"), [Some(1), Some(1), Some(0)]);
+
+    // The endpoint of the push, by hand.
+    let tested = house.run(&["webhooks", "test", "crm"]).ends(0);
+    assert!(tested.out.contains("+ TAKEN"), "{}", tested.out);
+    let (headers, _) = tokio::time::timeout(PATIENCE, taken.recv()).await.expect("in time").expect("a test");
+    assert!(headers.contains_key("webhook-signature"));
+    let nobody = house.run(&["webhooks", "test", "nobody"]).ends(3);
+    assert!(nobody.err.contains("there are: crm"), "{}", nobody.err);
+
+    assert_eq!(serving.terminate(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_whole_way_on_sqlite() {
+    the_whole_way(Vec::new()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_whole_way_on_postgres() {
+    let fresh = Postgres::fresh().await;
+    the_whole_way(vec![("DATABASE_URL", fresh.url()), ("POSTBOX_SCHEMA", fresh.schema())]).await;
+}
+
+#[test]
+fn a_pipe_that_nobody_reads_is_a_failure() {
+    let house = House { place: Place::new(), variables: Vec::new() };
+    house.says("http = \"127.0.0.1:0\"\n[[relay]]\nname = \"pipe\"\npattern = \">\"\nkind = \"stdout\"\n");
+    let mut command = house.command(&["serve"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+    // The reader is gone before anything is written.
+    drop(child.stdout.take());
+    let err = lines(child.stderr.take().expect("its words"));
+    let serving = Serving { child, out: channel().1, err };
+    serving.address();
+    house.run(&["publish", "orders.placed", "1"]).ends(0);
+    let begun = std::time::Instant::now();
+    loop {
+        let row = house.run(&["list", "--json"]).ends(0).json();
+        if let Some(error) = row["last_error"].as_str() {
+            assert!(error.contains("standard output takes nothing"), "{error}");
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "it has not failed: {row}");
+    }
+    assert_eq!(serving.terminate(), 0);
+}
+
+#[test]
+fn two_cannot_listen_at_one_address() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = taken.local_addr().expect("an address");
+    let house = House { place: Place::new(), variables: Vec::new() };
+    house.says(&format!("http = \"{address}\"\n[[relay]]\nname = \"pipe\"\npattern = \">\"\nkind = \"stdout\"\n"));
+    let ran = house.run(&["serve"]).ends(1);
+    assert!(ran.err.contains(&format!("could not listen at {address}")), "{}", ran.err);
+}
