@@ -48,6 +48,8 @@ async fn add(redis: &mut MultiplexedConnection, stream: &str, fields: &[(&str, &
     add.query_async(redis).await.expect("added")
 }
 
+type Fields = Vec<(Vec<u8>, Vec<u8>)>;
+
 struct Stream {
     url: String,
     name: String,
@@ -99,12 +101,12 @@ impl SinkBench for Other {
     async fn arrived(&self) -> Vec<Arrived> {
         let mut redis = connect(&self.server.url()).await;
         let after = self.seen.lock().expect("an id").clone();
-        let entries: Vec<(String, Vec<(Vec<u8>, Vec<u8>)>)> =
+        let entries: Vec<(String, Fields)> =
             cmd("XRANGE").arg("suite").arg(after).arg("+").query_async(&mut redis).await.expect("entries");
         if let Some((last, _)) = entries.last() {
             *self.seen.lock().expect("an id") = format!("({last}");
         }
-        let read = |(id, fields): (String, Vec<(Vec<u8>, Vec<u8>)>)| {
+        let read = |(id, fields): (String, Fields)| {
             let draft = Format::default().read(&Raw { fields, body: None }, "suite", &id).expect("read").draft;
             let read = postbox::testing::outgoing(draft);
             Arrived {

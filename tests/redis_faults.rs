@@ -237,11 +237,11 @@ impl<Db: Testable> House<Db> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_is_received_once_on_postgres() {
-    let server = std::cell::RefCell::new(Server::start());
-    let house = House::<Postgres>::new(fresh_on(&server.borrow()).await).await;
+    let mut server = Server::start();
+    let house = House::<Postgres>::new(fresh_on(&server).await).await;
     let restart = || {
-        server.borrow_mut().crash();
-        server.borrow_mut().up();
+        server.crash();
+        server.up();
     };
     each_is_received_once(house, restart).await;
 }
@@ -252,7 +252,7 @@ async fn each_is_received_once_on_sqlite() {
     each_is_received_once(house, || {}).await;
 }
 
-async fn each_is_received_once<Db: Testable>(mut house: House<Db>, restart_database: impl Fn()) {
+async fn each_is_received_once<Db: Testable>(mut house: House<Db>, mut restart_database: impl FnMut()) {
     let (mut load, mut redis) = (Load::new(), house.connect().await);
     let receives = ("TEST_STREAM", STREAM);
     let start = |house: &House<Db>| house.start(&[receives]);
