@@ -80,21 +80,18 @@ macro_rules! posting {
     () => {
         /// Signs with this secret: `whsec_` and base64, or any text. Several, if it is called several times: each
         /// message is signed with all of them, so that a receiver may change from one to the next.
-        #[must_use]
         pub fn secret(mut self, secret: impl AsRef<str>) -> Self {
             self.posting.secret(secret.as_ref());
             self
         }
 
         /// How a message is dressed. Default: a CloudEvent in binary mode.
-        #[must_use]
         pub fn envelope(mut self, style: $crate::sink::EnvelopeStyle) -> Self {
             self.posting.style = style;
             self
         }
 
         /// The `source` of the CloudEvents that do not say theirs. Default `postbox`.
-        #[must_use]
         pub fn source(mut self, source: impl Into<String>) -> Self {
             self.posting.source = Some(source.into());
             self
@@ -102,21 +99,18 @@ macro_rules! posting {
 
         /// How long one call may take, from the look-up of the name to the answer. Default 20 s; 15 to 30 s is
         /// what receivers expect.
-        #[must_use]
         pub fn timeout(mut self, timeout: std::time::Duration) -> Self {
             self.posting.calling.timeout = timeout;
             self
         }
 
         /// Addresses of this network may be called, whatever they are: `10.0.0.0/8`, `127.0.0.1`.
-        #[must_use]
         pub fn allow(mut self, network: impl AsRef<str>) -> Self {
             self.posting.allow(network.as_ref());
             self
         }
 
         /// Trusts these certificates (PEM), too. Without it, those that browsers trust.
-        #[must_use]
         pub fn root_certificate(mut self, pem: impl Into<Vec<u8>>) -> Self {
             self.posting.calling.roots.push(pem.into());
             self
