@@ -38,3 +38,8 @@ fn filters() {
 fn settings() {
     replay("settings", fuzz::settings);
 }
+
+#[test]
+fn entries() {
+    replay("entry", fuzz::entry);
+}

@@ -15,6 +15,8 @@ use serde_json::json;
 
 const BRIDGE: &str = env!("CARGO_BIN_EXE_postbox-test-bridge");
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Between two looks: those who are looked at work on the same two cores.
+const LOOK: Duration = Duration::from_millis(20);
 const STREAM: &str = "payments";
 
 type Fields = Vec<(Vec<u8>, Vec<u8>)>;
@@ -167,7 +169,7 @@ impl<Db: Testable> House<Db> {
         let table = self.fresh.table("projected");
         let looking = async {
             while self.count("count(*)", &table).await < wanted {
-                tokio::task::yield_now().await;
+                tokio::time::sleep(LOOK).await;
             }
         };
         if tokio::time::timeout(PATIENCE, looking).await.is_err() {
@@ -185,7 +187,7 @@ impl<Db: Testable> House<Db> {
                 if asked.is_ok_and(|consumers| consumers.len() >= wanted) {
                     return;
                 }
-                tokio::task::yield_now().await;
+                tokio::time::sleep(LOOK).await;
             }
         };
         tokio::time::timeout(PATIENCE, looking).await.expect("consumers");
@@ -235,11 +237,11 @@ impl<Db: Testable> House<Db> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_is_received_once_on_postgres() {
-    let server = std::cell::RefCell::new(Server::start());
-    let house = House::<Postgres>::new(fresh_on(&server.borrow()).await).await;
+    let mut server = Server::start();
+    let house = House::<Postgres>::new(fresh_on(&server).await).await;
     let restart = || {
-        server.borrow_mut().crash();
-        server.borrow_mut().up();
+        server.crash();
+        server.up();
     };
     each_is_received_once(house, restart).await;
 }
@@ -250,7 +252,7 @@ async fn each_is_received_once_on_sqlite() {
     each_is_received_once(house, || {}).await;
 }
 
-async fn each_is_received_once<Db: Testable>(mut house: House<Db>, restart_database: impl Fn()) {
+async fn each_is_received_once<Db: Testable>(mut house: House<Db>, mut restart_database: impl FnMut()) {
     let (mut load, mut redis) = (Load::new(), house.connect().await);
     let receives = ("TEST_STREAM", STREAM);
     let start = |house: &House<Db>| house.start(&[receives]);
@@ -296,7 +298,6 @@ async fn each_is_received_once<Db: Testable>(mut house: House<Db>, restart_datab
     let feeding = async {
         while load.added < load.entries.len() {
             load.add(&mut redis, 100).await;
-            tokio::task::yield_now().await;
         }
     };
     tokio::join!(dying.kill_at("read"), feeding);
@@ -306,7 +307,7 @@ async fn each_is_received_once<Db: Testable>(mut house: House<Db>, restart_datab
     house.noted(wanted).await;
     let done = async {
         while house.nothing_is_acknowledged_without_a_row(&load, &mut redis).await < wanted as usize + 100 {
-            tokio::task::yield_now().await;
+            tokio::time::sleep(LOOK).await;
         }
     };
     tokio::time::timeout(PATIENCE, done).await.expect("all is acknowledged");
@@ -341,7 +342,7 @@ const OF_EACH: usize = 40;
 /// The one whose stream is none.
 const POISONED: usize = 13;
 /// How many messages a relay has in its hands at the most.
-const WINDOW: usize = 100;
+const WINDOW: usize = 200;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn all_are_sent_in_order_on_postgres() {
@@ -378,7 +379,7 @@ async fn all_are_sent_in_order<Db: Testable>(mut house: House<Db>) {
     // What is published before there is anybody to send it is taken up later, in no order with what is published then.
     let declared = async {
         while admin.sinks().await.expect("sinks").is_empty() {
-            tokio::task::yield_now().await;
+            tokio::time::sleep(LOOK).await;
         }
     };
     tokio::time::timeout(PATIENCE, declared).await.expect("the relay is declared");
@@ -414,7 +415,7 @@ async fn all_are_sent_in_order<Db: Testable>(mut house: House<Db>) {
             if sink.lag == blocked as i64 {
                 return sink;
             }
-            tokio::task::yield_now().await;
+            tokio::time::sleep(LOOK).await;
         }
     };
     let sink = match tokio::time::timeout(PATIENCE, looking).await {

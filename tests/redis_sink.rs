@@ -326,3 +326,28 @@ async fn it_is_looked_at_when_a_worker_starts() {
     assert_eq!(restricted.open().await, Ok(Vec::new()));
     assert_eq!(restricted.send(&[outgoing(draft("t", "k"))]).await, [Ok(())]);
 }
+
+#[tokio::test]
+async fn a_cluster_takes_each_command() {
+    // One node that has all slots: it refuses what names keys of two.
+    let server = RedisServer::with(&[("cluster-enabled", "yes")]);
+    let house = House::on(server.url()).await;
+    house.run(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]).await;
+    let (a, b) = (format!("{}.a", house.prefix), format!("{}.b", house.prefix));
+    let batch: Vec<Outgoing> = (0..12).map(|n| outgoing(draft(["a", "b"][n % 2], ["k", "l", "m"][n % 3]))).collect();
+    let sink = house.sink("{topic}");
+    sink.open().await.expect("opens");
+    // Until it has noticed that it has them.
+    while sink.send(&batch[..1]).await != [Ok(())] {}
+    let both = cmd("XREAD").arg("STREAMS").arg(&[&a, &b]).arg(&["0", "0"]).exec_async(&mut house.redis.clone()).await;
+    assert!(both.expect_err("two slots").to_string().contains("CrossSlot"), "the node is that strict");
+    assert_eq!(sink.send(&batch).await, vec![Ok(()); 12]);
+    assert_eq!((house.ids("a").await.len(), house.ids("b").await.len()), (7, 6));
+    let mut source = postbox::source::redis_stream(&a).url(&house.url).group("shop").min_idle(Duration::ZERO);
+    for _ in 0..2 {
+        // New, and its own again, or claimed.
+        postbox::source::Source::open(&mut source, None).await.expect("opens");
+        assert_eq!(postbox::source::Source::read(&mut source).await.expect("reads").entries.len(), 7);
+        postbox::source::Source::standing(&mut source).await.expect("stands");
+    }
+}

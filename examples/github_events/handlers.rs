@@ -77,8 +77,6 @@ pub(crate) struct Remote {
 
 impl Remote {
     pub(crate) fn at(address: String) -> Result<Remote, reqwest::Error> {
-        // Built with `webhook`, whose client of HTTP comes without a provider of cryptography, every one wants to be told.
-        rustls::crypto::ring::default_provider().install_default().ok();
         let client = reqwest::Client::builder().timeout(PATIENCE).no_proxy().build()?;
         Ok(Remote { address, client })
     }

@@ -4,6 +4,8 @@
 use std::time::Duration;
 
 use postbox::admin::Filter;
+use postbox::sink::{Encoded, EnvelopeStyle};
+use postbox::source::{Format, Mapping, Raw};
 use postbox::{Envelope, Pattern, fuzzing};
 
 #[allow(unreachable_pub, dead_code, reason = "the command's own file")]
@@ -149,5 +151,44 @@ pub fn settings(data: &[u8]) {
         let words = error.to_string();
         assert!(words.contains("the setting `"), "it names the setting: {words}");
         assert!(!words.chars().any(char::is_control), "{words:?}");
+    }
+}
+
+/// An entry of a source: fields, one `name=value` a line; after an empty line, a body.
+pub fn entry(data: &[u8]) {
+    let cut = data.windows(2).position(|two| two == b"\n\n");
+    let (head, body) = match cut {
+        Some(at) => (&data[..at], Some(data[at + 2..].to_vec())),
+        None => (data, None),
+    };
+    let field = |line: &[u8]| {
+        let at = line.iter().position(|byte| *byte == b'=')?;
+        Some((line[..at].to_vec(), line[at + 1..].to_vec()))
+    };
+    let raw = Raw { fields: head.split(|byte| *byte == b'\n').filter_map(field).collect(), body };
+    let mapping = Mapping::new().topic("a.{field:x}.{payload:b.0}").key("{payload:k}").time("{payload:t}");
+    for format in [Format::default().times_without_offset_are_utc(), Format::mapped(mapping)] {
+        let read = match format.read(&raw, "source", "position") {
+            Ok(read) => read,
+            Err(why) => {
+                assert!(!why.is_empty() && !why.chars().any(char::is_control), "shown to people as it is: {why:?}");
+                continue;
+            }
+        };
+        assert!(!read.identity.is_empty() && read.identity.len() <= 1024);
+        let Ok(sent) = fuzzing::envelope(read.draft) else {
+            panic!("what was read may be published");
+        };
+        // What a relay makes of it is read again, and is the same.
+        let encoded = Encoded::new(&sent, EnvelopeStyle::CloudEventsStructured, None);
+        let fields = encoded.fields().map(|(name, value)| (name.into_bytes(), value.to_vec())).collect();
+        let again =
+            Format::default().read(&Raw { fields, body: None }, "other", "elsewhere").expect("it is a CloudEvent");
+        let again = fuzzing::envelope(again.draft).expect("it may be published");
+        assert_eq!(
+            (again.topic, again.key, again.occurred_at),
+            (sent.topic.clone(), sent.key.clone(), sent.occurred_at)
+        );
+        assert_eq!(again.payload.bytes(), sent.payload.bytes());
     }
 }

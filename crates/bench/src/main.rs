@@ -16,6 +16,7 @@ mod publish;
 mod quiet;
 mod site;
 mod sqlite;
+mod streams;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -75,6 +76,10 @@ enum Part {
     Quiet,
     /// The embedded store.
     Sqlite,
+    /// Redis into handled.
+    RedisIn,
+    /// A relay to Redis.
+    Relay,
 }
 
 /// How long and how often.
@@ -181,6 +186,12 @@ async fn run(cli: &Cli) -> Result<Vec<Figure>, Problem> {
     }
     if wants(Part::Sqlite) {
         tell(sqlite::drain(extent).await?)?;
+    }
+    if wants(Part::RedisIn) {
+        tell(streams::into_handled(&site, extent).await?)?;
+    }
+    if wants(Part::Relay) {
+        tell(streams::relayed(&site, extent).await?)?;
     }
     site.close().await?;
     if let Some(folder) = &cli.plots {

@@ -22,8 +22,6 @@ use crate::text::plain;
 
 fn main() -> ExitCode {
     let flags = typed();
-    // Clients of HTTP and Redis take the process's provider of cryptography. The first one stands.
-    rustls::crypto::ring::default_provider().install_default().ok();
     tracing_to_stderr(&flags.command);
     let output = Output::new(flags.global.json);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use axum::body::Bytes;
 use axum::http::HeaderMap;
 use postbox::{Postgres, signature};
-use postbox_testkit::{Testable, shared_redis_url};
+use postbox_testkit::{Server, Testable, shared_redis_url};
 use redis::Commands;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -177,7 +177,6 @@ operation = true
     let mut redis = redis::Client::open(redis_url).and_then(|client| client.get_connection()).expect("Redis");
     let serving = house.serve();
     let address = serving.address();
-    rustls::crypto::ring::default_provider().install_default().ok();
     let http = reqwest::Client::builder().no_proxy().build().expect("a client");
     let get =
         async |path: &str| http.get(format!("{address}{path}")).send().await.expect("an answer").status().as_u16();
@@ -300,4 +299,32 @@ fn two_cannot_listen_at_one_address() {
     house.says(&format!("http = \"{address}\"\n[[relay]]\nname = \"pipe\"\npattern = \">\"\nkind = \"stdout\"\n"));
     let ran = house.run(&["serve"]).ends(1);
     assert!(ran.err.contains(&format!("could not listen at {address}")), "{}", ran.err);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_is_not_ready_while_the_database_is_down() {
+    let mut server = Server::start();
+    let house = House { place: Place::new(), variables: vec![("DATABASE_URL", server.url())] };
+    house.run(&["migrate", "up"]).ends(0);
+    house.says("http = \"127.0.0.1:0\"\n[[relay]]\nname = \"pipe\"\npattern = \">\"\nkind = \"stdout\"\n");
+    let serving = house.serve();
+    let address = serving.address();
+    let http = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let ready = async || {
+        let answer = http.get(format!("{address}/ready")).send().await.expect("an answer");
+        (answer.status().as_u16(), answer.json::<Value>().await.expect("JSON"))
+    };
+    assert_eq!(ready().await, (200, json!({"ready": true})));
+    server.crash();
+    let (status, told) = ready().await;
+    let reason = told["reasons"][0].as_str().unwrap_or_default();
+    assert!(status == 503 && reason.starts_with("the database did not answer"), "{status} {told}");
+    let health = http.get(format!("{address}/health")).send().await.expect("an answer");
+    assert_eq!(health.status().as_u16(), 200, "the process lives");
+    server.up();
+    let begun = std::time::Instant::now();
+    while ready().await.0 != 200 {
+        assert!(begun.elapsed() < PATIENCE, "it is ready again when the database is back");
+    }
+    assert_eq!(serving.terminate(), 0);
 }

@@ -165,6 +165,8 @@ mod docs {
     mod pull {}
     #[doc = include_str!("../../../docs/receiving.md")]
     mod receiving {}
+    #[doc = include_str!("../../../docs/redis.md")]
+    mod redis {}
     #[doc = include_str!("../../../docs/relays.md")]
     mod relays {}
     #[doc = include_str!("../../../docs/limits.md")]

@@ -21,22 +21,14 @@ pub(super) fn build<Db: Database>(plan: Plan) -> Built<Db> {
     for push in plan.pushes {
         router = pushed(router, push);
     }
-    let (mut streams, mut webhooks) = (Vec::new(), Vec::new());
+    let mut built = Built { router, streams: Vec::new(), webhooks: Vec::new() };
     for source in plan.sources {
-        match received(source) {
-            Received::Stream(stream) => streams.push(*stream),
-            Received::Webhook(webhook) => webhooks.push(webhook),
-        }
+        add(&mut built, source);
     }
-    Built { router, streams, webhooks }
+    built
 }
 
-enum Received {
-    Stream(Box<RedisSource>),
-    Webhook(Webhook),
-}
-
-fn received(source: Source) -> Received {
+fn add<Db: Database>(built: &mut Built<Db>, source: Source) {
     let Source { name, from, format } = source;
     match from {
         Origin::Redis { url, stream, group, consumer, batch, block, min_idle, max_deliveries, replay_horizon } => {
@@ -65,7 +57,7 @@ fn received(source: Source) -> Received {
             if let Some(format) = format {
                 source = source.format(format);
             }
-            Received::Stream(Box::new(source))
+            built.streams.push(source);
         }
         Origin::Webhook { scheme, secrets, tolerance, max_body_bytes } => {
             let mut source = webhook(name);
@@ -83,7 +75,7 @@ fn received(source: Source) -> Received {
             if let Some(format) = format {
                 source = source.format(format);
             }
-            Received::Webhook(source)
+            built.webhooks.push(source);
         }
     }
 }

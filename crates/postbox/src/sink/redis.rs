@@ -22,7 +22,7 @@ use crate::redis_client::{Known, Link, Server, Trouble, setting, unsafe_settings
 /// How long replies may take; then the connection counts as lost, and whether they were added as unknown.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Adds messages to Redis streams: made by [`redis`].
+/// Adds messages to Redis streams: made by [`redis`](fn@redis).
 ///
 /// One connection serves all workers of the process; it is made again after it was lost.
 pub struct RedisSink {
