@@ -235,11 +235,16 @@ impl Drop for Application {
 
 impl Application {
     fn start() -> Application {
+        Application::with("http", &[])
+    }
+
+    fn with(scheme: &str, more: &[&str]) -> Application {
         let folder = tempfile::tempdir().expect("a folder");
         let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
         let mut command = Command::new(variable("POSTBOX_TEST_PYTHON"));
         let command = command
             .args(["-m", "uvicorn", "app:app", "--log-level", "warning", "--port", &port.to_string()])
+            .args(more)
             .current_dir(file("examples/fastapi"))
             .env("CRM_SECRET", WHSEC)
             .env("PYTHONDONTWRITEBYTECODE", "1")
@@ -250,7 +255,7 @@ impl Application {
             assert!(begin.elapsed() < Duration::from_secs(60), "it does not listen");
             std::thread::yield_now();
         }
-        Application { child, url: format!("http://127.0.0.1:{port}"), _folder: folder }
+        Application { child, url: format!("{scheme}://localhost:{port}"), _folder: folder }
     }
 
     fn report(&self) -> Value {
@@ -305,4 +310,40 @@ async fn a_fastapi_application_handles_what_is_pushed() {
     }
     let expected: Vec<Value> = (1..=20).filter(|n| *n != 7).map(|n| json!([n, n * 100])).collect();
     assert_eq!(application.report(), json!({ "orders": expected, "charges": expected }), "each once");
+}
+
+/// Makes an authority, and a certificate of it for `localhost`.
+fn certificates(folder: &Path) {
+    let config = "subjectAltName=DNS:localhost\nbasicConstraints=critical,CA:FALSE\n";
+    std::fs::write(folder.join("extensions"), config).expect("a file");
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+    for line in [
+        format!("req -x509 {key} -keyout ca.key -out ca.pem -subj /CN=authority -days 2"),
+        format!("req {key} -keyout key.pem -out request.pem -subj /CN=localhost"),
+        "x509 -req -in request.pem -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -out cert.pem -extfile extensions"
+            .to_owned(),
+    ] {
+        let made = Command::new("openssl").args(line.split(' ')).current_dir(folder).output().expect("openssl runs");
+        assert!(made.status.success(), "{line}: {}", String::from_utf8_lossy(&made.stderr));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn certificates_are_checked() {
+    let folder = tempfile::tempdir().expect("a folder");
+    certificates(folder.path());
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let application =
+        Application::with("https", &["--ssl-keyfile", &path("key.pem"), "--ssl-certfile", &path("cert.pem")]);
+    let sink = || webhook_to(format!("{}/nowhere", application.url)).secret(WHSEC).allow_private_addresses();
+    let authority = std::fs::read(folder.path().join("ca.pem")).expect("the authority");
+    let trusted = sink().root_certificate(authority.clone()).test().await.expect("it can be used");
+    assert_eq!(trusted.status, Some(404), "{trusted:?}");
+    let unknown = sink().test().await.expect("it can be used");
+    assert!(unknown.status.is_none() && unknown.words.contains("certificate"), "{unknown:?}");
+    // The name has to be the certificate's.
+    let elsewhere = application.url.replace("localhost", "127.0.0.1");
+    let other = webhook_to(elsewhere).allow_private_addresses().root_certificate(authority).test().await;
+    let other = other.expect("it can be used");
+    assert!(other.status.is_none() && other.words.contains("certificate"), "{other:?}");
 }

@@ -216,6 +216,9 @@ async fn an_endpoint_that_is_gone_pauses_its_relay<Db: Testable>() {
     assert_eq!(remote.got().len(), 3, "nothing was sent after that");
 }
 
+/// An order's number, where its payment came from, and what it belongs to.
+type Seen = (u64, Option<String>, String);
+
 /// Out of one postbox, into another, and from there back: each message is handled once on each side.
 async fn from_one_postbox_into_another_and_back<Db: Testable>() {
     let (shop, bank) = (Db::fresh().await, Db::fresh().await);
@@ -231,7 +234,7 @@ async fn from_one_postbox_into_another_and_back<Db: Testable>() {
     let paid = |Payload(order): Payload<Value>| async move {
         postbox::Done::new().then(Envelope::json("orders.paid", &order).map(|d| d.key("k")))
     };
-    let seen: Arc<Mutex<Vec<(u64, Option<String>, String)>>> = Arc::default();
+    let seen: Arc<Mutex<Vec<Seen>>> = Arc::default();
     let ship = {
         let seen = seen.clone();
         move |envelope: Envelope| {
