@@ -14,10 +14,13 @@ use redis::{Value, cmd};
 use serde_json::json;
 
 const BRIDGE: &str = env!("CARGO_BIN_EXE_postbox-test-bridge");
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(180);
 /// Between two looks: those who are looked at work on the same two cores.
 const LOOK: Duration = Duration::from_millis(20);
 const STREAM: &str = "payments";
+
+/// Each starts processes enough for the whole machine.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 type Fields = Vec<(Vec<u8>, Vec<u8>)>;
 
@@ -237,6 +240,7 @@ impl<Db: Testable> House<Db> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_is_received_once_on_postgres() {
+    let _alone = ALONE.lock().await;
     let mut server = Server::start();
     let house = House::<Postgres>::new(fresh_on(&server).await).await;
     let restart = || {
@@ -248,6 +252,7 @@ async fn each_is_received_once_on_postgres() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_is_received_once_on_sqlite() {
+    let _alone = ALONE.lock().await;
     let house = House::new(Sqlite::fresh().await).await;
     each_is_received_once(house, || {}).await;
 }
@@ -290,18 +295,18 @@ async fn each_is_received_once<Db: Testable>(mut house: House<Db>, mut restart_d
     house.proxy.cut_all();
     house.nothing_is_acknowledged_without_a_row(&load, &mut redis).await;
 
-    // One is killed wherever it is, and another when it has read and nothing is committed.
-    alive.remove(0).kill().await;
+    // All are killed wherever they are, and one when it has read and nothing is committed.
+    for worker in alive.drain(..) {
+        worker.kill().await;
+    }
     let dying = doomed(&house, "read:2");
-    house.consumers(&mut redis, 3).await;
     load.add(&mut redis, 1000).await;
-    let feeding = async {
-        while load.added < load.entries.len() {
-            load.add(&mut redis, 100).await;
-        }
-    };
-    tokio::join!(dying.kill_at("read"), feeding);
-    alive.push(start(&house));
+    dying.kill_at("read").await;
+    house.nothing_is_acknowledged_without_a_row(&load, &mut redis).await;
+    alive.extend([start(&house), start(&house), start(&house)]);
+    while load.added < load.entries.len() {
+        load.add(&mut redis, 100).await;
+    }
 
     let wanted = load.ids().len() as i64;
     house.noted(wanted).await;
@@ -336,9 +341,8 @@ async fn each_is_received_once<Db: Testable>(mut house: House<Db>, mut restart_d
     }
 }
 
-/// Keys, and messages of each.
+/// Keys.
 const KEYS: usize = 500;
-const OF_EACH: usize = 40;
 /// The one whose stream is none.
 const POISONED: usize = 13;
 /// How many messages a relay has in its hands at the most.
@@ -346,15 +350,18 @@ const WINDOW: usize = 200;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn all_are_sent_in_order_on_postgres() {
-    all_are_sent_in_order(House::<Postgres>::new(Postgres::fresh().await).await).await;
+    let _alone = ALONE.lock().await;
+    all_are_sent_in_order(House::<Postgres>::new(Postgres::fresh().await).await, 40).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn all_are_sent_in_order_on_sqlite() {
-    all_are_sent_in_order(House::<Sqlite>::new(Sqlite::fresh().await).await).await;
+    let _alone = ALONE.lock().await;
+    all_are_sent_in_order(House::<Sqlite>::new(Sqlite::fresh().await).await, 12).await;
 }
 
-async fn all_are_sent_in_order<Db: Testable>(mut house: House<Db>) {
+/// So many messages of each key.
+async fn all_are_sent_in_order<Db: Testable>(mut house: House<Db>, of_each: usize) {
     let mut redis = house.connect().await;
     let poisoned = format!("out-k{POISONED}");
     cmd("SET").arg(&poisoned).arg("text").exec_async(&mut redis).await.expect("a text");
@@ -374,8 +381,9 @@ async fn all_are_sent_in_order<Db: Testable>(mut house: House<Db>) {
         }
     };
     let admin = house.fresh.postbox.admin();
-    let mut crashes = 0;
-    let mut alive = vec![house.start(&relays)];
+    let first = of_each / 3;
+    let mut crashes = 1;
+    let dying = doomed(&house, "relayed:3");
     // What is published before there is anybody to send it is taken up later, in no order with what is published then.
     let declared = async {
         while admin.sinks().await.expect("sinks").is_empty() {
@@ -383,32 +391,35 @@ async fn all_are_sent_in_order<Db: Testable>(mut house: House<Db>) {
         }
     };
     tokio::time::timeout(PATIENCE, declared).await.expect("the relay is declared");
-    let dying = doomed(&house, "relayed:4");
-    publish(&house.fresh, 0..15).await;
+    publish(&house.fresh, 0..first).await;
+    let mut alive = vec![house.start(&relays)];
     dying.kill_at("relayed").await;
-    crashes += 1;
     alive.push(house.start(&relays));
-    for lost in [Lost::Request, Lost::Reply, Lost::Reply] {
+    for (n, lost) in [Lost::Request, Lost::Reply, Lost::Reply].into_iter().enumerate() {
         house.proxy.arm(lost, "XADD");
+        publish(&house.fresh, first + n..first + n + 1).await;
         house.proxy.cut().await;
         crashes += 1;
     }
+    publish(&house.fresh, first + 3..first + 4).await;
     house.redis.kill();
     house.redis.up();
-    // Both of them were sending, perhaps.
-    crashes += 2;
-    publish(&house.fresh, 15..30).await;
     house.proxy.arm(Lost::Reply, "XADD");
+    publish(&house.fresh, first + 4..first + 5).await;
     house.proxy.cut().await;
-    alive.remove(0).kill().await;
+    // With Redis, both of them; then one connection; then both processes, wherever they are.
+    crashes += 5;
+    for worker in alive.drain(..) {
+        worker.kill().await;
+    }
     let dying = doomed(&house, "relayed:3");
-    crashes += 3;
-    publish(&house.fresh, 30..OF_EACH).await;
+    crashes += 1;
+    publish(&house.fresh, first + 5..of_each).await;
     dying.kill_at("relayed").await;
-    alive.push(house.start(&relays));
+    alive.extend([house.start(&relays), house.start(&relays)]);
 
-    let sent = (KEYS - 1) * OF_EACH;
-    let blocked = OF_EACH - 1;
+    let sent = (KEYS - 1) * of_each;
+    let blocked = of_each - 1;
     let looking = async {
         loop {
             let sink = admin.sinks().await.expect("sinks").pop().expect("a relay");
@@ -442,7 +453,7 @@ async fn all_are_sent_in_order<Db: Testable>(mut house: House<Db>) {
             });
             assert_eq!(*n, fields["data"], "what comes again is the same");
         }
-        let wanted: Vec<String> = (0..OF_EACH).map(|n| format!("{{\"n\":{n}}}")).collect();
+        let wanted: Vec<String> = (0..of_each).map(|n| format!("{{\"n\":{n}}}")).collect();
         assert_eq!(order, wanted, "the order of key k{key}");
         there += order.len();
         repeated += entries.len() - order.len();

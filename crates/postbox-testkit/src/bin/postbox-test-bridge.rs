@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use postbox::sink::redis;
 use postbox::source::redis_stream;
-use postbox::{Batch, Database, Failure, Postbox, Postgres, ResultExt, Router, Settings, Sqlite, Tx, batch, relay};
+use postbox::{Batch, Database, Failure, Postbox, Postgres, Router, Settings, Sqlite, Tx, batch, relay};
+
+const SOON: Duration = Duration::from_millis(20);
 
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
@@ -17,8 +19,7 @@ async fn work<Db: Database>(settings: Settings, notes: Router<Db>) -> Result<(),
     let postbox = Postbox::<Db>::open(settings).await?;
     let mut router = Router::new();
     if let Some(to) = variable("TEST_TO") {
-        let soon = Duration::from_millis(20);
-        let sending = relay(redis(to).url(&url)).named("to-redis").backoff(soon, soon * 10);
+        let sending = relay(redis(to).url(&url)).named("to-redis").backoff(SOON, SOON * 10);
         router = router.relay("out.>", sending);
     }
     if variable("TEST_STREAM").is_some() {
@@ -45,11 +46,11 @@ macro_rules! notes {
             for message in &messages {
                 let sql = sqlx::query(sqlx::AssertSqlSafe(format!($insert, table)));
                 let id = message.envelope().external_id.clone().unwrap_or_default();
-                sql.bind(id).execute(&mut tx).await.permanent()?;
+                sql.bind(id).execute(&mut tx).await?;
             }
             Ok(())
         }
-        Router::new().on_batch("in.>", batch(note).up_to(50).within(Duration::from_millis(20)))
+        Router::new().on_batch("in.>", batch(note).up_to(50).within(SOON).backoff(SOON, SOON * 10))
     }};
 }
 
