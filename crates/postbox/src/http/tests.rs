@@ -195,6 +195,11 @@ async fn nothing_is_followed_and_little_is_read() {
     }
 }
 
+/// Whether anything more comes.
+async fn hears(stream: &mut tokio::net::TcpStream) -> bool {
+    stream.read(&mut [0; 4096]).await.is_ok_and(|bytes| bytes > 0)
+}
+
 /// A server that takes a request and then does something else than to answer.
 async fn odd_server(then: &'static str) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -202,17 +207,15 @@ async fn odd_server(then: &'static str) -> u16 {
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             tokio::spawn(async move {
-                let mut request = [0; 4096];
-                if then != "close at once" {
-                    stream.read(&mut request).await.ok();
+                if !hears(&mut stream).await {
+                    return;
                 }
                 stream.write_all(if then == "garbage" { b"SSH-2.0-no\r\n\r\n" } else { b"" }).await.ok();
                 if then == "body without end" {
                     stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf").await.ok();
                 }
-                if then == "silence" {
-                    stream.read(&mut request).await.ok();
-                }
+                // Until the caller hangs up.
+                while then == "silence" && hears(&mut stream).await {}
             });
         }
     });
