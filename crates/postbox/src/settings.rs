@@ -453,7 +453,6 @@ impl Settings {
         Ok(self.whole("pool_size", 2..=10_100)? as u32)
     }
 
-    /// A time that something stays: days and weeks too, or `forever`.
     /// How long ids that sources have brought are remembered, and their repetitions recognised.
     ///
     /// # Errors
@@ -471,6 +470,7 @@ impl Settings {
         Ok(self.whole("max_backlog", 1..=100_000_000)? as u32)
     }
 
+    /// A time that something stays: days and weeks too, or `forever`.
     fn keep(&self, name: &'static str) -> Result<Duration, Error> {
         let text = self.text(name);
         if text == "forever" {
