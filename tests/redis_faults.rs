@@ -264,7 +264,8 @@ async fn each_is_received_once<Db: Testable>(mut house: House<Db>, mut restart_d
     let doomed = |house: &House<Db>, at: &'static str| house.start(&[receives, ("POSTBOX_CRASH_POINT", at)]);
 
     // Three, of whom one is killed between its commit and its acknowledgement.
-    let dying = doomed(&house, "received:3");
+    // At its first batch: the others may be quicker with the rest, where one writes at a time.
+    let dying = doomed(&house, "received");
     let mut alive = vec![start(&house), start(&house)];
     house.consumers(&mut redis, 3).await;
     load.add(&mut redis, 2000).await;

@@ -119,6 +119,7 @@ impl Push {
 #[doc(hidden)]
 pub struct Pushes;
 
+#[diagnostic::do_not_recommend]
 impl<Db: Database, S: Clone + Send + Sync + 'static> IntoSubscription<Db, S, Pushes> for Push {
     #[track_caller]
     fn into_subscription(self) -> Subscription<Db, S> {
@@ -134,6 +135,8 @@ pub struct Pushing {
     asked: Option<Poster>,
 }
 
+// Where somebody's own handler does not fit, nobody asks for this one.
+#[diagnostic::do_not_recommend]
 impl<Db: Database, S> Handler<Db, S, Pushes> for Pushing {
     const TRANSACTIONAL: bool = false;
 
@@ -143,6 +146,7 @@ impl<Db: Database, S> Handler<Db, S, Pushes> for Pushing {
     }
 }
 
+#[diagnostic::do_not_recommend]
 impl<S> OperationHandler<S, Pushes> for Pushing {
     fn call(&self, call: &Call, _: &S) -> Result<BoxFuture<Result<Receipt, OperationFailure>>, Rejection> {
         let (poster, message, attempt) = (self.poster.clone(), call.envelope.clone(), call.attempt);
@@ -151,6 +155,7 @@ impl<S> OperationHandler<S, Pushes> for Pushing {
     }
 }
 
+#[diagnostic::do_not_recommend]
 impl<S> ReconcileHook<S, Pushes> for Pushing {
     fn call(&self, call: &Call, _: &S) -> Result<BoxFuture<Result<Reconciled, Failure>>, Rejection> {
         let asked = self.asked.clone().ok_or_else(|| Rejection::new("there is nobody to ask"))?;
