@@ -161,6 +161,8 @@ pub struct PgStore {
     calm: Arc<AtomicBool>,
     /// Something was claimed since the ring of ready tables was looked through, or some of it was left there.
     claimed: Arc<AtomicBool>,
+    /// Something that came in had come before: it is looked for.
+    repeats: Arc<AtomicBool>,
 }
 
 /// Rings when a publisher has told that there is something.
@@ -415,6 +417,7 @@ impl Store for PgStore {
             balanced: Arc::default(),
             calm: Arc::default(),
             claimed: Arc::default(),
+            repeats: Arc::default(),
         };
         store.through_function |= !roles::may_insert(&store).await?;
         Ok(store)
