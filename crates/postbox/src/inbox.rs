@@ -282,8 +282,6 @@ impl<Db: Database> Shared<Db> {
             });
             let again = ReadAgain {
                 quarantine: requested.quarantine,
-                actor: requested.actor,
-                reason: requested.reason,
                 came_to: came_to.map_err(|reason| format!("still: {reason}")),
             };
             match store.read_again(self.intake, &again).await {

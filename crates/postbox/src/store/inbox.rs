@@ -274,10 +274,6 @@ pub struct Requested {
     pub position: String,
     /// As it was read.
     pub raw: Raw,
-    /// Who asked.
-    pub actor: String,
-    /// Why.
-    pub reason: String,
 }
 
 /// What reading it again came to.
@@ -285,10 +281,6 @@ pub struct Requested {
 pub struct ReadAgain {
     /// Its number.
     pub quarantine: i64,
-    /// Who asked.
-    pub actor: String,
-    /// Why.
-    pub reason: String,
     /// The message that it is now, new or known; else what is still wrong with it.
     pub came_to: Result<Arrival, String>,
 }

@@ -239,7 +239,7 @@ async fn count(store: &PgStore, work: &mut Work, intake: Intake, tally: Tally) -
 pub(super) async fn requested(store: &PgStore, source: SourceId, limit: u32) -> Result<Vec<Requested>, Error> {
     let mut work = store.read().await?;
     let sql = format!(
-        "select q.id, q.position, q.fields::pg_catalog.text as fields, q.body, q.retry_by, q.retry_why
+        "select q.id, q.position, q.fields::pg_catalog.text as fields, q.body
          from {}.quarantine q where q.source = $1 and q.retry_at is not null order by q.id limit $2",
         store.schema
     );
@@ -252,8 +252,6 @@ pub(super) async fn requested(store: &PgStore, source: SourceId, limit: u32) -> 
                 quarantine: row.try_get("id")?,
                 position: row.try_get("position")?,
                 raw: Raw::stored(fields.as_deref(), row.try_get("body")?).unwrap_or_default(),
-                actor: row.try_get::<Option<String>, _>("retry_by")?.unwrap_or_default(),
-                reason: row.try_get::<Option<String>, _>("retry_why")?.unwrap_or_default(),
             })
         })
         .collect()
@@ -479,10 +477,8 @@ pub(super) async fn wish(
     let (schema, query) = (&store.schema, |sql: String| store.dynamic(sql));
     match wish {
         QuarantineWish::Retry => {
-            let sql = format!(
-                "update {schema}.quarantine set retry_at = pg_catalog.clock_timestamp(), retry_by = $2, retry_why = $3 where id = $1"
-            );
-            query(sql).bind(id).bind(actor).bind(reason).execute(work.on()).await?;
+            let sql = format!("update {schema}.quarantine set retry_at = pg_catalog.clock_timestamp() where id = $1");
+            query(sql).bind(id).execute(work.on()).await?;
         }
         QuarantineWish::Drop => {
             query(format!("delete from {schema}.quarantine where id = $1")).bind(id).execute(work.on()).await?;

@@ -152,7 +152,7 @@ begin
         end if;
         if pg_catalog.to_regclass('{schema}.source') is not null then
             execute pg_catalog.format('grant update (paused_at) on {schema}.source to %I', '{schema}_operator');
-            execute pg_catalog.format('grant delete, update (retry_at, retry_by, retry_why) on {schema}.quarantine to %I', '{schema}_operator');
+            execute pg_catalog.format('grant delete, update (retry_at) on {schema}.quarantine to %I', '{schema}_operator');
         end if;
         foreach thing in array array[
             'usage on sequence {schema}.delivery_id',

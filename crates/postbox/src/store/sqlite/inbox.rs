@@ -200,7 +200,7 @@ async fn count(db: &mut SqliteConnection, source: SourceId, tally: Tally) -> Res
 
 pub(super) async fn requested(store: &SqliteStore, source: SourceId, limit: u32) -> Result<Vec<Requested>, Error> {
     let rows = sqlx::query(
-        "select id, position, fields, body, retry_by, retry_why from postbox_quarantine
+        "select id, position, fields, body from postbox_quarantine
          where source = ?1 and retry_at is not null order by id limit ?2",
     )
     .bind(source)
@@ -214,8 +214,6 @@ pub(super) async fn requested(store: &SqliteStore, source: SourceId, limit: u32)
                 quarantine: row.try_get("id")?,
                 position: row.try_get("position")?,
                 raw: Raw::stored(fields.as_deref(), row.try_get("body")?).unwrap_or_default(),
-                actor: row.try_get::<Option<String>, _>("retry_by")?.unwrap_or_default(),
-                reason: row.try_get::<Option<String>, _>("retry_why")?.unwrap_or_default(),
             })
         })
         .collect()
@@ -418,15 +416,10 @@ pub(super) async fn wish(
     }
     match wish {
         QuarantineWish::Retry => {
-            sqlx::query(
-                "update postbox_quarantine set retry_at = (select now from postbox_clock), retry_by = ?2, retry_why = ?3
-                 where id = ?1",
-            )
-            .bind(id)
-            .bind(actor)
-            .bind(reason)
-            .execute(work.on())
-            .await?;
+            sqlx::query("update postbox_quarantine set retry_at = (select now from postbox_clock) where id = ?1")
+                .bind(id)
+                .execute(work.on())
+                .await?;
         }
         QuarantineWish::Drop => {
             sqlx::query("delete from postbox_quarantine where id = ?1").bind(id).execute(work.on()).await?;

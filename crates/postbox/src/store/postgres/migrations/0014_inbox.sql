@@ -55,8 +55,6 @@ create table {schema}.quarantine (
     at         timestamptz not null default pg_catalog.clock_timestamp(),
     -- An operator wants it read again, and what came of that.
     retry_at   timestamptz,
-    retry_by   text,
-    retry_why  text,
     retried    text,
     -- It became a message after all.
     ended_at   timestamptz

@@ -47,8 +47,6 @@ create table postbox_quarantine (
     at        integer not null,
     -- An operator wants it read again, and what came of that.
     retry_at  integer,
-    retry_by  text,
-    retry_why text,
     retried   text,
     -- It became a message after all.
     ended_at  integer,
