@@ -166,7 +166,7 @@ impl Source for FromMemory {
         let own = std::mem::take(&mut self.own);
         let take = |broker: &Broker| {
             let mut shelf = broker.state.lock().expect("the shelf");
-            let mut read = Read { entries: Vec::new(), lost: std::mem::take(&mut shelf.lost) };
+            let mut read = Read { lost: std::mem::take(&mut shelf.lost), ..Read::default() };
             if own {
                 for (position, (raw, consumer, deliveries)) in &mut shelf.held {
                     if *consumer == self.consumer {

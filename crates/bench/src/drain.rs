@@ -35,14 +35,7 @@ pub(crate) async fn plain(site: &Site, extent: Extent) -> Result<Vec<Figure>, Pr
 
 pub(crate) async fn operations(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
     let done = Arc::new(AtomicU64::new(0));
-    let routes = || {
-        let done = done.clone();
-        let charge = move || {
-            done.fetch_add(1, Ordering::Relaxed);
-            std::future::ready(Ok::<Receipt, OperationFailure>(Receipt::none()))
-        };
-        Router::<Postgres>::new().on(TOPIC, operation(charge).named("bench"))
-    };
+    let routes = || idle_operation(&done);
     let (mut raw, mut ours) = (Vec::new(), Vec::new());
     for _ in 0..extent.rounds {
         raw.push(raw_drain(site, extent.messages).await?);
@@ -55,30 +48,49 @@ pub(crate) async fn operations(site: &Site, extent: Extent) -> Result<Vec<Figure
     Ok(vec![Figure::beside(name, &ours, &raw, "msg/s", Bar::Ratio(0.35))])
 }
 
-pub(crate) async fn transactional(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
-    let messages = extent.messages / 10;
+/// An operation that does nothing but count.
+pub(crate) fn idle_operation(done: &Arc<AtomicU64>) -> Router<Postgres> {
+    let done = done.clone();
+    let charge = move || {
+        done.fetch_add(1, Ordering::Relaxed);
+        std::future::ready(Ok::<Receipt, OperationFailure>(Receipt::none()))
+    };
+    Router::new().on(TOPIC, operation(charge).named("bench"))
+}
+
+/// Where handlers and raw transactions leave their effect: the statement that does.
+pub(crate) async fn effect(site: &Site) -> Result<Arc<str>, Problem> {
     let effect = site.table("effect");
     site.run(&format!(
-        "create table {effect} (id bigint generated always as identity primary key, note text not null)"
+        "create table if not exists {effect} (id bigint generated always as identity primary key, note text not null)"
     ))
     .await?;
-    let insert: Arc<str> = format!("insert into {effect} (note) values ($1)").into();
-    let done = Arc::new(AtomicU64::new(0));
-    let routes = || {
+    Ok(format!("insert into {effect} (note) values ($1)").into())
+}
+
+/// A transactional handler that leaves an effect, and counts.
+pub(crate) fn inserting(insert: &Arc<str>, done: &Arc<AtomicU64>) -> Router<Postgres> {
+    let (insert, done) = (insert.clone(), done.clone());
+    let effect = move |mut tx: Tx<Postgres>| {
         let (insert, done) = (insert.clone(), done.clone());
-        let effect = move |mut tx: Tx<Postgres>| {
-            let (insert, done) = (insert.clone(), done.clone());
-            async move {
-                done.fetch_add(1, Ordering::Relaxed);
-                sqlx::query(AssertSqlSafe(&*insert)).bind("done").execute(&mut tx).await?;
-                Ok::<(), Failure>(())
-            }
-        };
-        Router::<Postgres>::new().on(TOPIC, handler(effect).named("bench"))
+        async move {
+            done.fetch_add(1, Ordering::Relaxed);
+            sqlx::query(AssertSqlSafe(&*insert)).bind("done").execute(&mut tx).await?;
+            Ok::<(), Failure>(())
+        }
     };
+    Router::new().on(TOPIC, handler(effect).named("bench"))
+}
+
+pub(crate) async fn transactional(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
+    let messages = extent.messages / 10;
+    let insert = effect(site).await?;
+    let done = Arc::new(AtomicU64::new(0));
+    let routes = || inserting(&insert, &done);
     let (mut raw, mut ours) = (Vec::new(), Vec::new());
     for _ in 0..extent.rounds {
-        raw.push(raw_transactions(site, &insert, messages).await?);
+        let table = raw_queue(site, messages).await?;
+        raw.push(raw_transactions(site, &table, &insert, messages).await?);
         let fresh = filled(site, routes(), messages, true).await?;
         let start = fresh.postbox.worker(routes()).concurrency(AT_ONCE as usize).start();
         ours.push(drained(site, &fresh, &done, start, messages).await?);
@@ -88,8 +100,12 @@ pub(crate) async fn transactional(site: &Site, extent: Extent) -> Result<Vec<Fig
 }
 
 /// A row taken, its effect, and the commit: by as many connections as there are handlers.
-async fn raw_transactions(site: &Site, insert: &Arc<str>, messages: usize) -> Result<f64, Problem> {
-    let table = raw_queue(site, messages).await?;
+pub(crate) async fn raw_transactions(
+    site: &Site,
+    table: &str,
+    insert: &Arc<str>,
+    messages: usize,
+) -> Result<f64, Problem> {
     let take: Arc<str> = format!(
         "delete from {table} where id = (select id from {table} order by id limit 1 for update skip locked)
          returning id, topic, payload::text"

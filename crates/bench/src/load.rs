@@ -153,6 +153,11 @@ pub(crate) async fn raw_queue(site: &Site, messages: usize) -> Result<String, Pr
 /// two; messages a second.
 pub(crate) async fn raw_drain(site: &Site, messages: usize) -> Result<f64, Problem> {
     let table = raw_queue(site, messages).await?;
+    raw_drained(site, &table, messages).await
+}
+
+/// The same of a queue that is there.
+pub(crate) async fn raw_drained(site: &Site, table: &str, messages: usize) -> Result<f64, Problem> {
     let sql: Arc<str> = format!(
         "delete from {table} where id in (
              select id from {table} order by id limit {BATCH} for update skip locked)

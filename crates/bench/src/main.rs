@@ -12,6 +12,7 @@ mod load;
 mod order;
 mod pinned;
 mod plot;
+mod profile;
 mod publish;
 mod quiet;
 mod site;
@@ -80,6 +81,8 @@ enum Part {
     RedisIn,
     /// A relay to Redis.
     Relay,
+    /// Where the time goes: processor time of server and client, what was idle, and the statements. Not part of `all`.
+    Profile,
 }
 
 /// How long and how often.
@@ -192,6 +195,9 @@ async fn run(cli: &Cli) -> Result<Vec<Figure>, Problem> {
     }
     if wants(Part::Relay) {
         tell(streams::relayed(&site, extent).await?)?;
+    }
+    if cli.parts.contains(&Part::Profile) {
+        tell(profile::profile(&site, extent).await?)?;
     }
     site.close().await?;
     if let Some(folder) = &cli.plots {

@@ -13,13 +13,13 @@ use crate::site::{Fresh, Site};
 use crate::{Extent, Problem};
 
 /// Connections that publish at once.
-const CLIENTS: u32 = 8;
+pub(crate) const CLIENTS: u32 = 8;
 /// Rows that the business transactions change.
 const ACCOUNTS: u32 = 10_000;
 
 /// How a business transaction says that something has happened.
 #[derive(Clone)]
-enum Way {
+pub(crate) enum Way {
     /// An insert into a table of its own: a uuid as the key, an index on what is not published.
     ByHand(Arc<str>),
     /// By the library.
@@ -28,21 +28,36 @@ enum Way {
     Function(Arc<str>),
 }
 
+/// The tables of a business, with an outbox written by hand.
+pub(crate) struct Business {
+    pub(crate) account: String,
+    pub(crate) by_hand: Way,
+}
+
+impl Business {
+    pub(crate) async fn new(site: &Site) -> Result<Business, Problem> {
+        let (outbox, account) = (site.table("outbox"), site.table("account"));
+        site.run(&format!(
+            "drop table if exists {account}, {outbox};
+             create table {account} (id int primary key, balance bigint not null);
+             insert into {account} select n, 0 from generate_series(0, {ACCOUNTS} - 1) n;
+             create table {outbox} (id uuid primary key default gen_random_uuid(), topic text not null,
+                 payload jsonb not null, created_at timestamptz not null default now(), published_at timestamptz);
+             create index on {outbox} (created_at) where published_at is null"
+        ))
+        .await?;
+        let by_hand = Way::ByHand(format!("insert into {outbox} (topic, payload) values ($1, $2::jsonb)").into());
+        Ok(Business { account, by_hand })
+    }
+}
+
 pub(crate) async fn in_transactions(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
-    let (outbox, account) = (site.table("outbox"), site.table("account"));
-    site.run(&format!(
-        "create table {account} (id int primary key, balance bigint not null);
-         insert into {account} select n, 0 from generate_series(0, {ACCOUNTS} - 1) n;
-         create table {outbox} (id uuid primary key default gen_random_uuid(), topic text not null,
-             payload jsonb not null, created_at timestamptz not null default now(), published_at timestamptz);
-         create index on {outbox} (created_at) where published_at is null"
-    ))
-    .await?;
+    let Business { account, by_hand } = Business::new(site).await?;
     let (one, five, asleep) = (subscribed(site, 1).await?, subscribed(site, 5).await?, subscribed(site, 1).await?);
     sleep_on(site, &asleep).await?;
     let function = format!("select {}.publish($1, $2::jsonb)", one.schema);
     let ways = [
-        ("", Way::ByHand(format!("insert into {outbox} (topic, payload) values ($1, $2::jsonb)").into()), Bar::None),
+        ("", by_hand, Bar::None),
         ("publish in a transaction, workers busy", Way::Postbox(Box::new(one.postbox.clone())), Bar::Ratio(0.88)),
         ("publish in a transaction, workers asleep", Way::Postbox(Box::new(asleep.postbox.clone())), Bar::Ratio(0.78)),
         ("publish in a transaction, SQL function", Way::Function(function.into()), Bar::Ratio(0.8)),
@@ -68,7 +83,7 @@ pub(crate) async fn in_transactions(site: &Site, extent: Extent) -> Result<Vec<F
 }
 
 /// A postbox with so many subscriptions of the topic, whose routes are stored as a worker stores them.
-async fn subscribed(site: &Site, subscriptions: usize) -> Result<Fresh, Problem> {
+pub(crate) async fn subscribed(site: &Site, subscriptions: usize) -> Result<Fresh, Problem> {
     let fresh = site.fresh().await?;
     let router = (0..subscriptions).fold(Router::new(), |router, number| {
         router.on(TOPIC, handler(async || Ok::<(), Failure>(())).named(format!("bench_{number}")))
@@ -120,7 +135,7 @@ async fn sleep_on(site: &Site, fresh: &Fresh) -> Result<(), Problem> {
 }
 
 /// Business transactions a second, by all clients at once.
-async fn transactions(clients: &PgPool, account: &str, way: &Way, seconds: f64) -> Result<f64, Problem> {
+pub(crate) async fn transactions(clients: &PgPool, account: &str, way: &Way, seconds: f64) -> Result<f64, Problem> {
     let update: Arc<str> = format!("update {account} set balance = balance + 1 where id = $1").into();
     let done = Arc::new(AtomicUsize::new(0));
     let begun = Instant::now();

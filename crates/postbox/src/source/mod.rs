@@ -35,8 +35,11 @@ pub struct Entry {
 pub struct Read {
     /// What is there, in the broker's order; none if nothing came in time.
     pub entries: Vec<Entry>,
-    /// Positions that were this group's to read and are gone: the broker does not have them any more.
+    /// Positions that were this group's to read and are gone: the broker does not have them any more. They are
+    /// acknowledged like entries, once it is on record.
     pub lost: Vec<String>,
+    /// More is there already, most likely: the worker reads the next batch while it commits this one.
+    pub more: bool,
 }
 
 /// How a source stands with its broker.
@@ -50,9 +53,10 @@ pub struct Standing {
 
 /// A broker, read by a worker: [`WorkerBuilder::receive`](crate::WorkerBuilder::receive).
 ///
-/// The worker reads a batch, commits it to the inbox, and then acknowledges it, one batch after the other.
-/// After an error it waits, with jitter, and opens the source again. Nothing is read while the database is down,
-/// while the source is paused, or while too much waits.
+/// The worker reads a batch, commits it to the inbox, and then acknowledges it, one batch after the other; where
+/// [more](Read::more) is there, it reads the next one meanwhile, and no further. After an error it waits, with jitter,
+/// and opens the source again. Nothing is read while the database is down (but the one batch ahead), while the source
+/// is paused, or while too much waits.
 ///
 /// Cancel safety: any of these futures may be dropped; what was read by one that was dropped has to come back.
 pub trait Source: Send + 'static {
@@ -73,8 +77,9 @@ pub trait Source: Send + 'static {
     /// Connects, and makes what it needs at the broker. `checkpoint` is the last one that was told. Warnings for
     /// the log.
     fn open(&mut self, checkpoint: Option<&str>) -> impl Future<Output = Result<Vec<String>, BrokerError>> + Send;
-    /// Reads a batch: first what was handed to it and not acknowledged, and waits only if nothing is there, for
-    /// a second or so.
+    /// Reads a batch: first what was handed to it before it was opened last, and not acknowledged. What it has handed
+    /// over since then is the worker's, acknowledged or not, and does not come again until it is opened anew. It waits
+    /// only if nothing is there, for a second or so.
     fn read(&mut self) -> impl Future<Output = Result<Read, BrokerError>> + Send;
     /// Acknowledges what is committed; positions of an earlier connection may be among them.
     fn acknowledge(&mut self, positions: &[String]) -> impl Future<Output = Result<(), BrokerError>> + Send;

@@ -15,7 +15,7 @@ use crate::error::{BrokerError, Error};
 use crate::inbox::Inbox;
 use crate::planted::planted;
 use crate::postbox::Postbox;
-use crate::source::{Entry, Format, Read, Source};
+use crate::source::{Format, Read, Source};
 use crate::store::Database;
 
 /// The first and the longest wait after something went wrong, before jitter.
@@ -120,7 +120,7 @@ async fn begin<Db: Database, S: Source>(
             );
             reader.inbox.trouble(Some(words));
             // Somebody should see that.
-            reader.stopped().await;
+            stopped(&mut reader.stopping).await;
         }
     }))
 }
@@ -146,11 +146,6 @@ impl<S: Source, Db: Database> Reader<S, Db> {
         *self.stopping.borrow() != Stop::No
     }
 
-    async fn stopped(&mut self) {
-        // Without a sender, nobody is left who would want anything.
-        self.stopping.wait_for(|stop| *stop != Stop::No).await.ok();
-    }
-
     /// Until the worker stops: with one connection after the other.
     async fn read_on(&mut self, mut opened: bool) {
         while !self.is_stopping() {
@@ -158,7 +153,7 @@ impl<S: Source, Db: Database> Reader<S, Db> {
                 let checkpoint = self.inbox.checkpoint();
                 let done = tokio::select! {
                     done = self.source.open(checkpoint.as_deref()) => done,
-                    _ = self.stopping.wait_for(|stop| *stop != Stop::No) => break,
+                    () = stopped(&mut self.stopping) => break,
                 };
                 match done {
                     Ok(warnings) => warn(&self.inbox, &warnings),
@@ -184,86 +179,68 @@ impl<S: Source, Db: Database> Reader<S, Db> {
 
     /// Waits, longer each time.
     async fn pause(&mut self) {
-        let wait = self.wait.mul_f64(0.5 + fastrand::f64());
-        self.wait = (self.wait * 2).min(LONGEST_WAIT);
-        tokio::select! {
-            () = tokio::time::sleep(wait) => {}
-            () = self.stopped() => {}
+        pause(&mut self.wait, &mut self.stopping).await;
+    }
+
+    async fn acknowledge(&mut self) -> Result<(), BrokerError> {
+        acknowledge(&mut self.source, &mut self.unacknowledged).await
+    }
+
+    /// Reads a batch, unless the source is closed; nothing if it is, or the worker stops.
+    async fn next(&mut self) -> Result<Option<Read>, BrokerError> {
+        self.ask().await?;
+        if self.inbox.closed().is_none() {
+            return read_next(&mut self.source, &mut self.stopping).await;
         }
+        tokio::select! {
+            () = tokio::time::sleep(CLOSED) => {}
+            () = stopped(&mut self.stopping) => {}
+        }
+        Ok(None)
     }
 
     async fn read_while_connected(&mut self) -> Result<(), BrokerError> {
         self.acknowledge().await?;
-        while !self.is_stopping() {
-            self.ask().await?;
-            if self.inbox.closed().is_some() {
-                tokio::select! {
-                    () = tokio::time::sleep(CLOSED) => {}
-                    _ = self.stopping.wait_for(|stop| *stop != Stop::No) => {}
-                }
-                continue;
-            }
-            let Some(read) = self.read().await? else { return Ok(()) };
+        let mut ahead = None;
+        loop {
+            let read = match ahead.take() {
+                Some(read) => read,
+                None if self.is_stopping() => return Ok(()),
+                None => match self.next().await? {
+                    Some(read) => read,
+                    None => continue,
+                },
+            };
             self.wait = WAIT;
             self.inbox.trouble(None);
             if read.entries.is_empty() && read.lost.is_empty() {
                 continue;
             }
-            self.unacknowledged.extend(read.entries.iter().map(|entry| entry.position.clone()));
             if planted!("acknowledge-first") {
-                self.acknowledge().await?;
+                self.source.acknowledge(&positions(&read)).await?;
             }
             crash::point("read");
-            if !self.persist(&read.entries, &read.lost).await {
+            let Reader { source, inbox, stopping, unacknowledged, .. } = self;
+            let most = source.max_deliveries();
+            let reads_on = read.more && *stopping.borrow() == Stop::No && inbox.closed().is_none();
+            // While the database commits this, the broker hears of the batch before, and hands out the next one.
+            let broker = async {
+                acknowledge(source, unacknowledged).await?;
+                if reads_on { read_next(source, &mut stopping.clone()).await } else { Ok(None) }
+            };
+            let mut stop = stopping.clone();
+            let (stored, came) = tokio::join!(persist(inbox, &mut stop, &read, most), broker);
+            if !stored {
                 // What nobody has committed stays with the broker.
-                self.unacknowledged.clear();
                 return Ok(());
             }
             crash::point("received");
-            self.acknowledge().await?;
-        }
-        Ok(())
-    }
-
-    /// Reads a batch; nothing if the worker stops, and a read that has begun brings nothing soon.
-    async fn read(&mut self) -> Result<Option<Read>, BrokerError> {
-        let mut read = std::pin::pin!(self.source.read());
-        tokio::select! {
-            read = &mut read => return read.map(Some),
-            _ = self.stopping.wait_for(|stop| *stop != Stop::No) => {}
-        }
-        if *self.stopping.borrow() == Stop::Now {
-            return Ok(None);
-        }
-        match tokio::time::timeout(LAST_READ, read).await {
-            Ok(read) => read.map(Some),
-            Err(_) => Ok(None),
-        }
-    }
-
-    /// Commits, however long the database takes to come back; `false` if the worker stops meanwhile.
-    async fn persist(&mut self, entries: &[Entry], lost: &[String]) -> bool {
-        let most = self.source.max_deliveries();
-        loop {
-            let error = match self.inbox.take(entries, lost, most).await {
-                Ok(_) => return true,
-                Err(error) => error,
-            };
-            tracing::warn!(source = self.inbox.source(), %error, "what was read could not be stored; trying again");
-            self.inbox.trouble(Some(format!("the database: {error}")));
-            if self.is_stopping() {
-                return false;
+            self.unacknowledged.extend(positions(&read));
+            ahead = came?;
+            if ahead.is_none() {
+                self.acknowledge().await?;
             }
-            self.pause().await;
         }
-    }
-
-    async fn acknowledge(&mut self) -> Result<(), BrokerError> {
-        if !self.unacknowledged.is_empty() {
-            self.source.acknowledge(&self.unacknowledged).await?;
-            self.unacknowledged.clear();
-        }
-        Ok(())
     }
 
     /// Asks how the source stands, now and then.
@@ -274,5 +251,74 @@ impl<S: Source, Db: Database> Reader<S, Db> {
             self.asked = Some(Instant::now());
         }
         Ok(())
+    }
+}
+
+fn positions(read: &Read) -> Vec<String> {
+    read.entries.iter().map(|entry| entry.position.clone()).chain(read.lost.iter().cloned()).collect()
+}
+
+async fn stopped(stopping: &mut watch::Receiver<Stop>) {
+    // Without a sender, nobody is left who would want anything.
+    stopping.wait_for(|stop| *stop != Stop::No).await.ok();
+}
+
+/// Waits, longer each time; not beyond a stop.
+async fn pause(wait: &mut Duration, stopping: &mut watch::Receiver<Stop>) {
+    let now = wait.mul_f64(0.5 + fastrand::f64());
+    *wait = (*wait * 2).min(LONGEST_WAIT);
+    tokio::select! {
+        () = tokio::time::sleep(now) => {}
+        () = stopped(stopping) => {}
+    }
+}
+
+/// Reads a batch; nothing if the worker stops, and a read that has begun brings nothing soon.
+async fn read_next(
+    source: &mut impl Source,
+    stopping: &mut watch::Receiver<Stop>,
+) -> Result<Option<Read>, BrokerError> {
+    let mut read = std::pin::pin!(source.read());
+    tokio::select! {
+        read = &mut read => return read.map(Some),
+        () = stopped(stopping) => {}
+    }
+    if *stopping.borrow() == Stop::Now {
+        return Ok(None);
+    }
+    match tokio::time::timeout(LAST_READ, read).await {
+        Ok(read) => read.map(Some),
+        Err(_) => Ok(None),
+    }
+}
+
+/// Tells the broker what is committed.
+async fn acknowledge(source: &mut impl Source, committed: &mut Vec<String>) -> Result<(), BrokerError> {
+    if !committed.is_empty() {
+        source.acknowledge(committed).await?;
+        committed.clear();
+    }
+    Ok(())
+}
+
+/// Commits, however long the database takes to come back; `false` if the worker stops meanwhile.
+async fn persist<Db: Database>(
+    inbox: &Inbox<Db>,
+    stopping: &mut watch::Receiver<Stop>,
+    read: &Read,
+    most: u32,
+) -> bool {
+    let mut wait = WAIT;
+    loop {
+        let error = match inbox.take(&read.entries, &read.lost, most).await {
+            Ok(_) => return true,
+            Err(error) => error,
+        };
+        tracing::warn!(source = inbox.source(), %error, "what was read could not be stored; trying again");
+        inbox.trouble(Some(format!("the database: {error}")));
+        if *stopping.borrow() != Stop::No {
+            return false;
+        }
+        pause(&mut wait, stopping).await;
     }
 }

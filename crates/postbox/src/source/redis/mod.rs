@@ -48,12 +48,8 @@ pub struct RedisSource {
     consumer: Option<Consumer>,
     /// The last that was told: where a group that is gone begins anew.
     checkpoint: Option<String>,
-    /// What was handed over and not acknowledged.
-    unacknowledged: HashSet<String>,
-    /// What was told as lost and may not be on record.
+    /// What was told as lost and not acknowledged: Redis tells of some of it only once.
     lost: Vec<String>,
-    /// It was opened since then, or a read came to nothing: what was told may not be on record.
-    anew: bool,
     session: Option<Session>,
 }
 
@@ -63,7 +59,9 @@ struct Session {
     reader: Link,
     /// For everything else.
     control: Link,
-    /// Own pending entries beyond this id have not been looked at; `None`: there are none.
+    /// What was handed over and not acknowledged: it is the worker's.
+    handed: HashSet<String>,
+    /// Own pending entries beyond this id have not been looked at; `None`: there are none but those.
     own: Option<Id>,
     /// Where the next claim goes on, and when.
     cursor: Id,
@@ -94,9 +92,7 @@ pub fn redis_stream(stream: impl Into<String>) -> RedisSource {
         format: Format::default(),
         consumer: None,
         checkpoint: None,
-        unacknowledged: HashSet::new(),
         lost: Vec::new(),
-        anew: false,
         session: None,
     }
 }
@@ -219,27 +215,32 @@ impl RedisSource {
     }
 
     async fn look(&mut self) -> Result<Read, Trouble> {
-        if let Some(after) = self.session()?.own {
+        while let Some(after) = self.session()?.own {
             let read = self.read_own(after).await?;
-            if !(read.entries.is_empty() && read.lost.is_empty()) {
+            if self.is_something(&read) {
                 return Ok(read);
             }
         }
         if Instant::now() >= self.session()?.claim_at {
             let read = self.claim().await?;
-            if !(read.entries.is_empty() && read.lost.is_empty()) {
+            if self.is_something(&read) {
                 return Ok(read);
             }
         }
         self.read_new().await
     }
 
-    /// What was handed to this consumer and is not acknowledged.
+    fn is_something(&self, read: &Read) -> bool {
+        let told = |position| self.session.as_ref().is_some_and(|session| session.handed.contains(position));
+        !read.entries.is_empty() || !self.lost.iter().all(told)
+    }
+
+    /// What was handed to this consumer, is not acknowledged, and not the worker's.
     async fn read_own(&mut self, after: Id) -> Result<Read, Trouble> {
         let read = self.read_group(after.to_string(), None);
         let listed = understood(self.session()?.reader.ask(&read).await, reply::read)?;
         let last = listed.last().map(|(id, _)| *id);
-        let read = self.handed_again(listed, Vec::new()).await?;
+        let read = self.handed_again(listed).await?;
         self.session()?.own = last;
         Ok(read)
     }
@@ -252,7 +253,7 @@ impl RedisSource {
         session.own = Some(Id::ZERO);
         let listed = understood(session.reader.ask(&read).await, reply::read)?;
         session.own = None;
-        Ok(self.told(listed, Vec::new(), |_| 1))
+        Ok(self.told(listed, |_| 1))
     }
 
     /// What another consumer has had for too long; or this one, without knowing it.
@@ -269,7 +270,10 @@ impl RedisSource {
         if next == Id::ZERO {
             session.claim_at = Instant::now() + interval;
         }
-        let read = self.handed_again(claimed, gone).await?;
+        for id in gone {
+            self.note_lost(self.position(id));
+        }
+        let read = self.handed_again(claimed).await?;
         self.session()?.own = None;
         Ok(read)
     }
@@ -284,10 +288,12 @@ impl RedisSource {
         read
     }
 
-    /// Entries that were handed out before, each with its count.
-    async fn handed_again(&mut self, listed: Vec<Listed>, gone: Vec<Id>) -> Result<Read, Trouble> {
+    /// Entries that were handed out before, each with its count, but those that are the worker's.
+    async fn handed_again(&mut self, mut listed: Vec<Listed>) -> Result<Read, Trouble> {
+        let known = |id: Id| self.session.as_ref().is_some_and(|s| s.handed.contains(&self.position(id)));
+        listed.retain(|(id, _)| !known(*id));
         if listed.is_empty() {
-            return Ok(self.told(listed, gone, |_| 1));
+            return Ok(Read::default());
         }
         let mut ask = pipe();
         for (id, _) in &listed {
@@ -296,13 +302,12 @@ impl RedisSource {
         }
         let answers = self.session()?.control.ask_all(&mut ask).await?;
         let count = |at: usize| answers.get(at).and_then(reply::deliveries).unwrap_or(1).max(1);
-        Ok(self.told(listed, gone, count))
+        Ok(self.told(listed, count))
     }
 
-    /// What a read came to, and is outstanding from now on.
-    fn told(&mut self, listed: Vec<Listed>, gone: Vec<Id>, deliveries: impl Fn(usize) -> u32) -> Read {
-        let mut read = Read::default();
-        read.lost.extend(gone.into_iter().map(|id| self.position(id)));
+    /// What a read came to, and is the worker's from now on; what is lost is told by [`Self::untold`].
+    fn told(&mut self, listed: Vec<Listed>, deliveries: impl Fn(usize) -> u32) -> Read {
+        let mut read = Read { more: listed.len() >= self.batch, ..Read::default() };
         for (at, (id, fields)) in listed.into_iter().enumerate() {
             let position = self.position(id);
             match fields {
@@ -310,16 +315,26 @@ impl RedisSource {
                     let raw = Raw { fields, body: None };
                     read.entries.push(Entry { position, raw, deliveries: deliveries(at) });
                 }
-                None => read.lost.push(position),
+                None => self.note_lost(position),
             }
         }
-        self.unacknowledged.extend(read.entries.iter().map(|entry| entry.position.clone()));
-        for position in &read.lost {
-            if !self.lost.contains(position) {
-                self.lost.push(position.clone());
-            }
+        if let Some(session) = &mut self.session {
+            session.handed.extend(read.entries.iter().map(|entry| entry.position.clone()));
         }
         read
+    }
+
+    fn note_lost(&mut self, position: String) {
+        if !self.lost.contains(&position) {
+            self.lost.push(position);
+        }
+    }
+
+    /// What is lost and the worker has not been told since the source was opened.
+    fn untold(&mut self) -> Vec<String> {
+        let Some(session) = &mut self.session else { return Vec::new() };
+        let untold = self.lost.iter().filter(|position| session.handed.insert((*position).clone()));
+        untold.cloned().collect()
     }
 
     async fn acknowledge_ids(&mut self, ids: &[Id]) -> Result<(), BrokerError> {
@@ -386,11 +401,11 @@ impl Source for RedisSource {
         self.session = Some(Session {
             reader: Link::new(known.clone(), self.block + PATIENCE),
             control: Link::new(known, PATIENCE),
+            handed: HashSet::new(),
             own: Some(Id::ZERO),
             cursor: Id::ZERO,
             claim_at: Instant::now(),
         });
-        self.anew = true;
         self.make_group().await?;
         self.forget_consumers().await?;
         warnings.extend(self.warnings().await?);
@@ -398,17 +413,6 @@ impl Source for RedisSource {
     }
 
     async fn read(&mut self) -> Result<Read, BrokerError> {
-        if self.anew || !self.unacknowledged.is_empty() {
-            // Not committed, for all that is known: they come first, with what was told with them.
-            self.session()?.own = Some(Id::ZERO);
-        } else if !self.lost.is_empty() {
-            let ids = self.ids(&self.lost);
-            self.acknowledge_ids(&ids).await?;
-            self.lost.clear();
-        }
-        self.unacknowledged.clear();
-        // Until this is through: it may fail, or be dropped on the way.
-        self.anew = true;
         let read = match self.look().await {
             Err(trouble) if group_is_gone(&trouble) => {
                 tracing::warn!(stream = self.stream, group = self.group, "the consumer group is gone and made anew");
@@ -417,21 +421,23 @@ impl Source for RedisSource {
             }
             read => read,
         };
+        if read.is_err()
+            && let Some(session) = &mut self.session
+        {
+            session.own = Some(Id::ZERO);
+        }
         let mut read = read?;
-        self.anew = false;
-        read.lost.clone_from(&self.lost);
+        read.lost = self.untold();
         Ok(read)
     }
 
     async fn acknowledge(&mut self, positions: &[String]) -> Result<(), BrokerError> {
-        // What was told as lost is on record with them.
-        let mut ids = self.ids(positions);
-        ids.extend(self.ids(&self.lost));
-        self.acknowledge_ids(&ids).await?;
+        self.acknowledge_ids(&self.ids(positions)).await?;
+        let session = self.session()?;
         for position in positions {
-            self.unacknowledged.remove(position);
+            session.handed.remove(position);
         }
-        self.lost.clear();
+        self.lost.retain(|position| !positions.contains(position));
         Ok(())
     }
 

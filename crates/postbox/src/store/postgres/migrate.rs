@@ -32,7 +32,7 @@ macro_rules! migration {
 /// The first migration of the present shape: those before it make the tables and functions of the earlier one.
 const PRESENT: usize = 7;
 
-pub(super) const MIGRATIONS: [Migration; 14] = [
+pub(super) const MIGRATIONS: [Migration; 15] = [
     migration!("0001", "engine", holds_data: true),
     migration!("0002", "pull", holds_data: false),
     migration!("0003", "roles", holds_data: false),
@@ -47,6 +47,7 @@ pub(super) const MIGRATIONS: [Migration; 14] = [
     migration!("0012", "order", holds_data: false),
     migration!("0013", "unique", holds_data: false),
     migration!("0014", "inbox", holds_data: false),
+    migration!("0015", "find_delivery", holds_data: false),
 ];
 
 /// The version that this migration leads to.

@@ -5,8 +5,8 @@ use std::time::Duration;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::admin::{Action, find, lost_race, moved_on, record};
-use super::lanes::{self, LEVELS};
+use super::admin::{Action, at_home, find, lost_race, moved_on, record};
+use super::lanes;
 use super::{PgStore, Work, keys, settle, unique};
 use crate::admin::{AuditEntry, Cancel, Retry, Wish, no_delivery};
 use crate::error::Error;
@@ -40,9 +40,10 @@ async fn pull(store: &PgStore, work: &mut Work, delivery: DeliveryId) -> Result<
             (
                 Some(State::Pending),
                 format!(
-                    "delete from {schema}.ready where (subscription, priority, pos) in
-                        (select s.id, l.priority, $1::bigint from {schema}.subscription s
-                            cross join lateral {LEVELS} as l(priority)) and delivery = $1 returning {columns}, lost"
+                    "delete from {schema}.ready where (subscription, priority) = (
+                            select r.subscription, r.priority from {} where r.delivery = $1 limit 1)
+                        and pos = $1 and slot = ($1 >> 20) & 3 and delivery = $1 returning {columns}, lost",
+                    at_home("$1").replace("{schema}", schema)
                 ),
             ),
         ] {

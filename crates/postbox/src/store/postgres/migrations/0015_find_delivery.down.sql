@@ -1,0 +1,1 @@
+drop index {schema}.outcome_part_delivery;
