@@ -213,9 +213,9 @@ fn every_planted_bug_is_planted_and_has_its_test() {
     let nowhere: Vec<_> = sites.iter().filter(|(_, places)| **places == 0).collect();
     assert!(nowhere.is_empty(), "in the list and not in the code: {nowhere:?}");
     for bug in bugs {
-        let file = match bug.binary {
+        let file = match bug.file {
             "simulation" => library().join("worker/core/simulation.rs"),
-            binary => library().join(format!("../../../tests/{binary}.rs")),
+            file => library().join(format!("../../../tests/{file}.rs")),
         };
         let text = std::fs::read_to_string(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
         assert!(text.contains("fn planted_bugs_are_caught()"), "{} runs no planted bugs", file.display());

@@ -18,7 +18,7 @@ on_both_stores!(
 
 #[test]
 fn planted_bugs_are_caught() {
-    postbox_testkit::planted::each_is_caught("races");
+    postbox_testkit::planted::each_is_caught(module_path!());
 }
 
 async fn hand_of<Db: Testable>(fresh: &Fresh<Db>, kind: Kind) -> Hand<Db> {

@@ -34,7 +34,7 @@ on_both_stores!(
 
 #[test]
 fn planted_bugs_are_caught() {
-    postbox_testkit::planted::each_is_caught("receiving");
+    postbox_testkit::planted::each_is_caught(module_path!());
 }
 
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -51,5 +51,5 @@ fn keys_are_in_order() {
 #[test]
 fn planted_bugs_are_caught() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    postbox_testkit::planted::each_is_caught("scenarios");
+    postbox_testkit::planted::each_is_caught(module_path!());
 }

@@ -497,7 +497,7 @@ async fn a_rollback_leaves_nothing<Db: Testable>() {
 
 #[test]
 fn planted_bugs_are_caught() {
-    postbox_testkit::planted::each_is_caught("store_suite");
+    postbox_testkit::planted::each_is_caught(module_path!());
 }
 
 #[tokio::test]

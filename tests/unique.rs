@@ -563,9 +563,12 @@ async fn who_has_not_committed_is_waited_for() {
         let second = tokio::spawn(async move { postbox.publish_now([draft("a")]).await.expect("publishes") });
         // Others of the database do not wait.
         publish(&fresh, "b").await;
-        let waits = "select count(*) from pg_locks l join pg_stat_activity a on a.pid = l.pid
-            where not l.granted and a.query like '%Stores messages%'";
-        while Postgres::count(&fresh, waits).await == 0 {
+        let waits = format!(
+            "select count(*) from pg_locks l join pg_stat_activity a on a.pid = l.pid
+             where not l.granted and a.query like '%Stores messages%' and a.query like '%{}.%'",
+            fresh.schema()
+        );
+        while Postgres::count(&fresh, &waits).await == 0 {
             assert!(!second.is_finished(), "it did not wait");
             tokio::task::yield_now().await;
         }

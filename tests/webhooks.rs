@@ -25,7 +25,7 @@ on_both_stores!(
 
 #[test]
 fn planted_bugs_are_caught() {
-    postbox_testkit::planted::each_is_caught("webhooks");
+    postbox_testkit::planted::each_is_caught(module_path!());
 }
 
 const WHSEC: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";

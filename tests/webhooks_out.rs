@@ -32,7 +32,7 @@ on_both_stores!(
 
 #[test]
 fn planted_bugs_are_caught() {
-    postbox_testkit::planted::each_is_caught("webhooks_out");
+    postbox_testkit::planted::each_is_caught(module_path!());
 }
 
 const WHSEC: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
@@ -422,7 +422,7 @@ async fn a_proxy_of_the_environment_is_not_used() {
         return;
     }
     let mut again = Command::new(std::env::current_exe().expect("this program"));
-    again.args(["--exact", "a_proxy_of_the_environment_is_not_used"]).env("POSTBOX_TEST_CALL", url);
+    again.args(["--exact", "webhooks_out::a_proxy_of_the_environment_is_not_used"]).env("POSTBOX_TEST_CALL", url);
     for name in ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"] {
         again.env(name, &proxy_url);
     }

@@ -1,10 +1,8 @@
 //! What is done to many deliveries: `retry`, `cancel` and `replay` with a filter.
 
-mod place;
-
 use std::process::{Command, Stdio};
 
-use place::{Place, Ran};
+use crate::place::{Place, Ran};
 use serde_json::Value;
 use sqlx::Connection;
 

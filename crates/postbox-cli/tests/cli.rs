@@ -1,14 +1,12 @@
 //! The command as it is run: real processes on SQLite files.
 
-mod place;
-
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use sqlx::Connection;
 
-use place::{Place, Ran};
+use crate::place::{Place, Ran};
 
 #[test]
 fn usage_is_2_and_help_is_0() {

@@ -1,8 +1,6 @@
 //! On PostgreSQL: what the server refuses to a login, and who was logged in.
 
-mod place;
-
-use place::{Place, Ran};
+use crate::place::{Place, Ran};
 use postbox_testkit::{Login, Testable};
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,8 +1,6 @@
 //! When deliveries are handed out, as operators and publishers say it: pauses and priorities.
 
-mod place;
-
-use place::Place;
+use crate::place::Place;
 
 #[test]
 fn a_subscription_is_paused_and_resumed() {

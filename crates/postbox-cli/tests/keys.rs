@@ -1,12 +1,10 @@
 //! `postbox keys`: what waits for its key, and what an operator does about it.
 
-mod place;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use place::Place;
+use crate::place::Place;
 use postbox::{Envelope, Failure, Postbox, Router, Settings, Sqlite, handler};
 
 /// A worker in order whose handler refuses what has the key `account-7`, until that is mended.

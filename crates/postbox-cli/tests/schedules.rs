@@ -1,8 +1,6 @@
 //! `postbox schedules`, as it is run: real processes on SQLite files.
 
-mod place;
-
-use place::Place;
+use crate::place::Place;
 
 /// One schedule of the application `shop`.
 fn with_one() -> Place {

@@ -1,7 +1,5 @@
 //! `postbox serve` as it is run: a file, a real Redis, webhooks and a handler behind a URL; on both stores.
 
-mod place;
-
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -16,7 +14,7 @@ use redis::Commands;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc};
 
-use place::{Place, Ran};
+use crate::place::{Place, Ran};
 
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,10 +1,8 @@
 //! `postbox serve --check`: what the file says, and what is wrong with it.
 
-mod place;
-
 use std::path::Path;
 
-use place::{Place, Ran};
+use crate::place::{Place, Ran};
 use serde_json::Value;
 
 /// As it stands in the docs, with everything in it.

@@ -37,45 +37,45 @@ mod bugs {
         pub name: &'static str,
         /// What is wrong with it.
         pub what: &'static str,
-        /// The test binary that catches it.
-        pub binary: &'static str,
+        /// The file of tests that catches it.
+        pub file: &'static str,
         /// The tests in it: one for each store that can have the bug.
         pub caught_by: &'static [&'static str],
     }
 
     /// In the decisions: seen by the simulation.
     const fn decided(name: &'static str, what: &'static str) -> Bug {
-        Bug { name, what, binary: "simulation", caught_by: &["worker::core::simulation::planted_bugs_are_caught"] }
+        Bug { name, what, file: "simulation", caught_by: &["worker::core::simulation::planted_bugs_are_caught"] }
     }
 
     /// In the stores: seen by a story of these.
     const fn stored(name: &'static str, what: &'static str, caught_by: &'static [&'static str]) -> Bug {
-        Bug { name, what, binary: "store_suite", caught_by }
+        Bug { name, what, file: "store_suite", caught_by }
     }
 
     /// In the stores, where two transactions meet.
     const fn raced(name: &'static str, what: &'static str, caught_by: &'static [&'static str]) -> Bug {
-        Bug { name, what, binary: "races", caught_by }
+        Bug { name, what, file: "races", caught_by }
     }
 
     /// Across workers: seen by the torture's scenarios.
     const fn shared(name: &'static str, what: &'static str, caught_by: &'static [&'static str]) -> Bug {
-        Bug { name, what, binary: "scenarios", caught_by }
+        Bug { name, what, file: "scenarios", caught_by }
     }
 
     /// On the way in.
     const fn received(name: &'static str, what: &'static str, caught_by: &'static [&'static str]) -> Bug {
-        Bug { name, what, binary: "receiving", caught_by }
+        Bug { name, what, file: "receiving", caught_by }
     }
 
     /// In webhooks, on the way in.
     const fn hooked(name: &'static str, what: &'static str, caught_by: &'static [&'static str]) -> Bug {
-        Bug { name, what, binary: "webhooks", caught_by }
+        Bug { name, what, file: "webhooks", caught_by }
     }
 
     /// In webhooks and pushes, on the way out.
     const fn pushed(name: &'static str, what: &'static str, caught_by: &'static [&'static str]) -> Bug {
-        Bug { name, what, binary: "webhooks_out", caught_by }
+        Bug { name, what, file: "webhooks_out", caught_by }
     }
 
     const LIMITS: &[&str] = &["limits_are_kept_and_used"];

@@ -1,7 +1,5 @@
 //! The command, run in a directory of its own.
 
-#![allow(dead_code, reason = "each file of tests uses some of it")]
-
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};

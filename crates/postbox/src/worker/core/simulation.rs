@@ -170,7 +170,7 @@ fn planted_bugs_are_caught() {
     use crate::planted::{BUGS, with};
     let mut missed = Vec::new();
     // Of a bug in the stores, the store in memory has a copy: so the check is seen to work.
-    for bug in BUGS.iter().filter(|bug| bug.binary == "simulation" || bug.name == "follow-ups-apart") {
+    for bug in BUGS.iter().filter(|bug| bug.file == "simulation" || bug.name == "follow-ups-apart") {
         let found =
             (0..10_000).find_map(|seed| with(bug.name, || run(seed, false)).0.err().map(|broken| (seed, broken)));
         match found {
