@@ -300,3 +300,51 @@ async fn one_of_a_key_costs_a_statement_a_flush_and_nobody_else_any() {
     let sql = format!("select count(*) from {}.key_holder", fresh.schema());
     assert_eq!(Postgres::count(&fresh, &sql).await, 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_delivery_is_found_by_indexes_however_much_was_there() {
+    let _alone = alone().await;
+    let fresh = Postgres::fresh().await;
+    let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
+    // What is gone is still in the table: nobody vacuums, nobody analyses.
+    let vacuum = "alter table {s}.ready_0 set (autovacuum_enabled = off)".replace("{s}", fresh.schema());
+    Postgres::execute(&fresh, &vacuum).await;
+    publish(&fresh, "t", 5000).await;
+    for _ in 0..10 {
+        let claimed = hand.claim(500).await;
+        let successes = claimed.items.iter().map(success).collect();
+        hand.settle(Settle { successes, close: true, ..hand.flush(&claimed, 1) }).await;
+    }
+    let (shown, statements) = heard(fresh.postbox.admin().show(2500)).await;
+    assert_eq!(shown.expect("there").attempts.len(), 1);
+    for (words, given, indexes) in [
+        (
+            "Deliveries with what lists show",
+            "1, 2500",
+            &["ready_0_subscription_priority_pos_idx", "outcome_part_delivery"][..],
+        ),
+        ("Every attempt at one", "2500", &["outcome_part_delivery"]),
+    ] {
+        let text = statements.iter().find(|s| s.contains(words)).expect("it was run");
+        let plan = generic_plan(&fresh, text, given, "on").await;
+        assert!(!plan.contains("Seq Scan on ready_0"), "{plan}");
+        // What has succeeded is on one page: it may be read as a whole, if that is allowed.
+        let plan = generic_plan(&fresh, text, given, "off").await;
+        for index in indexes {
+            assert!(plan.contains(index), "{index}: {plan}");
+        }
+    }
+}
+
+/// How a statement is carried out, whatever is given.
+async fn generic_plan(fresh: &Fresh<Postgres>, statement: &str, given: &str, seqscan: &str) -> String {
+    let mut connection = fresh.pool.acquire().await.expect("a connection").detach();
+    let prepare = format!(
+        "set plan_cache_mode = force_generic_plan; set enable_seqscan = {seqscan}; prepare asked as {statement}"
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(prepare)).execute(&mut connection).await.expect("it is prepared");
+    let explain = format!("explain execute asked({given})");
+    let lines: Vec<String> =
+        sqlx::query_scalar(sqlx::AssertSqlSafe(explain)).fetch_all(&mut connection).await.expect("a plan");
+    lines.join("\n")
+}

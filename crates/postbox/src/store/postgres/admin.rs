@@ -224,10 +224,7 @@ pub(super) async fn find(
     // One at most: said, it keeps whoever plans this from expecting thousands, and from reading whole tables.
     let by = |place: &str| format!("(select * from ({place}) {COLUMNS} where p.delivery = $2 limit 1)");
     let part = "and pg_catalog.int8range(p.lowest, p.highest, '[]') operator(pg_catalog.@>) $2";
-    let mut parts: Vec<String> = PLACES[1..]
-        .iter()
-        .map(|(_, place)| by(&place.replace("{parts}", part)))
-        .collect();
+    let mut parts: Vec<String> = PLACES[1..].iter().map(|(_, place)| by(&place.replace("{parts}", part))).collect();
     // Ready rows are kept by position; one that never moved has its own number there.
     parts.push(by(&format!("{} where r.pos <> r.delivery", PLACES[0].1)));
     parts.push(by(&PLACES[0].1.replace("{schema}.ready r", &at_home("$2"))));
