@@ -422,7 +422,7 @@ async fn a_proxy_of_the_environment_is_not_used() {
         return;
     }
     let mut again = Command::new(std::env::current_exe().expect("this program"));
-    again.args(["--exact", "a_proxy_of_the_environment_is_not_used"]).env("POSTBOX_TEST_CALL", url);
+    again.args(["--exact", "webhooks_out::a_proxy_of_the_environment_is_not_used"]).env("POSTBOX_TEST_CALL", url);
     for name in ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"] {
         again.env(name, &proxy_url);
     }
