@@ -6,6 +6,7 @@ use axum::http::{HeaderMap, HeaderName};
 use serde::Deserialize;
 use serde_json::json;
 
+use crate::crash;
 use crate::error::Error;
 use crate::handler::{BoxFuture, Call, Failure, Handler, OperationHandler, ReconcileHook, Rejection, Tx};
 use crate::http::{Answer, Meaning, Poster, Posting, Tested, Trouble, header_value, posting};
@@ -142,7 +143,11 @@ impl<Db: Database, S> Handler<Db, S, Pushes> for Pushing {
 
     fn call(&self, call: &Call, _: &S, _: Option<Tx<Db>>) -> Result<BoxFuture<Result<FollowUps, Failure>>, Rejection> {
         let (poster, message) = (self.poster.clone(), call.envelope.clone());
-        Ok(Box::pin(async move { handled(poster.post(&message, HeaderMap::new()).await, &poster.endpoint.origin()) }))
+        Ok(Box::pin(async move {
+            let answer = poster.post(&message, HeaderMap::new()).await;
+            crash::point("pushed");
+            handled(answer, &poster.endpoint.origin())
+        }))
     }
 }
 
@@ -151,7 +156,11 @@ impl<S> OperationHandler<S, Pushes> for Pushing {
     fn call(&self, call: &Call, _: &S) -> Result<BoxFuture<Result<Receipt, OperationFailure>>, Rejection> {
         let (poster, message, attempt) = (self.poster.clone(), call.envelope.clone(), call.attempt);
         let operation = Operation::of(message.id, attempt.delivery, attempt.number);
-        Ok(Box::pin(async move { operated(poster.post(&message, keyed(&operation)).await, &poster.endpoint.origin()) }))
+        Ok(Box::pin(async move {
+            let answer = poster.post(&message, keyed(&operation)).await;
+            crash::point("operated");
+            operated(answer, &poster.endpoint.origin())
+        }))
     }
 }
 
