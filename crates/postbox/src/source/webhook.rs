@@ -128,8 +128,8 @@ impl Webhook {
     }
 
     /// How requests become messages. Without it: CloudEvents and Standard Webhooks as they say themselves; of
-    /// GitHub `github.EVENT.ACTION`, by delivery, with the repository as the key; of Stripe `stripe.TYPE`, by
-    /// event.
+    /// GitHub `github.EVENT.ACTION`, by delivery, with the repository as the key, or else the organization; of Stripe
+    /// `stripe.TYPE`, by event.
     pub fn format(mut self, format: Format) -> Webhook {
         self.format = Some(format);
         self
@@ -207,7 +207,7 @@ fn usual_format(scheme: Scheme) -> Format {
             Mapping::new()
                 .topic("github.{header:x-github-event}.{payload:action}")
                 .id("{header:x-github-delivery}")
-                .key("{payload:repository.full_name}"),
+                .key("{payload:repository.full_name|payload:organization.login}"),
         ),
         Scheme::Stripe => {
             Format::mapped(Mapping::new().topic("stripe.{payload:type}").id("{payload:id}").time("{payload:created}"))
