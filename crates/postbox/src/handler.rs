@@ -27,34 +27,45 @@ pub use together::{Several, Together};
 pub struct Failure {
     pub(crate) error: String,
     pub(crate) end: End,
+    /// Nothing was tried: this is no attempt.
+    pub(crate) untried: bool,
 }
 
 impl Failure {
+    fn of(error: impl fmt::Display, end: End) -> Self {
+        Failure { error: error.to_string(), end, untried: false }
+    }
+
+    /// Nothing was tried, for a reason that is not its own: it is handed out again, and that is no attempt.
+    pub(crate) fn untried(error: impl fmt::Display) -> Self {
+        Failure { untried: true, ..Failure::retry(error) }
+    }
+
     /// Try again, as the subscription's policy says.
     pub fn retry(error: impl fmt::Display) -> Self {
-        Failure { error: error.to_string(), end: End::Failed { permanent: false, retry_after: None } }
+        Failure::of(error, End::Failed { permanent: false, retry_after: None })
     }
 
     /// Trying again would not help: dead.
     pub fn permanent(error: impl fmt::Display) -> Self {
-        Failure { error: error.to_string(), end: End::Failed { permanent: true, retry_after: None } }
+        Failure::of(error, End::Failed { permanent: true, retry_after: None })
     }
 
     /// Try again after `wait`, whatever the backoff says.
     pub fn retry_after(error: impl fmt::Display, wait: Duration) -> Self {
-        Failure { error: error.to_string(), end: End::Failed { permanent: false, retry_after: Some(wait) } }
+        Failure::of(error, End::Failed { permanent: false, retry_after: Some(wait) })
     }
 
     /// Not now: again after `wait` (at most 10 years), as if it had not been tried. That does not use
     /// up an attempt, unless its start is on record, which it is after a worker died holding it. Each is
     /// on record, up to 100 of one attempt.
     pub fn snooze(wait: Duration) -> Self {
-        Failure { error: format!("snoozed for {wait:?}"), end: End::Snoozed { wait } }
+        Failure::of(format_args!("snoozed for {wait:?}"), End::Snoozed { wait })
     }
 
     /// It is not wanted (any more): cancelled, with this reason, and no dead letter.
     pub fn discard(reason: impl fmt::Display) -> Self {
-        Failure { error: reason.to_string(), end: End::Discarded }
+        Failure::of(reason, End::Discarded)
     }
 }
 
@@ -96,7 +107,7 @@ pub struct Discarded(pub(crate) String);
 
 impl From<Snoozed> for Failure {
     fn from(Snoozed(error, wait): Snoozed) -> Self {
-        Failure { error, end: End::Snoozed { wait } }
+        Failure::of(error, End::Snoozed { wait })
     }
 }
 

@@ -256,6 +256,7 @@ async fn judged<Db: Database>(
             tally.sent.fetch_add(1, Ordering::Relaxed);
             Ok(FollowUps::none())
         }
+        Err(Unsent { error, then: Then::Untried }) => Err(Failure::untried(error)),
         Err(Unsent { error, then: Then::Dead }) => Err(Failure::permanent(error)),
         Err(Unsent { error, then: Then::Again { after } }) => {
             tally.retried.fetch_add(1, Ordering::Relaxed);

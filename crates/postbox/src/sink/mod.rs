@@ -75,6 +75,8 @@ pub(crate) enum Then {
     Dead,
     /// The subscription is paused, and the message waits.
     Pause,
+    /// Nobody was asked: it is handed in again.
+    Untried,
 }
 
 impl Unsent {
@@ -94,6 +96,12 @@ impl Unsent {
         Unsent { error: error.to_string(), then: Then::Dead }
     }
 
+    /// Nobody was asked, because another of the batch failed, say: it is handed in again after a second, and this
+    /// counts as no attempt.
+    pub fn not_tried(why: impl fmt::Display) -> Unsent {
+        Unsent { error: why.to_string(), then: Then::Untried }
+    }
+
     /// There is nobody any more who would take anything (410 Gone): the relay is paused with these words, and
     /// this message waits with the others.
     pub fn gone(error: impl fmt::Display) -> Unsent {
@@ -105,6 +113,11 @@ impl Unsent {
     /// Whether the other side will never take it: it is not sent again.
     pub fn is_final(&self) -> bool {
         self.then == Then::Dead
+    }
+
+    /// Whether nobody was asked.
+    pub fn is_untried(&self) -> bool {
+        self.then == Then::Untried
     }
 
     /// Why, in the other side's words.

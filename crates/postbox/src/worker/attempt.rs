@@ -284,7 +284,7 @@ impl<Db: Database> Attempt<Db> {
 }
 
 pub(super) fn ended_by(failure: Failure) -> Ended {
-    Ended::new(failure.end, Some(failure.error))
+    Ended { not_called: failure.untried, ..Ended::new(failure.end, Some(failure.error)) }
 }
 
 /// What an operation's return says about the world.
