@@ -18,6 +18,7 @@ on_both_stores!(
     the_suite,
     a_relay_is_a_subscription_like_any_other,
     what_was_not_tried_is_no_attempt,
+    what_the_other_side_said_is_kept,
     what_is_rejected_is_dead_with_its_words,
     a_poisoned_key_blocks_no_other,
     what_is_told_to_wait_waits,
@@ -219,6 +220,32 @@ async fn what_was_not_tried_is_no_attempt<Db: Testable>() {
     }
     let waiting = list(&fresh, "state:pending").await;
     assert_eq!((waiting.len(), waiting[0].key.as_deref(), waiting[0].attempt), (1, Some("never"), 0), "{waiting:?}");
+}
+
+async fn what_the_other_side_said_is_kept<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let other = Other::new(|one, number| {
+        one.answered(json!({ "number": number }));
+        one.answered("the first word stands");
+        match one.key.as_deref() {
+            Some("again") if number == 1 => Err(Unsent::again("not yet")),
+            _ => Ok(()),
+        }
+    });
+    let short = Duration::from_millis(10);
+    let routes = relay(ToMemory(other)).named("out").backoff(short, short);
+    let worker = fresh.postbox.worker(Router::new().relay("orders.*", routes)).start().await.expect("it starts");
+    publish(&fresh, &["a", "again", ""]).await;
+    until("all are sent", async || list(&fresh, "state:succeeded").await.len() == 3).await;
+    worker.stop(Some(PATIENCE)).await.expect("it stops");
+    for row in list(&fresh, "subscription:out").await {
+        let attempts = fresh.postbox.admin().show(row.id).await.expect("it is shown").attempts;
+        let receipts: Vec<_> = attempts.iter().map(|attempt| attempt.receipt.clone()).collect();
+        match row.key.as_deref() {
+            Some("again") => assert_eq!(receipts, [None, Some(json!({ "number": 2 }))]),
+            _ => assert_eq!(receipts, [Some(json!({ "number": 1 }))]),
+        }
+    }
 }
 
 async fn what_is_rejected_is_dead_with_its_words<Db: Testable>() {

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use crate::content::{Bytes, Content};
 use crate::lifecycle::End;
 use crate::message::Envelope;
-use crate::operation::{Done, FollowUps, Operation, OperationFailure, Receipt, Reconciled};
+use crate::operation::{Done, Operation, OperationFailure, Receipt, Reconciled};
 use crate::store::{AsConnection, Database, HandlerTx, Store};
 
 mod batch;
@@ -431,23 +431,23 @@ executes!(sqlx::Postgres, sqlx::Sqlite);
 pub trait IntoVerdict {
     /// Its verdict.
     #[doc(hidden)]
-    fn into_verdict(self) -> Result<FollowUps, Failure>;
+    fn into_verdict(self) -> Result<Done, Failure>;
 }
 
 impl IntoVerdict for () {
-    fn into_verdict(self) -> Result<FollowUps, Failure> {
-        Ok(FollowUps::none())
+    fn into_verdict(self) -> Result<Done, Failure> {
+        Ok(Done::new())
     }
 }
 
 impl IntoVerdict for Done {
-    fn into_verdict(self) -> Result<FollowUps, Failure> {
-        Ok(self.follow_ups)
+    fn into_verdict(self) -> Result<Done, Failure> {
+        Ok(self)
     }
 }
 
 impl<T: IntoVerdict> IntoVerdict for Result<T, Failure> {
-    fn into_verdict(self) -> Result<FollowUps, Failure> {
+    fn into_verdict(self) -> Result<Done, Failure> {
         self?.into_verdict()
     }
 }
@@ -477,12 +477,7 @@ pub trait Handler<Db: Database, S, M>: Send + Sync + 'static {
 
     /// Reads the arguments and starts the function. `tx` is there if it takes one.
     #[doc(hidden)]
-    fn call(
-        &self,
-        call: &Call,
-        state: &S,
-        tx: Option<Tx<Db>>,
-    ) -> Result<BoxFuture<Result<FollowUps, Failure>>, Rejection>;
+    fn call(&self, call: &Call, state: &S, tx: Option<Tx<Db>>) -> Result<BoxFuture<Result<Done, Failure>>, Rejection>;
 }
 
 /// An operation: an async function of up to eight extractors that returns
@@ -524,7 +519,7 @@ macro_rules! handlers {
         {
             const TRANSACTIONAL: bool = false;
 
-            fn call(&self, call: &Call, state: &S, _: Option<Tx<Db>>) -> Result<BoxFuture<Result<FollowUps, Failure>>, Rejection> {
+            fn call(&self, call: &Call, state: &S, _: Option<Tx<Db>>) -> Result<BoxFuture<Result<Done, Failure>>, Rejection> {
                 $(let $arg = $arg::from_delivery(call, state)?;)*
                 let future = self($($arg),*);
                 Ok(Box::pin(async move { future.await.into_verdict() }))
@@ -542,7 +537,7 @@ macro_rules! handlers {
         {
             const TRANSACTIONAL: bool = true;
 
-            fn call(&self, call: &Call, state: &S, tx: Option<Tx<Db>>) -> Result<BoxFuture<Result<FollowUps, Failure>>, Rejection> {
+            fn call(&self, call: &Call, state: &S, tx: Option<Tx<Db>>) -> Result<BoxFuture<Result<Done, Failure>>, Rejection> {
                 let tx = tx.ok_or_else(|| Rejection::new("there is no transaction for a transactional handler"))?;
                 $(let $arg = $arg::from_delivery(call, state)?;)*
                 let future = self($($arg,)* tx);

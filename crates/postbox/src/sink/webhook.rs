@@ -95,7 +95,11 @@ impl WebhookSink {
         if until <= Instant::now() {
             return Err(late());
         }
-        judged(poster.post(message, HeaderMap::new()).await, &poster.endpoint.origin())
+        let answer = poster.post(message, HeaderMap::new()).await;
+        if let Some(kept) = answer.as_ref().ok().and_then(|answer| poster.kept(answer)) {
+            message.answered(kept);
+        }
+        judged(answer, &poster.endpoint.origin())
     }
 }
 
