@@ -96,3 +96,20 @@ async fn half_a_line_stays_alone() {
     assert_eq!((lines.len(), lines[0]), (2, "{\"id\":"));
     assert_eq!(arrived(lines[1]).topic, "a.b");
 }
+
+#[tokio::test]
+async fn what_follows_a_line_that_is_too_long_waits() {
+    use postbox::Envelope;
+    use postbox::sink::Sink;
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("messages.jsonl");
+    let message = |key: &str, length: usize| {
+        postbox::testing::outgoing(Envelope::json("a.b", &"x".repeat(length)).expect("a draft").key(key))
+    };
+    let sent = FileSink::at(&path).send(&[message("k", 1 << 20), message("k", 1), message("l", 1)]).await;
+    let [Err(long), Err(behind), Ok(())] = sent.as_slice() else { panic!("{sent:?}") };
+    assert!(long.is_final() && long.error().contains("1048576 are taken"), "{long:?}");
+    assert!(behind.is_untried() && !behind.is_final(), "{behind:?}");
+    let text = std::fs::read_to_string(&path).expect("the file");
+    assert_eq!(text.lines().map(|line| arrived(line).key).collect::<Vec<_>>(), [Some("l".to_owned())]);
+}

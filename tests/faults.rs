@@ -5,3 +5,5 @@ mod clocks;
 mod crashes;
 #[cfg(feature = "redis")]
 mod redis_faults;
+#[cfg(feature = "webhook")]
+mod webhook_crashes;

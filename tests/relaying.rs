@@ -17,6 +17,8 @@ use uuid::Uuid;
 on_both_stores!(
     the_suite,
     a_relay_is_a_subscription_like_any_other,
+    what_was_not_tried_is_no_attempt,
+    what_the_other_side_said_is_kept,
     what_is_rejected_is_dead_with_its_words,
     a_poisoned_key_blocks_no_other,
     what_is_told_to_wait_waits,
@@ -186,6 +188,64 @@ async fn a_relay_is_a_subscription_like_any_other<Db: Testable>() {
     assert_eq!((row.sent, row.state.as_str()), (5, "stopped"));
     let status = fresh.postbox.admin().status().await.expect("the status");
     assert_eq!(status.sinks.len(), 1);
+}
+
+async fn what_was_not_tried_is_no_attempt<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let other = Other::new(|one, number| match (one.key.as_deref(), number) {
+        (Some("first"), 1) => Err(Unsent::again("not yet")),
+        (Some("behind"), 1) | (Some("never"), _) => Err(Unsent::not_tried("the one before it was not taken")),
+        _ => Ok(()),
+    });
+    let short = Duration::from_millis(10);
+    let routes = relay(ToMemory(other.clone())).named("out").unordered().backoff(short, short);
+    let worker = fresh.postbox.worker(Router::new().relay("orders.*", routes)).start().await.expect("it starts");
+    publish(&fresh, &["first", "behind", "behind", "never", "plain"]).await;
+    until("four are sent", async || list(&fresh, "state:succeeded").await.len() == 4).await;
+    until("they are counted", async || {
+        let row = sink_row(&fresh).await;
+        (row.sent, row.retried) == (4, 1)
+    })
+    .await;
+    worker.stop(Some(PATIENCE)).await.expect("it stops");
+    for row in list(&fresh, "subscription:out").await {
+        let attempts = fresh.postbox.admin().show(row.id).await.expect("it is shown").attempts;
+        let outcomes: Vec<_> = attempts.iter().filter_map(|attempt| attempt.outcome.as_deref()).collect();
+        let expected = match row.key.as_deref() {
+            Some("first") => &["failed", "succeeded"][..],
+            Some("never") => &[],
+            _ => &["succeeded"],
+        };
+        assert_eq!(outcomes, expected, "{row:?}");
+    }
+    let waiting = list(&fresh, "state:pending").await;
+    assert_eq!((waiting.len(), waiting[0].key.as_deref(), waiting[0].attempt), (1, Some("never"), 0), "{waiting:?}");
+}
+
+async fn what_the_other_side_said_is_kept<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let other = Other::new(|one, number| {
+        one.answered(json!({ "number": number }));
+        one.answered("the first word stands");
+        match one.key.as_deref() {
+            Some("again") if number == 1 => Err(Unsent::again("not yet")),
+            _ => Ok(()),
+        }
+    });
+    let short = Duration::from_millis(10);
+    let routes = relay(ToMemory(other)).named("out").backoff(short, short);
+    let worker = fresh.postbox.worker(Router::new().relay("orders.*", routes)).start().await.expect("it starts");
+    publish(&fresh, &["a", "again", ""]).await;
+    until("all are sent", async || list(&fresh, "state:succeeded").await.len() == 3).await;
+    worker.stop(Some(PATIENCE)).await.expect("it stops");
+    for row in list(&fresh, "subscription:out").await {
+        let attempts = fresh.postbox.admin().show(row.id).await.expect("it is shown").attempts;
+        let receipts: Vec<_> = attempts.iter().map(|attempt| attempt.receipt.clone()).collect();
+        match row.key.as_deref() {
+            Some("again") => assert_eq!(receipts, [None, Some(json!({ "number": 2 }))]),
+            _ => assert_eq!(receipts, [Some(json!({ "number": 1 }))]),
+        }
+    }
 }
 
 async fn what_is_rejected_is_dead_with_its_words<Db: Testable>() {

@@ -23,6 +23,7 @@ use serde_json::{Value, json};
 on_both_stores!(
     the_suite_for_sinks,
     an_endpoint_that_is_gone_pauses_its_relay,
+    what_an_endpoint_answers_is_kept,
     from_one_postbox_into_another_and_back,
     a_push_does_what_its_status_says,
     an_operation_is_called_once_and_its_doubts_stay,
@@ -105,6 +106,7 @@ async fn called(State(remote): State<Remote>, request: Request) -> Response {
     remote.got.lock().expect("what it got").push(Got { path: path.clone(), headers: head.headers, body });
     match path.rsplit('/').next().unwrap_or_default() {
         "silence" => std::future::pending().await,
+        "long" => "long ".repeat(2000).into_response(),
         failures if path.starts_with("/count/") => {
             let failures: usize = failures.parse().expect("a number");
             if before < failures { StatusCode::INTERNAL_SERVER_ERROR } else { StatusCode::OK }.into_response()
@@ -214,6 +216,40 @@ async fn an_endpoint_that_is_gone_pauses_its_relay<Db: Testable>() {
     assert!(audit.iter().any(|entry| format!("{entry:?}").contains("410 Gone")), "{audit:?}");
     worker.stop(None).await.expect("stopped");
     assert_eq!(remote.got().len(), 3, "nothing was sent after that");
+}
+
+/// With the attempt, up to 4 KiB; unless it is not wanted, or there is nothing to keep.
+async fn what_an_endpoint_answers_is_kept<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let remote = Remote::default();
+    let url = remote.start().await;
+    let sink = |path: &str| webhook_to(format!("{url}{path}")).allow("127.0.0.1");
+    let router = Router::new()
+        .relay("orders.*", relay(sink("/orders")).named("kept"))
+        .relay("orders.*", relay(sink("/orders").keep_responses(false)).named("not-kept"))
+        .relay("orders.*", relay(sink("/long")).named("long"))
+        .relay("orders.*", relay(sink("/204")).named("empty"))
+        .on("orders.*", push(format!("{url}/orders")).handler().named("pushed"))
+        .on("orders.*", push(format!("{url}/orders")).keep_responses(false).handler().named("not-kept-pushed"))
+        .on("orders.*", push(format!("{url}/orders")).keep_responses(false).operation().named("charge"));
+    let worker = start(&fresh, router).await;
+    fresh.postbox.publish_now([draft("orders.placed")]).await.expect("published");
+    let ends = until(&fresh, 7, |state| state == Standing::Succeeded).await;
+    worker.stop(None).await.expect("stopped");
+    let thanks = Some(json!({ "status": 200, "body": "thank you" }));
+    let long = Some(json!({ "status": 200, "body": "long ".repeat(2000)[..4096].trim() }));
+    for (name, kept) in [
+        ("kept", thanks.clone()),
+        ("not-kept", None),
+        ("long", long),
+        ("empty", None),
+        ("pushed", thanks.clone()),
+        ("not-kept-pushed", None),
+        ("charge", thanks),
+    ] {
+        let attempts = &ends[name].attempts;
+        assert_eq!((attempts.len(), &attempts[0].receipt), (1, &kept), "{name}");
+    }
 }
 
 /// An order's number, where its payment came from, and what it belongs to.

@@ -1,5 +1,6 @@
 //! A sink of one's own: it appends messages to a file, a line of JSON each.
 
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -7,6 +8,9 @@ use std::path::{Path, PathBuf};
 use postbox::BrokerError;
 use postbox::sink::{Outgoing, Sent, Sink, Unsent};
 use tokio::sync::Mutex;
+
+/// Whoever reads the file takes no longer line, in bytes.
+const LONGEST: usize = 1 << 20;
 
 /// Appends to a file.
 pub(crate) struct FileSink {
@@ -44,8 +48,21 @@ impl Sink for FileSink {
     /// Sent is what the disk has. After an error some lines may be there all the same: they are written again, with
     /// the ids that they had.
     async fn send(&self, batch: &[Outgoing]) -> Sent {
-        // Outside of strings a line end is white space, and inside there is none.
-        let lines: String = batch.iter().map(|message| message.to_json().replace(['\n', '\r'], " ") + "\n").collect();
+        let (mut lines, mut refused) = (String::new(), HashSet::new());
+        let mut take = |message: &Outgoing| {
+            // Outside of strings a line end is white space, and inside there is none.
+            let line = message.to_json().replace(['\n', '\r'], " ") + "\n";
+            if message.key.as_ref().is_some_and(|key| refused.contains(key)) {
+                return Err(Unsent::not_tried("the one before it, of the same key, is too long"));
+            }
+            if line.len() > LONGEST {
+                refused.extend(message.key.clone());
+                return Err(Unsent::rejected(format!("it is {} bytes long; {LONGEST} are taken", line.len())));
+            }
+            lines.push_str(&line);
+            Ok(())
+        };
+        let taken: Sent = batch.iter().map(&mut take).collect();
         let _one_at_a_time = self.writing.lock().await;
         let path = self.path.clone();
         let written = match tokio::task::spawn_blocking(move || append(&path, &lines)).await {
@@ -53,7 +70,7 @@ impl Sink for FileSink {
             Err(broken) => Err(io::Error::other(broken)),
         };
         let answer = written.map_err(|error| Unsent::again(format!("{}: {error}", self.path.display())));
-        vec![answer; batch.len()]
+        taken.into_iter().map(|taken| taken.and(answer.clone())).collect()
     }
 }
 

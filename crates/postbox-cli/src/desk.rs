@@ -10,6 +10,18 @@ use crate::flags::Global;
 use crate::output::Output;
 use crate::text::{plain, quoted};
 
+/// The file of the settings: the one that was named, else the usual one if it is there.
+pub(crate) fn settings_file(global: &Global) -> Option<PathBuf> {
+    let usual = Path::new("postbox.toml");
+    global.config.clone().or_else(|| usual.exists().then(|| usual.to_owned()))
+}
+
+/// A command to run next, with the same file, before anything of it is read.
+pub(crate) fn about_file(global: &Global, rest: &str) -> String {
+    let named = global.config.as_ref().map(|file| format!(" --config {}", quoted(&file.display().to_string())));
+    format!("{}{} {rest}", program(), named.unwrap_or_default())
+}
+
 /// Where a command works.
 #[derive(Debug)]
 pub(crate) struct Desk<'a> {
@@ -34,17 +46,9 @@ impl<'a> Desk<'a> {
     pub(crate) fn new(global: Global, output: &'a Output) -> Result<Desk<'a>, Failure> {
         let mut prefix = program();
         let mut elsewhere = program();
-        let usual = Path::new("postbox.toml");
-        let file = match &global.config {
-            Some(file) => Some(file.as_path()),
-            None => usual.exists().then_some(usual),
-        };
-        let mut settings = Settings::load_from(file).map_err(|e| {
-            let given = global
-                .config
-                .as_ref()
-                .map_or_else(String::new, |file| format!(" --config {}", quoted(&file.display().to_string())));
-            let next = format!("mend the file, then: {}{given} config show --origin", program());
+        let file = settings_file(&global);
+        let mut settings = Settings::load_from(file.as_deref()).map_err(|e| {
+            let next = format!("mend the file, then: {}", about_file(&global, "config show --origin"));
             Failure::of(&e, "read the settings", next)
         })?;
         for (name, flag, value) in [
@@ -76,7 +80,7 @@ impl<'a> Desk<'a> {
             output,
             actor: actor.unwrap_or_else(|| "unknown".into()),
             application: global.application.filter(|a| !a.is_empty()),
-            file: global.config.or_else(|| usual.exists().then(|| usual.to_owned())),
+            file,
             prefix,
             elsewhere,
             acting,

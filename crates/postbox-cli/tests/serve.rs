@@ -178,6 +178,7 @@ name = "crm"
 pattern = "payment.settled"
 url = "{program}"
 secret = {{ env = "CRM_SECRET" }}
+source = "urn:shop:crm"
 operation = true
 "#
     ));
@@ -241,6 +242,7 @@ operation = true
         (field("ce-id"), field("ce-type"), field("data")),
         (message["id"].as_str().expect("an id").to_owned(), "orders.placed".into(), r#"{"order_id": 42}"#.into())
     );
+    assert_eq!(field("ce-source"), "/shop", "the application");
 
     // What happened is on record.
     let told = house.run(&["status", "--json"]).ends(0).json();
@@ -257,6 +259,7 @@ operation = true
     assert!(tested.out.contains("+ TAKEN"), "{}", tested.out);
     let (headers, _) = tokio::time::timeout(PATIENCE, taken.recv()).await.expect("in time").expect("a test");
     assert!(headers.contains_key("webhook-signature"));
+    assert_eq!(headers["ce-source"], "urn:shop:crm");
     let nobody = house.run(&["webhooks", "test", "nobody"]).ends(3);
     assert!(nobody.err.contains("there are: crm"), "{}", nobody.err);
 

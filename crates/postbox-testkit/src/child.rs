@@ -42,19 +42,26 @@ impl WorkerProcess {
     /// It ended, or did not get there within a minute.
     pub async fn kill_at(mut self, point: &str) {
         let wanted = format!("crash point {point}");
-        let reached = async {
+        while !self.says(&wanted).await.is_empty() {}
+        self.kill().await;
+    }
+
+    /// Waits until it writes a line that begins so; the rest of that line.
+    ///
+    /// # Panics
+    /// It ended, or wrote none within a minute.
+    pub async fn says(&mut self, beginning: &str) -> String {
+        let said = async {
             loop {
-                match self.lines.next_line().await.expect("its output") {
-                    Some(line) if line == wanted => return,
-                    Some(_) => {}
-                    None => panic!("the worker ended before it reached {point}"),
+                let line = self.lines.next_line().await.expect("its output");
+                let line = line.unwrap_or_else(|| panic!("the process ended before it said `{beginning}`"));
+                if let Some(rest) = line.strip_prefix(beginning) {
+                    return rest.to_owned();
                 }
             }
         };
-        tokio::time::timeout(std::time::Duration::from_secs(60), reached)
-            .await
-            .unwrap_or_else(|_| panic!("{point} was never reached"));
-        self.kill().await;
+        let said = tokio::time::timeout(std::time::Duration::from_secs(60), said).await;
+        said.unwrap_or_else(|_| panic!("it never said `{beginning}`"))
     }
 
     /// Kills it with SIGKILL.

@@ -6,6 +6,7 @@
 
 pub mod bad_input;
 mod child;
+mod endpoint;
 pub mod hand;
 mod login;
 #[cfg(feature = "faults")]
@@ -20,6 +21,7 @@ use std::future::Future;
 use postbox::{Database, Postbox, Postgres, Settings, Sqlite};
 
 pub use child::WorkerProcess;
+pub use endpoint::{Asked, Endpoint, Then};
 pub use login::Login;
 pub use postgres::{Disks, Server, shared_url, unprivileged_account};
 pub use proxy::{Lost, Proxy};

@@ -2,7 +2,9 @@
 //! feature `crash-points` only. Elsewhere they are nothing.
 //!
 //! The engine's points: `claimed`, `attempt-committed`, `outcome-commit-sent`, `reconciling`, `resolving`,
-//! `draining`, `migrating`, `ticking`. What a process calls or publishes has points of its own, named the same way.
+//! `draining`, `migrating`, `ticking`. Of what comes in: `read` (nothing is stored), `receiving` (its COMMIT is sent),
+//! `received` (nobody has been told). Of what goes out, when it is answered and not marked: `relayed` (a batch),
+//! `pushed`, `operated` (a push as an operation). What a process calls or publishes has points of its own, named the same way.
 
 /// Announces the point on stdout and waits there to be killed: nothing after it happens in this task.
 #[cfg(feature = "crash-points")]

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use crate::content::{Bytes, Content};
 use crate::lifecycle::End;
 use crate::message::Envelope;
-use crate::operation::{Done, FollowUps, Operation, OperationFailure, Receipt, Reconciled};
+use crate::operation::{Done, Operation, OperationFailure, Receipt, Reconciled};
 use crate::store::{AsConnection, Database, HandlerTx, Store};
 
 mod batch;
@@ -27,34 +27,45 @@ pub use together::{Several, Together};
 pub struct Failure {
     pub(crate) error: String,
     pub(crate) end: End,
+    /// Nothing was tried: this is no attempt.
+    pub(crate) untried: bool,
 }
 
 impl Failure {
+    fn of(error: impl fmt::Display, end: End) -> Self {
+        Failure { error: error.to_string(), end, untried: false }
+    }
+
+    /// Nothing was tried, for a reason that is not its own: it is handed out again, and that is no attempt.
+    pub(crate) fn untried(error: impl fmt::Display) -> Self {
+        Failure { untried: true, ..Failure::retry(error) }
+    }
+
     /// Try again, as the subscription's policy says.
     pub fn retry(error: impl fmt::Display) -> Self {
-        Failure { error: error.to_string(), end: End::Failed { permanent: false, retry_after: None } }
+        Failure::of(error, End::Failed { permanent: false, retry_after: None })
     }
 
     /// Trying again would not help: dead.
     pub fn permanent(error: impl fmt::Display) -> Self {
-        Failure { error: error.to_string(), end: End::Failed { permanent: true, retry_after: None } }
+        Failure::of(error, End::Failed { permanent: true, retry_after: None })
     }
 
     /// Try again after `wait`, whatever the backoff says.
     pub fn retry_after(error: impl fmt::Display, wait: Duration) -> Self {
-        Failure { error: error.to_string(), end: End::Failed { permanent: false, retry_after: Some(wait) } }
+        Failure::of(error, End::Failed { permanent: false, retry_after: Some(wait) })
     }
 
     /// Not now: again after `wait` (at most 10 years), as if it had not been tried. That does not use
     /// up an attempt, unless its start is on record, which it is after a worker died holding it. Each is
     /// on record, up to 100 of one attempt.
     pub fn snooze(wait: Duration) -> Self {
-        Failure { error: format!("snoozed for {wait:?}"), end: End::Snoozed { wait } }
+        Failure::of(format_args!("snoozed for {wait:?}"), End::Snoozed { wait })
     }
 
     /// It is not wanted (any more): cancelled, with this reason, and no dead letter.
     pub fn discard(reason: impl fmt::Display) -> Self {
-        Failure { error: reason.to_string(), end: End::Discarded }
+        Failure::of(reason, End::Discarded)
     }
 }
 
@@ -96,7 +107,7 @@ pub struct Discarded(pub(crate) String);
 
 impl From<Snoozed> for Failure {
     fn from(Snoozed(error, wait): Snoozed) -> Self {
-        Failure { error, end: End::Snoozed { wait } }
+        Failure::of(error, End::Snoozed { wait })
     }
 }
 
@@ -420,23 +431,23 @@ executes!(sqlx::Postgres, sqlx::Sqlite);
 pub trait IntoVerdict {
     /// Its verdict.
     #[doc(hidden)]
-    fn into_verdict(self) -> Result<FollowUps, Failure>;
+    fn into_verdict(self) -> Result<Done, Failure>;
 }
 
 impl IntoVerdict for () {
-    fn into_verdict(self) -> Result<FollowUps, Failure> {
-        Ok(FollowUps::none())
+    fn into_verdict(self) -> Result<Done, Failure> {
+        Ok(Done::new())
     }
 }
 
 impl IntoVerdict for Done {
-    fn into_verdict(self) -> Result<FollowUps, Failure> {
-        Ok(self.follow_ups)
+    fn into_verdict(self) -> Result<Done, Failure> {
+        Ok(self)
     }
 }
 
 impl<T: IntoVerdict> IntoVerdict for Result<T, Failure> {
-    fn into_verdict(self) -> Result<FollowUps, Failure> {
+    fn into_verdict(self) -> Result<Done, Failure> {
         self?.into_verdict()
     }
 }
@@ -466,12 +477,7 @@ pub trait Handler<Db: Database, S, M>: Send + Sync + 'static {
 
     /// Reads the arguments and starts the function. `tx` is there if it takes one.
     #[doc(hidden)]
-    fn call(
-        &self,
-        call: &Call,
-        state: &S,
-        tx: Option<Tx<Db>>,
-    ) -> Result<BoxFuture<Result<FollowUps, Failure>>, Rejection>;
+    fn call(&self, call: &Call, state: &S, tx: Option<Tx<Db>>) -> Result<BoxFuture<Result<Done, Failure>>, Rejection>;
 }
 
 /// An operation: an async function of up to eight extractors that returns
@@ -513,7 +519,7 @@ macro_rules! handlers {
         {
             const TRANSACTIONAL: bool = false;
 
-            fn call(&self, call: &Call, state: &S, _: Option<Tx<Db>>) -> Result<BoxFuture<Result<FollowUps, Failure>>, Rejection> {
+            fn call(&self, call: &Call, state: &S, _: Option<Tx<Db>>) -> Result<BoxFuture<Result<Done, Failure>>, Rejection> {
                 $(let $arg = $arg::from_delivery(call, state)?;)*
                 let future = self($($arg),*);
                 Ok(Box::pin(async move { future.await.into_verdict() }))
@@ -531,7 +537,7 @@ macro_rules! handlers {
         {
             const TRANSACTIONAL: bool = true;
 
-            fn call(&self, call: &Call, state: &S, tx: Option<Tx<Db>>) -> Result<BoxFuture<Result<FollowUps, Failure>>, Rejection> {
+            fn call(&self, call: &Call, state: &S, tx: Option<Tx<Db>>) -> Result<BoxFuture<Result<Done, Failure>>, Rejection> {
                 let tx = tx.ok_or_else(|| Rejection::new("there is no transaction for a transactional handler"))?;
                 $(let $arg = $arg::from_delivery(call, state)?;)*
                 let future = self($($arg,)* tx);

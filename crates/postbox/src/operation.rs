@@ -49,6 +49,8 @@ impl Receipt {
 #[must_use = "return it, so that the messages are published"]
 pub struct Done {
     pub(crate) follow_ups: FollowUps,
+    /// What the other side answered, if it is to be kept. Not for what runs in a transaction.
+    pub(crate) receipt: Option<Value>,
 }
 
 impl Done {

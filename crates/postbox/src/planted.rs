@@ -85,7 +85,7 @@ mod bugs {
         &["postgres::a_settle_counts_once_and_needs_its_lease", "sqlite::a_settle_counts_once_and_needs_its_lease"];
 
     /// All of them.
-    pub const BUGS: [Bug; 45] = [
+    pub const BUGS: [Bug; 46] = [
         decided("call-before-start", "an operation is called before its attempt is committed"),
         decided("start-without-lease", "attempts whose start was fenced are made all the same"),
         decided("no-last-look", "a worker that slept through its lease calls without looking at the clock"),
@@ -210,6 +210,12 @@ mod bugs {
                 "sqlite::headers_that_nobody_signed_do_not_make_another_message",
             ],
         ),
+        Bug {
+            name: "answer-first",
+            what: "a webhook is answered before it is committed",
+            file: "webhook_crashes",
+            caught_by: &["sqlite::each_webhook_is_received_once"],
+        },
         pushed(
             "no-answer-is-not-done",
             "a push that nobody answered is taken for not done",

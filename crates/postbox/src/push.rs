@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use axum::http::{HeaderMap, HeaderName};
 use serde::Deserialize;
-use serde_json::json;
 
+use crate::crash;
 use crate::error::Error;
 use crate::handler::{BoxFuture, Call, Failure, Handler, OperationHandler, ReconcileHook, Rejection, Tx};
 use crate::http::{Answer, Meaning, Poster, Posting, Tested, Trouble, header_value, posting};
-use crate::operation::{FollowUps, Operation, OperationFailure, Receipt, Reconciled};
+use crate::operation::{Done, Operation, OperationFailure, Receipt, Reconciled};
 use crate::planted::planted;
 use crate::router::{HandlerEntry, IntoSubscription, OperationEntry, Subscription, handler, operation};
 use crate::store::Database;
@@ -140,9 +140,14 @@ pub struct Pushing {
 impl<Db: Database, S> Handler<Db, S, Pushes> for Pushing {
     const TRANSACTIONAL: bool = false;
 
-    fn call(&self, call: &Call, _: &S, _: Option<Tx<Db>>) -> Result<BoxFuture<Result<FollowUps, Failure>>, Rejection> {
+    fn call(&self, call: &Call, _: &S, _: Option<Tx<Db>>) -> Result<BoxFuture<Result<Done, Failure>>, Rejection> {
         let (poster, message) = (self.poster.clone(), call.envelope.clone());
-        Ok(Box::pin(async move { handled(poster.post(&message, HeaderMap::new()).await, &poster.endpoint.origin()) }))
+        Ok(Box::pin(async move {
+            let answer = poster.post(&message, HeaderMap::new()).await;
+            crash::point("pushed");
+            let receipt = answer.as_ref().ok().and_then(|answer| poster.kept(answer));
+            handled(answer, &poster.endpoint.origin()).map(|done| Done { receipt, ..done })
+        }))
     }
 }
 
@@ -151,7 +156,11 @@ impl<S> OperationHandler<S, Pushes> for Pushing {
     fn call(&self, call: &Call, _: &S) -> Result<BoxFuture<Result<Receipt, OperationFailure>>, Rejection> {
         let (poster, message, attempt) = (self.poster.clone(), call.envelope.clone(), call.attempt);
         let operation = Operation::of(message.id, attempt.delivery, attempt.number);
-        Ok(Box::pin(async move { operated(poster.post(&message, keyed(&operation)).await, &poster.endpoint.origin()) }))
+        Ok(Box::pin(async move {
+            let answer = poster.post(&message, keyed(&operation)).await;
+            crash::point("operated");
+            operated(answer, &poster.endpoint.origin())
+        }))
     }
 }
 
@@ -173,11 +182,11 @@ fn keyed(operation: &Operation) -> HeaderMap {
 }
 
 /// What a plain push comes to.
-fn handled(answer: Result<Answer, Trouble>, origin: &str) -> Result<FollowUps, Failure> {
+fn handled(answer: Result<Answer, Trouble>, origin: &str) -> Result<Done, Failure> {
     let answer = answer.map_err(|trouble| Failure::retry(trouble.words()))?;
     let words = || answer.words(origin);
     match (answer.meaning(), answer.wait()) {
-        (Meaning::Done, _) => Ok(FollowUps::none()),
+        (Meaning::Done, _) => Ok(Done::new()),
         (Meaning::Gone | Meaning::Refused, _) => Err(Failure::permanent(words())),
         (Meaning::NotNow | Meaning::Failed, Some(wait)) => Err(Failure::retry_after(words(), wait)),
         (Meaning::NotNow | Meaning::Failed, None) => Err(Failure::retry(words())),
@@ -197,7 +206,7 @@ fn operated(answer: Result<Answer, Trouble>, origin: &str) -> Result<Receipt, Op
     let words = answer.words(origin);
     let not_done = |error, retry_after| Err(OperationFailure::NotDone { error, retry_after });
     match (answer.status, answer.wait()) {
-        (200..=299, _) => Ok(Receipt::of(json!({ "status": answer.status, "body": answer.text() }))),
+        (200..=299, _) => Ok(Receipt::of(answer.receipt())),
         // Too early, too many: refused before anything was done.
         (425 | 429, wait) => not_done(words, wait),
         // "Come again later" was said on purpose. Without the header it may be a proxy that lost its server half-way.
@@ -220,7 +229,7 @@ fn reconciled(answer: &Answer) -> Reconciled {
     }
     let said = serde_json::from_slice::<Said>(&answer.body).ok().filter(|_| answer.status == 200);
     match said.as_ref().map(|said| said.status.as_str()) {
-        Some("done") => Reconciled::Done(Receipt::of(json!({ "status": answer.status, "body": answer.text() }))),
+        Some("done") => Reconciled::Done(Receipt::of(answer.receipt())),
         Some("not_done") => Reconciled::NotDone,
         _ => Reconciled::Unknown,
     }
@@ -228,6 +237,8 @@ fn reconciled(answer: &Answer) -> Reconciled {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn answered(status: u16, wait: Option<u64>) -> Result<Answer, Trouble> {

@@ -15,7 +15,7 @@ use crate::keys::{Keys, OnDead};
 use crate::lifecycle::{Kind, Policy};
 use crate::limits::{Limits, Rate};
 use crate::message::{Envelope, Message};
-use crate::operation::{FollowUps, OperationFailure, Receipt, Reconciled};
+use crate::operation::{Done, FollowUps, OperationFailure, Receipt, Reconciled};
 use crate::pattern::{MAX_NAME_BYTES, Pattern, TopicError};
 use crate::retention::{Keep, MIN_KEEP};
 use crate::retry::RetryPolicy;
@@ -37,7 +37,7 @@ pub(crate) enum Stands<Db: Database> {
 
 /// What a handler returned.
 pub(crate) enum Ran {
-    Plain(Result<FollowUps, Failure>),
+    Plain(Result<Done, Failure>),
     Operation(Result<Receipt, OperationFailure>),
 }
 

@@ -71,6 +71,18 @@ pub const SETTINGS: [&str; 24] = [
 /// What else may stand in `postbox.toml`: what `postbox serve` reads, and reads by itself.
 const OF_SERVE: [&str; 4] = ["http", "source", "relay", "push"];
 
+/// Where a text is no TOML, and why, in one line. What stands there is not repeated: it may be a password.
+fn no_toml(text: &str, origin: &str, error: &toml::de::Error) -> String {
+    let place = error.span().map_or_else(String::new, |span| {
+        let before = text.get(..span.start).unwrap_or(text);
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        format!(", line {line}, column {column}")
+    });
+    let why: Vec<&str> = error.message().lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    format!("{origin}{place}: this is no TOML: {}", why.join("; "))
+}
+
 /// Which database a set of settings points at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
@@ -129,7 +141,7 @@ impl Settings {
 
     pub(crate) fn read_toml(&mut self, text: &str, origin: &str) -> Result<(), Error> {
         let table: BTreeMap<String, toml::Spanned<Scalar>> =
-            toml::from_str(text).map_err(|e| Error::Settings(format!("{origin}: {e}")))?;
+            toml::from_str(text).map_err(|e| Error::Settings(no_toml(text, origin, &e)))?;
         for (name, value) in table {
             let line = text[..value.span().start.min(text.len())].matches('\n').count() + 1;
             if OF_SERVE.contains(&name.as_str()) {
@@ -575,6 +587,24 @@ mod tests {
         let error = Settings::defaults().read_toml("lease = [1]", "postbox.toml").expect_err("a list").to_string();
         assert!(error.contains("line 1") && error.contains("`lease` must be a text"), "{error}");
         assert!(Settings::defaults().backend().expect_err("none").to_string().contains("DATABASE_URL"));
+    }
+
+    #[test]
+    fn what_is_no_toml_is_told_in_one_line() {
+        for (text, place) in [
+            ("application = \"shop\"\nlease = \"10s\n", "postbox.toml, line 2, column "),
+            ("ünïcode = = 3", "postbox.toml, line 1, column "),
+            ("lease = \"1s\"\n\nlease = \"2s\"\n", "postbox.toml, line 3, column 1: "),
+            ("[a\n", "postbox.toml, line 1, column "),
+            ("lease", "postbox.toml, line 1, column "),
+        ] {
+            let error = Settings::defaults().read_toml(text, "postbox.toml").expect_err(text).to_string();
+            assert!(error.contains(place) && error.contains("this is no TOML: "), "{error}");
+            assert!(!error.contains('\n') && !error.contains('^'), "{error}");
+        }
+        let hidden = "database_url = \"postgres://ana:hidden@host/shop\nlease = 3\n";
+        let error = Settings::defaults().read_toml(hidden, "postbox.toml").expect_err("not closed").to_string();
+        assert!(!error.contains("hidden"), "{error}");
     }
 
     #[test]

@@ -15,10 +15,14 @@ pub(crate) struct Text {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Piece {
     Literal(String),
-    Slot(Slot),
+    Placeholder(Placeholder),
 }
 
-/// A placeholder.
+/// What stands between two braces: the first of these that is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Placeholder(Vec<Slot>);
+
+/// Something that is looked up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Slot {
     /// What it is, of the vocabulary.
@@ -30,9 +34,30 @@ pub(crate) struct Slot {
 impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.argument.as_str() {
-            "" => write!(f, "{{{}}}", self.name),
-            argument => write!(f, "{{{}:{}}}", self.name, argument.escape_debug()),
+            "" => f.write_str(self.name),
+            argument => write!(f, "{}:{}", self.name, argument.replace('|', "||").escape_debug()),
         }
+    }
+}
+
+impl fmt::Display for Placeholder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let slots: Vec<String> = self.0.iter().map(Slot::to_string).collect();
+        write!(f, "{{{}}}", slots.join("|"))
+    }
+}
+
+impl Placeholder {
+    fn value<'a, E>(
+        &'a self,
+        mut value: impl FnMut(&'a Slot) -> Result<Option<String>, E>,
+    ) -> Result<Option<String>, E> {
+        for slot in &self.0 {
+            if let Some(text) = value(slot)?.filter(|text| !text.is_empty()) {
+                return Ok(Some(text));
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -47,7 +72,8 @@ pub struct TemplateError {
 }
 
 impl Text {
-    /// Reads a template whose placeholders are these. Braces that are meant are written twice.
+    /// Reads a template whose placeholders are these. Braces that are meant are written twice, and so is a `|`
+    /// between them.
     pub(crate) fn parse(text: &str, vocabulary: Vocabulary) -> Result<Text, TemplateError> {
         let wrong = |at, why: String| Err(TemplateError { at, why });
         let mut pieces = Vec::new();
@@ -68,11 +94,11 @@ impl Text {
             let Some(end) = rest.find('}') else {
                 return wrong(at, "a `{` is not closed; write `{{` for one that is meant".into());
             };
-            let slot = slot(&rest[1..end], vocabulary).map_err(|why| TemplateError { at, why })?;
+            let placeholder = placeholder(&rest[1..end], vocabulary).map_err(|why| TemplateError { at, why })?;
             if !literal.is_empty() {
                 pieces.push(Piece::Literal(std::mem::take(&mut literal)));
             }
-            pieces.push(Piece::Slot(slot));
+            pieces.push(Piece::Placeholder(placeholder));
             at += end + 1;
         }
         literal.push_str(&text[at..]);
@@ -85,18 +111,15 @@ impl Text {
         Ok(Text { written: text.to_owned(), pieces })
     }
 
-    /// Its placeholders, in order.
-    pub(crate) fn slots(&self) -> impl Iterator<Item = &Slot> {
-        self.pieces.iter().filter_map(|piece| match piece {
-            Piece::Slot(slot) => Some(slot),
-            Piece::Literal(_) => None,
-        })
+    /// Whether there is a placeholder in it.
+    pub(crate) fn varies(&self) -> bool {
+        self.pieces.iter().any(|piece| matches!(piece, Piece::Placeholder(_)))
     }
 
-    /// The placeholder that it consists of, if it is one and nothing else.
+    /// What is looked up, if it is one thing and there is nothing else.
     pub(crate) fn alone(&self) -> Option<&Slot> {
         match self.pieces.as_slice() {
-            [Piece::Slot(slot)] => Some(slot),
+            [Piece::Placeholder(Placeholder(slots))] if slots.len() == 1 => slots.first(),
             _ => None,
         }
     }
@@ -105,14 +128,14 @@ impl Text {
     pub(crate) fn fill<'a, E>(
         &'a self,
         mut value: impl FnMut(&'a Slot) -> Result<Option<String>, E>,
-    ) -> Result<Result<String, &'a Slot>, E> {
+    ) -> Result<Result<String, &'a Placeholder>, E> {
         let mut filled = String::new();
         for piece in &self.pieces {
             match piece {
                 Piece::Literal(text) => filled.push_str(text),
-                Piece::Slot(slot) => match value(slot)?.filter(|v| !v.is_empty()) {
+                Piece::Placeholder(placeholder) => match placeholder.value(&mut value)? {
                     Some(text) => filled.push_str(&text),
-                    None => return Ok(Err(slot)),
+                    None => return Ok(Err(placeholder)),
                 },
             }
         }
@@ -138,8 +161,8 @@ impl Text {
                         }
                     }
                 }
-                Piece::Slot(slot) => {
-                    let value = value(slot)?.filter(|v| !v.is_empty());
+                Piece::Placeholder(placeholder) => {
+                    let value = placeholder.value(&mut value)?;
                     if let Some(last) = segments.last_mut() {
                         *last = last.take().zip(value).map(|(segment, value)| segment + &value);
                     }
@@ -157,7 +180,37 @@ impl fmt::Display for Text {
     }
 }
 
-/// What stands between two braces.
+/// What stands between two braces: one slot, or several with a `|` between them.
+fn placeholder(inside: &str, vocabulary: Vocabulary) -> Result<Placeholder, String> {
+    let slots = alternatives(inside);
+    let several = slots.len() > 1;
+    let read = |written: &String| {
+        slot(written, vocabulary).map_err(|why| match several {
+            true if written.trim().is_empty() => {
+                "there is nothing on one side of a `|`; write `||` for one that is meant".into()
+            }
+            true => format!("{why}; a `|` stands between alternatives, write `||` for one that is meant"),
+            false => why,
+        })
+    };
+    slots.iter().map(read).collect::<Result<_, _>>().map(Placeholder)
+}
+
+/// Parts between single `|`; of two, one is meant.
+fn alternatives(inside: &str) -> Vec<String> {
+    let (mut parts, mut part, mut rest) = (Vec::new(), String::new(), inside.chars().peekable());
+    while let Some(c) = rest.next() {
+        match c {
+            '|' if rest.next_if_eq(&'|').is_some() => part.push('|'),
+            '|' => parts.push(std::mem::take(&mut part)),
+            c => part.push(c),
+        }
+    }
+    parts.push(part);
+    parts
+}
+
+/// One thing that can be looked up.
 fn slot(inside: &str, vocabulary: Vocabulary) -> Result<Slot, String> {
     let (name, argument) = match inside.split_once(':') {
         Some((name, argument)) => (name, Some(argument)),
@@ -226,6 +279,8 @@ mod tests {
             ("a.{header:empty}.b", "a.b"),
             ("a.{header:none}{header:x}", "a"),
             ("{header:none}", ""),
+            ("a.{header:none|header:x}.b", "a.X.b"),
+            ("a.{header:none|header:empty}.b", "a.b"),
             // What is written twice is not put right in silence.
             ("a..{header:x}", "a..X"),
         ] {
@@ -245,6 +300,12 @@ mod tests {
             ("x{header:}", 1, "write it `{header:NAME}`"),
             ("x{topic:a}", 1, "nothing after"),
             ("{}", 0, "no placeholder `{}`"),
+            ("x{topic|key}", 1, "no placeholder `{key}`; there are {topic}, {header:NAME}; a `|` stands between"),
+            ("x{header:a|b}", 1, "write `||` for one that is meant"),
+            ("x{topic|}", 1, "nothing on one side of a `|`"),
+            ("x{|topic}", 1, "nothing on one side of a `|`"),
+            ("x{header:a|header}", 1, "write it `{header:NAME}`"),
+            ("{|}", 0, "nothing on one side"),
         ] {
             let error = Text::parse(template, WORDS).expect_err(template);
             assert_eq!(error.at, at, "{template}: {error}");

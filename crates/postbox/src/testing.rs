@@ -15,7 +15,7 @@ use crate::handler::Attempt;
 use crate::message::{Draft, Envelope, minted_at};
 use crate::postbox::Postbox;
 use crate::router::{Router, handler, relay};
-use crate::sink::{Outgoing, Sink};
+use crate::sink::{Outgoing, Sink, Then, Unsent};
 use crate::source::{Entry, Source};
 use crate::store::Database;
 
@@ -284,11 +284,22 @@ async fn what_nobody_confirms_is_not_sent<B: SinkBench>(bench: &B) {
     let batch: Vec<Outgoing> = (0..3).map(|n| numbered("suite.unsent", "k", n)).collect();
     let sent = tokio::time::timeout(PATIENCE, sink.send(&batch)).await.expect("sending to nobody ends");
     assert_eq!(sent.len(), 3, "one answer for each");
-    for answer in sent {
-        let again = matches!(&answer, Err(unsent) if matches!(unsent.then, crate::sink::Then::Again { .. }));
-        assert!(again, "nobody has confirmed it, so it is sent again: {answer:?}");
+    let again =
+        |answer: &Result<(), Unsent>| matches!(answer, Err(unsent) if matches!(unsent.then, Then::Again { .. }));
+    let untried = |answer: &Result<(), Unsent>| answer.as_ref().is_err_and(Unsent::is_untried);
+    assert!(again(&sent[0]), "it counts as an attempt at the first, or it would be tried without end: {:?}", sent[0]);
+    for answer in &sent {
+        assert!(again(answer) || untried(answer), "nobody has confirmed it, so it is sent again: {answer:?}");
     }
     bench.answers(true).await;
+    let arrived = bench.arrived().await;
+    for (message, _) in batch.iter().zip(&sent).filter(|(_, answer)| untried(answer)) {
+        assert!(
+            arrived.iter().all(|there| there.id != message.id),
+            "message {} was not tried, and is there",
+            message.id
+        );
+    }
     let begun = Instant::now();
     while sink.send(&batch).await != vec![Ok(()); 3] {
         assert!(begun.elapsed() < PATIENCE, "somebody answers again, and nothing is confirmed");

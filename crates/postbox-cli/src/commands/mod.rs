@@ -47,6 +47,9 @@ pub(crate) async fn run(flags: Flags, output: &Output) -> Ended {
         Command::Manual => return completions::manual(),
         _ => {}
     }
+    if matches!(flags.command, Command::Serve(_) | Command::Webhooks(_)) {
+        serve::readable(&flags.global, output)?;
+    }
     let desk = Desk::new(flags.global, output)?;
     match flags.command {
         Command::Config(command) => config::run(&desk, command),

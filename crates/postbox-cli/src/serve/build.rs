@@ -83,7 +83,7 @@ fn add<Db: Database>(built: &mut Built<Db>, source: Source) {
 impl Endpoint {
     /// As a handler behind a URL.
     pub(super) fn push(&self) -> Push {
-        let mut push = push(&self.url).envelope(self.envelope);
+        let mut push = push(&self.url).envelope(self.envelope).source(&self.source).keep_responses(self.keep_responses);
         for secret in &self.secrets {
             push = push.secret(secret);
         }
@@ -104,7 +104,8 @@ impl Endpoint {
 
     /// As a receiver of webhooks.
     pub(super) fn sink(&self) -> WebhookSink {
-        let mut sink = webhook_to(&self.url).envelope(self.envelope);
+        let mut sink =
+            webhook_to(&self.url).envelope(self.envelope).source(&self.source).keep_responses(self.keep_responses);
         for secret in &self.secrets {
             sink = sink.secret(secret);
         }
@@ -145,10 +146,7 @@ fn relayed<Db: Database>(router: Router<Db>, planned: Relay) -> Router<Db> {
     let pattern = planned.pattern.as_str().to_owned();
     match &planned.to {
         To::Redis { url, to, envelope, source, max_len } => {
-            let mut sink = redis(to.to_string()).url(url).envelope(*envelope);
-            if let Some(source) = source {
-                sink = sink.source(source);
-            }
+            let mut sink = redis(to.to_string()).url(url).envelope(*envelope).source(source);
             if let Some(entries) = max_len {
                 sink = sink.max_len_approx(*entries);
             }

@@ -14,9 +14,12 @@ use serde_json::json;
 
 use self::config::Plan;
 pub(crate) use self::run::run;
+use self::table::Mistake;
 use crate::commands::Ended;
-use crate::desk::Desk;
+use crate::desk::{Desk, about_file, settings_file};
 use crate::failure::{FAILED, Failure};
+use crate::flags::Global;
+use crate::output::Output;
 use crate::text::plain;
 
 /// Reads the plan of the settings' file; tells every mistake in it.
@@ -34,30 +37,52 @@ pub(crate) fn plan(desk: &Desk<'_>) -> Result<Plan, Failure> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| Failure::new(FAILED, &tried, error.to_string(), desk.command("serve --check")))?;
     let variable = |name: &str| std::env::var(name).ok();
-    let mistakes = match Plan::read(&text, &desk.settings, &variable) {
-        Ok(plan) => return Ok(plan),
-        Err(mistakes) => mistakes,
-    };
-    if desk.output.json {
+    Plan::read(&text, &desk.settings, &variable)
+        .map_err(|mistakes| told(&mistakes, path, desk.output, &desk.command("serve --check")))
+}
+
+/// Whether the file can be read at all, before its settings are: tells every mistake that keeps it from being TOML.
+pub(crate) fn readable(global: &Global, output: &Output) -> Result<(), Failure> {
+    // One that is not there, or cannot be read, is told by whoever needs it.
+    let Some(path) = settings_file(global) else { return Ok(()) };
+    let Ok(text) = std::fs::read_to_string(&path) else { return Ok(()) };
+    match table::syntax(&text) {
+        mistakes if mistakes.is_empty() => Ok(()),
+        mistakes => Err(told(&mistakes, &path, output, &about_file(global, "serve --check"))),
+    }
+}
+
+/// Tells mistakes, each with its place; what is left to be said.
+fn told(mistakes: &[Mistake], path: &Path, output: &Output, check: &str) -> Failure {
+    let tried = format!("read {}", path.display());
+    if output.json {
+        let place = |number: usize| (number > 0).then_some(number);
         let all: Vec<_> = mistakes
             .iter()
-            .map(|mistake| json!({"line": (mistake.line > 0).then_some(mistake.line), "error": mistake.why}))
+            .map(|Mistake { line, column, why }| match place(*column) {
+                Some(column) => json!({"line": place(*line), "column": column, "error": why}),
+                None => json!({"line": place(*line), "error": why}),
+            })
             .collect();
-        desk.output.object(&json!({"ok": false, "file": path.display().to_string(), "errors": all}))?;
+        let object = json!({"ok": false, "file": path.display().to_string(), "errors": all});
+        if let Err(failure) = output.object(&object) {
+            return failure.into();
+        }
     }
-    for mistake in &mistakes {
-        let place = match mistake.line {
-            0 => path.display().to_string(),
-            line => format!("{}, line {line}", path.display()),
-        };
-        desk.output.prose(&format!("{}: {}", plain(&place), plain(&mistake.why)));
+    for Mistake { line, column, why } in mistakes {
+        let mut place = path.display().to_string();
+        for (what, number) in [("line", line), ("column", column)] {
+            if *number > 0 {
+                place.push_str(&format!(", {what} {number}"));
+            }
+        }
+        output.prose(&format!("{}: {}", plain(&place), plain(why)));
     }
     let why = match mistakes.len() {
         1 => "it has a mistake, told above".to_owned(),
         many => format!("it has {many} mistakes, told above"),
     };
-    let next = format!("mend the file, then: {}", desk.command("serve --check"));
-    Err(Failure::new(FAILED, tried, why, next))
+    Failure::new(FAILED, tried, why, format!("mend the file, then: {check}"))
 }
 
 /// Says what would run, and runs nothing.

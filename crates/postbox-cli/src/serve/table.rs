@@ -15,8 +15,31 @@ use toml::de::{DeArray, DeTable, DeValue};
 pub(crate) struct Mistake {
     /// From 1; 0 if it is no line's.
     pub(crate) line: usize,
+    /// In characters, from 1; 0 if it is the whole line's.
+    pub(crate) column: usize,
     /// What is wrong, and what to write.
     pub(crate) why: String,
+}
+
+fn line(text: &str, at: usize) -> usize {
+    text.as_bytes().iter().take(at).filter(|byte| **byte == b'\n').count() + 1
+}
+
+/// What keeps a text from being TOML.
+pub(crate) fn syntax(text: &str) -> Vec<Mistake> {
+    let (_, errors) = DeTable::parse_recoverable(text);
+    let mistake = |error: &toml::de::Error| {
+        let words: Vec<&str> = error.message().lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let why = format!("this is no TOML: {}", words.join("; "));
+        let Some(at) = error.span().map(|span| span.start) else { return Mistake { line: 0, column: 0, why } };
+        let before = text.get(..at).unwrap_or(text);
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        Mistake { line: line(text, at), column, why }
+    };
+    let mut mistakes: Vec<Mistake> = errors.iter().map(mistake).collect();
+    mistakes.sort();
+    mistakes.dedup();
+    mistakes
 }
 
 /// The text of the file, and what is wrong with it.
@@ -32,12 +55,12 @@ impl<'a> File<'a> {
     }
 
     pub(crate) fn line(&self, at: usize) -> usize {
-        self.text.as_bytes().iter().take(at).filter(|byte| **byte == b'\n').count() + 1
+        line(self.text, at)
     }
 
     /// Notes a mistake.
     pub(crate) fn wrong(&self, line: usize, why: impl Into<String>) {
-        self.mistakes.borrow_mut().push(Mistake { line, why: why.into() });
+        self.mistakes.borrow_mut().push(Mistake { line, column: 0, why: why.into() });
     }
 
     /// All of them, in the order of the file.

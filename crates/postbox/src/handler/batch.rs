@@ -15,7 +15,7 @@ use crate::content::Bytes;
 use crate::context::Context;
 use crate::error::PublishError;
 use crate::message::{Draft, Envelope, IntoDraft};
-use crate::operation::FollowUps;
+use crate::operation::Done;
 use crate::store::{Database, DeliveryId};
 
 /// How deliveries come together for a batch handler.
@@ -75,7 +75,7 @@ pub struct Batch<T> {
 impl<T> Batch<T> {
     /// Outcomes for all of them: each has succeeded, until something else is said.
     pub fn outcomes(&self) -> Outcomes {
-        let verdicts = self.items.iter().map(|item| (item.attempt.delivery, Ok(FollowUps::none())));
+        let verdicts = self.items.iter().map(|item| (item.attempt.delivery, Ok(Done::new())));
         Outcomes { verdicts: verdicts.collect(), stray: None }
     }
 }
@@ -110,7 +110,7 @@ impl<'a, T> IntoIterator for &'a Batch<T> {
 #[derive(Debug)]
 #[must_use = "return them, so that they are put on record"]
 pub struct Outcomes {
-    verdicts: Vec<(DeliveryId, Result<FollowUps, Failure>)>,
+    verdicts: Vec<(DeliveryId, Result<Done, Failure>)>,
     stray: Option<DeliveryId>,
 }
 
@@ -125,7 +125,7 @@ impl Outcomes {
         self.put(delivered, verdict.into_verdict());
     }
 
-    fn put<T>(&mut self, delivered: &Delivered<T>, verdict: Result<FollowUps, Failure>) {
+    fn put<T>(&mut self, delivered: &Delivered<T>, verdict: Result<Done, Failure>) {
         match self.verdicts.get_mut(delivered.place) {
             Some((delivery, place)) if *delivery == delivered.attempt.delivery => *place = verdict,
             _ => self.stray = Some(delivered.attempt.delivery),
@@ -141,20 +141,20 @@ pub struct Answers(Answered);
 #[derive(Debug)]
 enum Answered {
     All(Result<(), Failure>),
-    Each(Vec<Result<FollowUps, Failure>>),
+    Each(Vec<Result<Done, Failure>>),
     Stray(DeliveryId),
 }
 
 impl Answers {
-    pub(crate) fn of(each: Vec<Result<FollowUps, Failure>>) -> Answers {
+    pub(crate) fn of(each: Vec<Result<Done, Failure>>) -> Answers {
         Answers(Answered::Each(each))
     }
 
     /// An answer for each of so many, or what the call failed of as a whole.
-    pub(crate) fn each(self, count: usize) -> Result<Vec<Result<FollowUps, Failure>>, Failure> {
+    pub(crate) fn each(self, count: usize) -> Result<Vec<Result<Done, Failure>>, Failure> {
         let wrong = |what: String| Failure::retry(format!("{what}; nothing of the batch counts as done"));
         match self.0 {
-            Answered::All(Ok(())) => Ok((0..count).map(|_| Ok(FollowUps::none())).collect()),
+            Answered::All(Ok(())) => Ok((0..count).map(|_| Ok(Done::new())).collect()),
             Answered::All(Err(failure)) => Err(failure),
             Answered::Each(each) if each.len() == count => Ok(each),
             Answered::Each(each) => {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{BoxFuture, Call, Failure, Handler, Rejection, Tx};
-use crate::operation::FollowUps;
+use crate::operation::Done;
 use crate::store::Database;
 
 /// Handlers that stand behind one subscription: [`together`](crate::together).
@@ -33,12 +33,12 @@ async fn one<Db: Database, H: Handler<Db, S, M>, S, M>(
     call: &Call,
     state: &S,
     tx: &mut Tx<Db>,
-) -> Result<FollowUps, Failure> {
+) -> Result<Done, Failure> {
     if !H::TRANSACTIONAL {
         return handler.call(call, state, None).map_err(rejected)?.await;
     }
     // One that an earlier handler kept is missed when all have ended, as it is with a single handler.
-    let Some(inner) = tx.inner.take() else { return Ok(FollowUps::none()) };
+    let Some(inner) = tx.inner.take() else { return Ok(Done::new()) };
     let (lent, home) = Tx::lend(inner);
     let ended = handler.call(call, state, Some(lent)).map_err(rejected)?.await;
     tx.inner = home.lock().ok().and_then(|mut home| home.take());
@@ -70,13 +70,13 @@ macro_rules! together {
                 functions
             }
 
-            fn call(&self, call: &Call, state: &S, tx: Option<Tx<Db>>) -> Result<BoxFuture<Result<FollowUps, Failure>>, Rejection> {
+            fn call(&self, call: &Call, state: &S, tx: Option<Tx<Db>>) -> Result<BoxFuture<Result<Done, Failure>>, Rejection> {
                 let mut tx = tx.ok_or_else(|| Rejection::new("there is no transaction for handlers that share one"))?;
                 let (handlers, call, state) = (self.0.clone(), call.clone(), state.clone());
                 Ok(Box::pin(async move {
-                    let mut follow_ups = FollowUps::none();
-                    $(follow_ups.append(one(&handlers.$at, &call, &state, &mut tx).await?);)*
-                    Ok(follow_ups)
+                    let mut done = Done::new();
+                    $(done.follow_ups.append(one(&handlers.$at, &call, &state, &mut tx).await?.follow_ups);)*
+                    Ok(done)
                 }))
             }
         }

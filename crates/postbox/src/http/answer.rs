@@ -60,6 +60,11 @@ impl Answer {
         shown.collect::<String>().trim().to_owned()
     }
 
+    /// What is kept of it: the status, and the beginning of the body.
+    pub(crate) fn receipt(&self) -> serde_json::Value {
+        serde_json::json!({ "status": self.status, "body": self.text() })
+    }
+
     /// In words for an operator.
     pub(crate) fn words(&self, origin: &str) -> String {
         let status = self.status;

@@ -27,6 +27,8 @@ pub(crate) struct Posting {
     pub(crate) style: EnvelopeStyle,
     pub(crate) source: Option<String>,
     pub(crate) calling: Calling,
+    /// Whether the answer to a message that was taken is kept.
+    pub(crate) keeps: bool,
     /// The first thing that is wrong with what was set.
     pub(crate) wrong: Option<String>,
 }
@@ -34,7 +36,7 @@ pub(crate) struct Posting {
 impl Posting {
     pub(crate) fn to(url: String) -> Posting {
         let (secrets, style, source) = (Vec::new(), EnvelopeStyle::default(), None);
-        Posting { url, secrets, style, source, calling: Calling::default(), wrong: None }
+        Posting { url, secrets, style, source, calling: Calling::default(), keeps: true, wrong: None }
     }
 
     /// Adds a secret.
@@ -60,7 +62,8 @@ impl Posting {
             return Err(wrong.clone());
         }
         let endpoint = Endpoint::new(&self.url, self.calling.clone())?;
-        Ok(Poster { endpoint, secrets: self.secrets.clone(), style: self.style, source: self.source.clone() })
+        let (secrets, source) = (self.secrets.clone(), self.source.clone());
+        Ok(Poster { endpoint, secrets, style: self.style, source, keeps: self.keeps })
     }
 
     /// The host, for a name; nothing if the URL is none.
@@ -97,6 +100,14 @@ macro_rules! posting {
             self
         }
 
+        /// Whether what is answered when a message is taken is kept with the attempt, where there is a body: the status,
+        /// and up to 4 KiB. Default: it is. Without it, a message that is taken at once needs no row of its own. What
+        /// is answered otherwise is kept in any case, and so is an operation's receipt.
+        pub fn keep_responses(mut self, keeps: bool) -> Self {
+            self.posting.keeps = keeps;
+            self
+        }
+
         /// How long one call may take, from the look-up of the name to the answer. Default 20 s; 15 to 30 s is
         /// what receivers expect.
         pub fn timeout(mut self, timeout: std::time::Duration) -> Self {
@@ -126,9 +137,16 @@ pub(crate) struct Poster {
     secrets: Vec<Secret>,
     style: EnvelopeStyle,
     source: Option<String>,
+    keeps: bool,
 }
 
 impl Poster {
+    /// What is kept of an answer, if the message was taken.
+    pub(crate) fn kept(&self, answer: &Answer) -> Option<serde_json::Value> {
+        let kept = self.keeps && answer.meaning() == Meaning::Done && !answer.body.is_empty();
+        kept.then(|| answer.receipt())
+    }
+
     /// Posts a message once. Its id is the same whenever that is done again; the time is that of this attempt.
     pub(crate) async fn post(&self, message: &Envelope, more: HeaderMap) -> Result<Answer, Trouble> {
         let (mut headers, body) = self.dressed(message);

@@ -13,7 +13,7 @@ use crate::handler::{Answers, BoxFuture, Call, Failure, Gather, Reading};
 use crate::keys::{Keys, OnDead};
 use crate::lifecycle::Kind;
 use crate::limits::Rate;
-use crate::operation::FollowUps;
+use crate::operation::Done;
 use crate::retention::MIN_KEEP;
 use crate::retry::RetryPolicy;
 use crate::sink::{Outgoing, Sent, Sink, Then, Unsent};
@@ -225,7 +225,13 @@ impl<Db: Database, K: Sink> BoundBatch<Db> for Relay<Db, K> {
                 );
                 return Answers::of(batch.iter().map(|_| Err(Failure::retry(&words))).collect());
             }
-            Answers::of(judged(sent, attached.get(), &tally).await)
+            let mut verdicts = judged(sent, attached.get(), &tally).await;
+            for (verdict, message) in verdicts.iter_mut().zip(batch) {
+                if let Ok(done) = verdict {
+                    done.receipt = message.into_answer();
+                }
+            }
+            Answers::of(verdicts)
         };
         Reading { unread: Vec::new(), start: Box::new(move |_| Ok(Box::pin(send))) }
     }
@@ -240,7 +246,7 @@ async fn judged<Db: Database>(
     sent: Sent,
     attached: Option<&Attached<Db>>,
     tally: &Tally,
-) -> Vec<Result<FollowUps, Failure>> {
+) -> Vec<Result<Done, Failure>> {
     let gone = sent.iter().find_map(|answer| match answer {
         Err(Unsent { error, then: Then::Pause }) => Some(error.clone()),
         _ => None,
@@ -254,8 +260,9 @@ async fn judged<Db: Database>(
     let judge = |answer: Result<(), Unsent>| match answer {
         Ok(()) => {
             tally.sent.fetch_add(1, Ordering::Relaxed);
-            Ok(FollowUps::none())
+            Ok(Done::new())
         }
+        Err(Unsent { error, then: Then::Untried }) => Err(Failure::untried(error)),
         Err(Unsent { error, then: Then::Dead }) => Err(Failure::permanent(error)),
         Err(Unsent { error, then: Then::Again { after } }) => {
             tally.retried.fetch_add(1, Ordering::Relaxed);

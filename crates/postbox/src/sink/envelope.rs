@@ -214,7 +214,7 @@ impl Target {
 
     /// The name, if it is the same for all messages.
     pub fn fixed(&self) -> Option<String> {
-        if self.0.slots().next().is_some() {
+        if self.0.varies() {
             return None;
         }
         self.0.fill(|_| Ok::<_, String>(None)).ok()?.ok()

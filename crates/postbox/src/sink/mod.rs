@@ -11,8 +11,11 @@ mod webhook;
 use std::fmt;
 use std::future::Future;
 use std::ops::Deref;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::Value;
 
 #[cfg(feature = "webhook")]
 pub(crate) use self::envelope::escaped;
@@ -25,6 +28,7 @@ pub use self::webhook::{WebhookSink, webhook_to};
 use crate::error::BrokerError;
 use crate::handler::Attempt;
 use crate::message::Envelope;
+use crate::operation::Receipt;
 pub use crate::template::TemplateError;
 
 /// A message on its way out; it reads like its [`Envelope`].
@@ -32,11 +36,12 @@ pub use crate::template::TemplateError;
 pub struct Outgoing {
     envelope: Arc<Envelope>,
     attempt: Attempt,
+    answer: OnceLock<Value>,
 }
 
 impl Outgoing {
     pub(crate) fn new(envelope: Arc<Envelope>, attempt: Attempt) -> Outgoing {
-        Outgoing { envelope, attempt }
+        Outgoing { envelope, attempt, answer: OnceLock::new() }
     }
 
     /// Which attempt this is, of which delivery. A message that an operator replays has the id it had, and a
@@ -48,6 +53,19 @@ impl Outgoing {
     /// The message.
     pub fn envelope(&self) -> &Envelope {
         &self.envelope
+    }
+
+    /// What the other side answered when it confirmed the message; anything that serializes to JSON. It is kept as the
+    /// receipt of the attempt, if the message counts as sent, and costs a row of its own: without it, many successes
+    /// share one. The first word stands; more than 64 KiB are cut.
+    pub fn answered(&self, answer: impl Serialize) {
+        if let Some(answer) = Receipt::of(answer).content {
+            self.answer.set(answer).ok();
+        }
+    }
+
+    pub(crate) fn into_answer(self) -> Option<Value> {
+        self.answer.into_inner()
     }
 }
 
@@ -75,6 +93,8 @@ pub(crate) enum Then {
     Dead,
     /// The subscription is paused, and the message waits.
     Pause,
+    /// Nobody was asked: it is handed in again.
+    Untried,
 }
 
 impl Unsent {
@@ -94,6 +114,12 @@ impl Unsent {
         Unsent { error: error.to_string(), then: Then::Dead }
     }
 
+    /// Nobody was asked, because another of the batch failed, say: it is handed in again after a second, and this
+    /// counts as no attempt.
+    pub fn not_tried(why: impl fmt::Display) -> Unsent {
+        Unsent { error: why.to_string(), then: Then::Untried }
+    }
+
     /// There is nobody any more who would take anything (410 Gone): the relay is paused with these words, and
     /// this message waits with the others.
     pub fn gone(error: impl fmt::Display) -> Unsent {
@@ -105,6 +131,11 @@ impl Unsent {
     /// Whether the other side will never take it: it is not sent again.
     pub fn is_final(&self) -> bool {
         self.then == Then::Dead
+    }
+
+    /// Whether nobody was asked.
+    pub fn is_untried(&self) -> bool {
+        self.then == Then::Untried
     }
 
     /// Why, in the other side's words.

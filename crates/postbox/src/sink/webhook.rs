@@ -76,7 +76,7 @@ impl WebhookSink {
         let mut stopped = None;
         for (place, message) in chain {
             let fate = match stopped {
-                Some(why) => Err(Unsent::again(why)),
+                Some(why) => Err(Unsent::not_tried(why)),
                 None => self.send_one(poster, message, until).await,
             };
             if fate.is_err() {
@@ -88,14 +88,18 @@ impl WebhookSink {
     }
 
     async fn send_one(&self, poster: &Poster, message: &Outgoing, until: Instant) -> Result<(), Unsent> {
-        let late = || Unsent::again("not sent: those before it took too long");
+        let late = || Unsent::not_tried("not sent: those before it took too long");
         let left = until.saturating_duration_since(Instant::now());
         let permit = tokio::time::timeout(left, self.permits.acquire()).await;
         let Ok(Ok(_permit)) = permit else { return Err(late()) };
         if until <= Instant::now() {
             return Err(late());
         }
-        judged(poster.post(message, HeaderMap::new()).await, &poster.endpoint.origin())
+        let answer = poster.post(message, HeaderMap::new()).await;
+        if let Some(kept) = answer.as_ref().ok().and_then(|answer| poster.kept(answer)) {
+            message.answered(kept);
+        }
+        judged(answer, &poster.endpoint.origin())
     }
 }
 

@@ -17,7 +17,7 @@ use crate::crash;
 use crate::handler::{self, BoxFuture, Call, Failure, Tx};
 use crate::lifecycle::{End, Kind, Standing, State};
 use crate::message::{Draft, Envelope};
-use crate::operation::{FollowUps, OperationFailure, Receipt};
+use crate::operation::{Done, FollowUps, OperationFailure, Receipt};
 use crate::router::{Bound, Ran};
 use crate::settings::hide_password;
 use crate::store::{Database, Guarded, Item, LeaseRef, Move, OutcomeRecord, Store};
@@ -174,10 +174,7 @@ impl<Db: Database> Attempt<Db> {
     fn ended(&self, call: &Call, ran: Ran) -> Ended {
         let max_payload_bytes = self.means.max_payload_bytes;
         match ran {
-            Ran::Plain(Ok(follow_ups)) => match follow_ups.checked(max_payload_bytes) {
-                Ok(follow_ups) => Ended { follow_ups, ..Ended::of(End::Succeeded) },
-                Err(error) => Ended::failed(format!("a follow-up message cannot be published: {error}"), true),
-            },
+            Ran::Plain(Ok(done)) => succeeded(done, max_payload_bytes),
             Ran::Plain(Err(failure)) => ended_by(failure),
             Ran::Operation(result) => judge(&*self.handler, call, result, max_payload_bytes),
         }
@@ -209,7 +206,7 @@ impl<Db: Database> Attempt<Db> {
             Err(panic) => return Ended::new(End::Panicked, Some(panic_words(&*panic))),
         };
         let follow_ups = match AssertUnwindSafe(future).catch_unwind().await {
-            Ok(Ran::Plain(Ok(follow_ups))) => follow_ups,
+            Ok(Ran::Plain(Ok(done))) => done.follow_ups,
             Ok(Ran::Plain(Err(failure))) => return ended_by(failure),
             Ok(Ran::Operation(_)) => return Ended::failed("an operation cannot be transactional", true),
             Err(panic) => return Ended::new(End::Panicked, Some(panic_words(&*panic))),
@@ -284,7 +281,15 @@ impl<Db: Database> Attempt<Db> {
 }
 
 pub(super) fn ended_by(failure: Failure) -> Ended {
-    Ended::new(failure.end, Some(failure.error))
+    Ended { not_called: failure.untried, ..Ended::new(failure.end, Some(failure.error)) }
+}
+
+/// A plain handler's success.
+pub(super) fn succeeded(done: Done, max_payload_bytes: usize) -> Ended {
+    match done.follow_ups.checked(max_payload_bytes) {
+        Ok(follow_ups) => Ended { follow_ups, receipt: done.receipt.map(clean_receipt), ..Ended::of(End::Succeeded) },
+        Err(error) => Ended::failed(format!("a follow-up message cannot be published: {error}"), true),
+    }
 }
 
 /// What an operation's return says about the world.

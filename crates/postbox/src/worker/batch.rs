@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 
-use super::attempt::{Means, ended_by, panic_words};
+use super::attempt::{Means, ended_by, panic_words, succeeded};
 use super::core::{Ended, Event, Hold, Lane, Member, settle_of};
 use super::run::{Fate, Permit};
 use super::told;
@@ -15,7 +15,7 @@ use crate::context::Context;
 use crate::handler::{self, Answers, Call, Reading, Tx, Unread};
 use crate::lifecycle::{End, Kind};
 use crate::message::Envelope;
-use crate::operation::FollowUps;
+use crate::operation::Done;
 use crate::router::BoundBatch;
 use crate::store::{Database, Settle, Store};
 
@@ -106,9 +106,9 @@ impl<Db: Database> Called<Db> {
     /// What each came to; or all of them, if the call failed as a whole.
     fn ends(&self, places: &[usize], answers: Answers) -> Result<Ends, Box<Ended>> {
         let each = answers.each(places.len()).map_err(|failure| Box::new(ended_by(failure)))?;
-        let ended = |(place, verdict): (&usize, Result<FollowUps, handler::Failure>)| {
+        let ended = |(place, verdict): (&usize, Result<Done, handler::Failure>)| {
             let ended = match verdict {
-                Ok(follow_ups) => self.succeeded(*place, follow_ups),
+                Ok(done) => self.succeeded(*place, done),
                 Err(failure) => ended_by(failure),
             };
             (*place, ended)
@@ -116,15 +116,11 @@ impl<Db: Database> Called<Db> {
         Ok(places.iter().zip(each).map(ended).collect())
     }
 
-    fn succeeded(&self, place: usize, follow_ups: FollowUps) -> Ended {
-        let follow_ups = match &self.members[place].item.envelope {
-            Some(envelope) => follow_ups.caused_by(&Context::of(envelope)),
-            None => follow_ups,
-        };
-        match follow_ups.checked(self.means.max_payload_bytes) {
-            Ok(follow_ups) => Ended { follow_ups, ..Ended::of(End::Succeeded) },
-            Err(error) => Ended::failed(format!("a follow-up message cannot be published: {error}"), true),
+    fn succeeded(&self, place: usize, mut done: Done) -> Ended {
+        if let Some(envelope) = &self.members[place].item.envelope {
+            done.follow_ups = done.follow_ups.caused_by(&Context::of(envelope));
         }
+        succeeded(done, self.means.max_payload_bytes)
     }
 
     /// Effects and outcomes of all commit together, or not at all.

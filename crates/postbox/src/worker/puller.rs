@@ -400,7 +400,7 @@ impl<S: Store> Shared<S> {
 fn ended(one: &PulledOne, ran: Duration, failure: Failure) -> Result<Settle, Error> {
     let number = one.item.attempts + 1;
     let now = Standing { state: State::Running, attempts: number, begun: true, lost: one.item.lost };
-    let Failure { error, end } = failure;
+    let Failure { error, end, .. } = failure;
     let event = Happening::Ended(end);
     let next = transition(now, event, &one.policy, fastrand::f64()).map_err(refused)?;
     let words = clean(error);

@@ -97,11 +97,18 @@ impl Plan {
                         sent[at] = judged(Some(reply), known);
                     }
                 }
-                // Nothing was done: each has what was said of it, the others what was said of them all.
+                // Nothing was done: each has what was said of it. The others have not been tried where one of them was
+                // to blame, else what was said of them all.
                 reply => {
-                    let of_all = begun.or_else(|| refused(reply, known)).unwrap_or_else(no_reply);
+                    let of_all = begun.or_else(|| refused(reply, known));
+                    let blamed = of_all.is_some() && queued.iter().any(Option::is_some);
+                    let of_all = of_all.unwrap_or_else(no_reply);
+                    let of_others = || match blamed {
+                        true => Unsent::not_tried(&of_all.error),
+                        false => Unsent::again(&of_all.error),
+                    };
                     for (at, of_one) in group.into_iter().zip(queued) {
-                        sent[at] = Err(of_one.unwrap_or_else(|| Unsent::again(&of_all.error)));
+                        sent[at] = Err(of_one.unwrap_or_else(of_others));
                     }
                 }
             }

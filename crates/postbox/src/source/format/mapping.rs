@@ -23,12 +23,14 @@ const PLACEHOLDERS: Vocabulary =
 /// | `{header:NAME}`, `{field:NAME}` | a header or a field of the entry, in any case |
 /// | `{payload:PATH}` | a text, number or boolean in the JSON content: `repository.full_name`, `items.0.id` |
 /// | `{position}` | where the entry stands at the broker |
+/// | `{payload:a.b\|header:c}` | the first of several that is there and not empty |
 ///
-/// Braces that are meant are written twice.
+/// Braces that are meant are written twice, and so is a `|` between them.
 ///
 /// ```
 /// use postbox::source::Template;
 /// assert!("github.{header:x-github-event}".parse::<Template>().is_ok());
+/// assert!("{payload:repository.full_name|payload:organization.login}".parse::<Template>().is_ok());
 /// let error = "github.{event}".parse::<Template>().expect_err("unknown").to_string();
 /// assert!(error.contains("byte 7"), "{error}");
 /// ```
@@ -38,7 +40,7 @@ pub struct Template(Text);
 impl Template {
     /// Whether it stands for something else in each entry.
     pub fn varies(&self) -> bool {
-        self.0.slots().next().is_some()
+        self.0.varies()
     }
 
     /// Whether it can say where the payload is: one placeholder and nothing else, not `{position}`.
@@ -336,7 +338,9 @@ impl Mapped<'_> {
         match slot.name {
             "position" => Ok(Some(self.position.to_owned())),
             "payload" => match self.json.map(|json| find(json, &slot.argument)).transpose()?.flatten() {
-                Some(found) => scalar(found).map_err(|kind| format!("{slot} is {kind}; it must be a text or a number")),
+                Some(found) => {
+                    scalar(found).map_err(|kind| format!("{{{slot}}} is {kind}; it must be a text or a number"))
+                }
                 None => Ok(None),
             },
             _ => Ok(field(self.raw, &slot.argument)?.map(str::to_owned)),

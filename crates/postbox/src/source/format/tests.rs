@@ -338,6 +338,49 @@ fn a_mapping() {
 }
 
 #[test]
+fn the_first_of_several_that_is_there() {
+    let mapping = Mapping::new()
+        .topic("github.{payload:action|header:x-github-event}")
+        .id("{header:x-none|header:x-github-delivery|position}")
+        .key("{payload:repository.full_name|payload:organization.login}");
+    let format = Format::mapped(mapping.header("odd", "{payload:a||b}"));
+    let read = |body: &str| {
+        let headers = [("X-GitHub-Event", "ping"), ("X-GitHub-Delivery", "d1")];
+        format
+            .read(&request(&headers, body), "github", "d1")
+            .map(|read| (read.draft.topic().to_owned(), read.draft.key))
+    };
+    let organization = r#""organization":{"login":"octo"}"#;
+    for (body, topic, key) in [
+        (
+            format!(r#"{{"action":"added","repository":{{"full_name":"octo/repo"}},{organization}}}"#),
+            "added",
+            "octo/repo",
+        ),
+        (format!(r#"{{{organization}}}"#), "ping", "octo"),
+        (format!(r#"{{"action":"","repository":null,{organization}}}"#), "ping", "octo"),
+        (format!(r#"{{"repository":{{"full_name":""}},{organization}}}"#), "ping", "octo"),
+    ] {
+        assert_eq!(read(&body), Ok((format!("github.{topic}"), Some(key.to_owned()))), "{body}");
+    }
+    assert_eq!(read("{}"), Ok(("github.ping".to_owned(), None)));
+    // What is there and no text is not passed over.
+    let why = read(r#"{"action":["a"]}"#).expect_err("no text");
+    assert_eq!(why, "{payload:action} is an array; it must be a text or a number");
+    let barred = format.read(&request(&[], r#"{"action":"a","a|b":1}"#), "github", "p").expect("an event");
+    assert_eq!((header(&barred, "odd"), barred.identity.as_str()), (Some("1"), "p"));
+    let both = Mapping::new().topic("t").id("{payload:a|payload:b}");
+    let why = Format::mapped(both).read(&request(&[], "{}"), "github", "").expect_err("no id");
+    assert_eq!(why, "it has no id: {payload:a|payload:b} is not there");
+}
+
+#[test]
+#[should_panic(expected = "is no place")]
+fn a_payload_has_one_place() {
+    let _ = Mapping::new().topic("t").payload("{payload:a|payload:b}");
+}
+
+#[test]
 fn a_mapping_of_everything() {
     let format = Format::mapped(
         Mapping::new()

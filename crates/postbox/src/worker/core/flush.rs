@@ -150,7 +150,7 @@ fn judge(item: &Item, ended: &Ended, ago: Duration, lane: Option<&Lane>, rng: &m
     let policy = policy_for(item, lane);
     let begun = policy.kind == Kind::Operation || item.lost > 0;
     let number = item.attempts + 1;
-    let bare = ended.follow_ups.is_empty() || planted!("success-without-follow-ups");
+    let bare = ended.receipt.is_none() && (ended.follow_ups.is_empty() || planted!("success-without-follow-ups"));
     // Compact successes carry no revision: only what went the straight way has the one they stand for.
     let straight = number == 1 && !begun && item.rev == FIRST_LEASED_REV;
     if ended.end == End::Succeeded && straight && bare && policy.kind != Kind::Operation && !item.leads {
