@@ -1,10 +1,15 @@
 //! The checker runs, on both stores: a few seconds of it, and the line that programs read.
 
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use serde_json::Value;
 
+/// One at a time: each fault that is wanted has to take effect in so few seconds.
+static ONE: Mutex<()> = Mutex::new(());
+
 fn run(store: &str, faults: &str) -> (Option<i32>, Value, String) {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let output = Command::new(env!("CARGO_BIN_EXE_torture"))
         .args(["--seed", "42", "--for", "8s", "--store", store, "--faults", faults, "--json"])
         .stdin(Stdio::null())
