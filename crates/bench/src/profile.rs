@@ -96,9 +96,9 @@ impl Load {
     }
 
     fn figures(&self) -> Vec<Figure> {
-        let of = |spent: &[Spent], part: fn(&Spent) -> f64| spent.iter().map(part).collect::<Vec<_>>();
-        let parts: [(&str, fn(&Spent) -> f64); 3] =
-            [("server", |s| s.server), ("client", |s| s.client), ("idle", |s| s.idle)];
+        type Part = fn(&Spent) -> f64;
+        let of = |spent: &[Spent], part: Part| spent.iter().map(part).collect::<Vec<_>>();
+        let parts: [(&str, Part); 3] = [("server", |s| s.server), ("client", |s| s.client), ("idle", |s| s.idle)];
         let beside = parts.map(|(part, get)| {
             let name = format!("{}: {part}", self.name);
             Figure::beside(&name, &of(&self.ours, get), &of(&self.raw, get), "µs/msg", Bar::None)
