@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use postbox::admin::{DeliveryDetail, Filter};
+use postbox::admin::DeliveryDetail;
 use postbox::lifecycle::State as Standing;
 use postbox::{
     Batch, Bytes, Done, Draft, Envelope, Failure, Outcomes, Payload, Postgres, Router, Sqlite, State, Tx, Worker,
     batch, handler,
 };
-use postbox_testkit::{Fresh, Testable, on_both_stores};
+use postbox_testkit::{Fresh, Testable, deliveries, on_both_stores};
 use serde_json::json;
 use tokio::sync::Notify;
 
@@ -61,25 +61,10 @@ async fn all<Db: Testable>(
     count: usize,
     so: impl Fn(Standing) -> bool,
 ) -> BTreeMap<String, DeliveryDetail> {
-    let admin = fresh.postbox.admin();
-    let looking = async {
-        loop {
-            let rows = admin.list(&Filter::default(), 1000).await.expect("list");
-            if rows.len() == count && rows.iter().all(|row| so(row.state)) {
-                break rows;
-            }
-            tokio::task::yield_now().await;
-        }
-    };
-    let rows = match tokio::time::timeout(Duration::from_secs(60), looking).await {
-        Ok(rows) => rows,
-        Err(_) => panic!("not within a minute: {:#?}", admin.list(&Filter::default(), 1000).await),
-    };
     let mut details = BTreeMap::new();
-    for row in rows {
-        let detail = admin.show(row.id).await.expect("show");
+    for detail in deliveries(fresh, count, so).await {
         let payload = detail.envelope.as_ref().map(|e| String::from_utf8_lossy(e.payload_bytes()).into_owned());
-        details.insert(format!("{} {}", row.subscription, payload.unwrap_or_default()), detail);
+        details.insert(format!("{} {}", detail.row.subscription, payload.unwrap_or_default()), detail);
     }
     details
 }

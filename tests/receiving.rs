@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, VecDeque};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use postbox::admin::{QuarantineFilter, SourceRow};
 use postbox::source::{Entry, Format, Mapping, Raw, Read, Source, Standing};
 use postbox::store::Store;
 use postbox::testing::{SourceBench, source_suite};
 use postbox::{BrokerError, Envelope, Error, Fate, Router, handler};
-use postbox_testkit::{Testable, on_both_stores};
+use postbox_testkit::{Testable, on_both_stores, until};
 use tokio::sync::Notify;
 
 on_both_stores!(
@@ -38,14 +38,6 @@ fn planted_bugs_are_caught() {
 }
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-async fn until(what: &str, mut done: impl AsyncFnMut() -> bool) {
-    let begun = Instant::now();
-    while !done().await {
-        assert!(begun.elapsed() < PATIENCE, "it never came to this: {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
 
 /// A broker in memory: entries are handed out in order, and are somebody's until they are acknowledged.
 #[derive(Default)]

@@ -9,7 +9,7 @@ use postbox::sink::{EnvelopeStyle, RedisSink, redis};
 use postbox::source::{Format, Mapping, Raw, RedisSource, Source, redis_stream};
 use postbox::testing::{Arrived, SinkBench, SourceBench, sink_suite, source_suite};
 use postbox::{Database, Draft, Envelope, Fate, Router, handler, relay};
-use postbox_testkit::{Fresh, Lost, Proxy, RedisServer, Testable, on_both_stores, shared_redis_url};
+use postbox_testkit::{Fresh, Lost, Proxy, RedisServer, Testable, on_both_stores, shared_redis_url, until};
 use redis::aio::MultiplexedConnection;
 use redis::cmd;
 use serde_json::json;
@@ -143,15 +143,6 @@ fn noting<Db: Database>(pattern: &str, seen: &Seen) -> Router<Db> {
         std::future::ready(())
     };
     Router::new().on(pattern, handler(note).named("note"))
-}
-
-async fn until(what: &str, so: impl AsyncFn() -> bool) {
-    let looking = async {
-        while !so().await {
-            tokio::time::sleep(LOOK).await;
-        }
-    };
-    assert!(tokio::time::timeout(PATIENCE, looking).await.is_ok(), "not within {PATIENCE:?}: {what}");
 }
 
 async fn received<Db: Testable>(fresh: &Fresh<Db>) -> (i64, i64, i64) {

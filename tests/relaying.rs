@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use postbox::admin::{Filter, KeyFilter, KeyWish, SinkRow};
 use postbox::lifecycle::State;
 use postbox::sink::{Outgoing, Sent, Sink, Unsent};
 use postbox::testing::{Arrived, SinkBench, sink_suite};
 use postbox::{BrokerError, Envelope, OnDead, Router, relay};
-use postbox_testkit::{Fresh, Testable, on_both_stores};
+use postbox_testkit::{Fresh, Testable, on_both_stores, until};
 use serde_json::json;
 use uuid::Uuid;
 
@@ -30,14 +30,6 @@ on_both_stores!(
 );
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-async fn until(what: &str, mut done: impl AsyncFnMut() -> bool) {
-    let begun = Instant::now();
-    while !done().await {
-        assert!(begun.elapsed() < PATIENCE, "it never came to this: {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
 
 type Verdict = Box<dyn Fn(&Outgoing, u32) -> Result<(), Unsent> + Send + Sync>;
 

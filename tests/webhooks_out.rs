@@ -17,7 +17,7 @@ use postbox::sink::{EnvelopeStyle, WebhookSink, webhook_to};
 use postbox::source::webhook;
 use postbox::testing::{Arrived, SinkBench, sink_suite};
 use postbox::{Envelope, Payload, Router, Worker, handler, push, relay};
-use postbox_testkit::{Fresh, Testable, on_both_stores};
+use postbox_testkit::{Fresh, Testable, deliveries, on_both_stores};
 use serde_json::{Value, json};
 
 on_both_stores!(
@@ -124,30 +124,14 @@ async fn start<Db: Testable>(fresh: &Fresh<Db>, router: Router<Db>) -> Worker<Db
     fresh.postbox.worker(router).poll_interval(Duration::from_millis(20)).start().await.expect("started")
 }
 
-/// Looks until all of so many deliveries are so; each by its subscription.
+/// So many deliveries, once all of them are so; each by its subscription.
 async fn until<Db: Testable>(
     fresh: &Fresh<Db>,
     count: usize,
     so: impl Fn(Standing) -> bool,
 ) -> HashMap<String, DeliveryDetail> {
-    let admin = fresh.postbox.admin();
-    let looking = async {
-        loop {
-            let rows = admin.list(&Filter::default(), 1000).await.expect("list");
-            if rows.len() == count && rows.iter().all(|row| so(row.state)) {
-                break rows;
-            }
-            tokio::task::yield_now().await;
-        }
-    };
-    let Ok(rows) = tokio::time::timeout(Duration::from_secs(60), looking).await else {
-        panic!("not within a minute: {:#?}", admin.list(&Filter::default(), 1000).await);
-    };
-    let mut details = HashMap::new();
-    for row in rows {
-        details.insert(row.subscription.clone(), admin.show(row.id).await.expect("show"));
-    }
-    details
+    let all = deliveries(fresh, count, so).await;
+    all.into_iter().map(|detail| (detail.row.subscription.clone(), detail)).collect()
 }
 
 fn ended(state: Standing) -> bool {

@@ -104,6 +104,14 @@ impl<'a> Desk<'a> {
         format!("{}{} {rest}", self.prefix, self.acting)
     }
 
+    /// For a command to run next: whose a thing is, unless the command says so by itself.
+    pub(crate) fn of(&self, application: &str) -> String {
+        match self.application {
+            Some(_) => String::new(),
+            None => format!(" --application {}", quoted(&plain(application))),
+        }
+    }
+
     /// What to look at when a delivery was not changed.
     pub(crate) fn look_at(&self, delivery: i64, error: &Error) -> String {
         match error {

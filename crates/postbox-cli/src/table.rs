@@ -1,8 +1,11 @@
 //! Tables for people.
 
+use std::collections::BTreeSet;
+
 use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table};
 
 use crate::output::{Output, Tone};
+use crate::text::plain;
 
 /// A table without lines, its columns as wide as they need.
 pub(crate) struct Columns {
@@ -58,6 +61,20 @@ impl Columns {
         }
         Ok(())
     }
+}
+
+/// Names of what belongs to applications: with the application where there are several.
+pub(crate) fn names<'a>(applications: impl Iterator<Item = &'a str>) -> impl Fn(&str, &str) -> String {
+    let several = applications.collect::<BTreeSet<_>>().len() > 1;
+    move |application, name| match several {
+        true => format!("{}/{}", plain(application), plain(name)),
+        false => plain(name),
+    }
+}
+
+/// A number that stands out if there is any.
+pub(crate) fn notable(tone: Tone, number: i64, shown: fn(i64) -> String) -> Text {
+    if number > 0 { toned(tone, shown(number)) } else { text("-") }
 }
 
 /// A cell without a tone.

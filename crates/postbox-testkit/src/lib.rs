@@ -15,6 +15,7 @@ mod postgres;
 mod proxy;
 mod redis;
 mod remote;
+mod wait;
 
 use std::future::Future;
 
@@ -27,6 +28,7 @@ pub use postgres::{Disks, Server, shared_url, unprivileged_account};
 pub use proxy::{Lost, Proxy};
 pub use redis::{RedisServer, shared_redis_url};
 pub use remote::Remote;
+pub use wait::{deliveries, until};
 
 /// A store of its own for one test. Dropped, it leaves nothing behind.
 pub struct Fresh<Db: Database> {

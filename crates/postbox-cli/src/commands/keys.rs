@@ -44,10 +44,7 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, keys: Keys) -> Ended {
 
 /// What to type for a key that waits.
 fn typed(desk: &Desk<'_>, verb: &str, row: &KeyRow) -> String {
-    let whose = match desk.application {
-        Some(_) => String::new(),
-        None => format!(" --application {}", quoted(&plain(&row.application))),
-    };
+    let whose = desk.of(&row.application);
     let (key, subscription) = (quoted(&plain(&row.key)), quoted(&plain(&row.subscription)));
     desk.action(&format!("keys {verb} {key} --subscription {subscription}{whose} --reason …"))
 }

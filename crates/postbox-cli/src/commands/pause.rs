@@ -1,6 +1,8 @@
 //! `postbox subscriptions pause NAME` and `postbox subscriptions resume NAME`.
 
+use jiff::Timestamp;
 use postbox::Database;
+use postbox::admin::AuditEntry;
 
 use crate::commands::Ended;
 use crate::commands::subscriptions::{rows, the_one};
@@ -11,15 +13,11 @@ use crate::output::Tone;
 use crate::text::{ago, many, plain, quoted};
 
 pub(super) async fn run<Db: Database>(desk: &Desk<'_>, wish: Pause, pauses: bool) -> Ended {
-    let (verb, hint) = if pauses { ("pause", "why") } else { ("resume", "what was mended") };
+    let (verb, hint) = verb(pauses);
     let name = &wish.name;
     let tried = format!("{verb} the subscription {name}");
     let typed = |verb: &str, application: &str| {
-        let whose = match desk.application {
-            Some(_) => String::new(),
-            None => format!(" --application {}", quoted(&plain(application))),
-        };
-        desk.action(&format!("subscriptions {verb} {}{whose}", quoted(&plain(name))))
+        desk.action(&format!("subscriptions {verb} {}{}", quoted(&plain(name)), desk.of(application)))
     };
     let postbox = desk.open::<Db>().await?;
     let rows = rows(desk, &postbox, &tried).await?;
@@ -32,22 +30,37 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, wish: Pause, pauses: bool
         false => admin.resume(application, name, &desk.actor, &reason).await,
     }
     .map_err(|e| Failure::of(&e, &tried, desk.command("subscriptions")))?;
+    if told(desk, &entry, pauses, row.paused_at)? && pauses {
+        let waiting = many(row.pending + row.scheduled, "delivery waits", "deliveries wait");
+        desk.output.prose(&format!("{waiting}; what runs goes on to its end"));
+        desk.output.prose(&format!("next: {} --reason …", typed("resume", application)));
+    }
+    Ok(0)
+}
+
+/// What is done, and the hint for its reason.
+pub(super) fn verb(pauses: bool) -> (&'static str, &'static str) {
+    if pauses { ("pause", "why") } else { ("resume", "what was mended") }
+}
+
+/// Tells what is on record now; whether people read it, who are told what follows.
+pub(super) fn told(
+    desk: &Desk<'_>,
+    entry: &AuditEntry,
+    pauses: bool,
+    paused_at: Option<Timestamp>,
+) -> Result<bool, Failure> {
     if desk.output.json {
-        desk.output.object(&entry)?;
-        return Ok(0);
+        desk.output.object(entry)?;
+        return Ok(false);
     }
     let plus = desk.output.paint(Tone::Good, "+");
-    let was = match (pauses, row.paused_at) {
+    let was = match (pauses, paused_at) {
         (true, Some(since)) => format!("; it has been paused for {} already", ago(since)),
         (false, None) => "; it was not paused".to_owned(),
         _ => String::new(),
     };
     let done = if pauses { "paused" } else { "resumed" };
     desk.output.line(&format!("{plus} {done} by {}, audit {}{was}", plain(&entry.actor), entry.seq))?;
-    if pauses {
-        let waiting = many(row.pending + row.scheduled, "delivery waits", "deliveries wait");
-        desk.output.prose(&format!("{waiting}; what runs goes on to its end"));
-        desk.output.prose(&format!("next: {} --reason …", typed("resume", application)));
-    }
-    Ok(0)
+    Ok(true)
 }

@@ -4,11 +4,12 @@ use postbox::Database;
 use postbox::admin::SourceRow;
 
 use crate::commands::Ended;
+use crate::commands::pause::{told, verb};
 use crate::desk::Desk;
 use crate::failure::{Failure, NOT_FOUND};
 use crate::flags::{Pause, Sources, SourcesCommand};
-use crate::output::Tone;
-use crate::table::{Columns, Text, text, toned};
+use crate::output::{Output, Tone};
+use crate::table::{Columns, names, notable, text, toned};
 use crate::text::{ago, count, plain, quoted, shortened};
 
 pub(super) async fn run<Db: Database>(desk: &Desk<'_>, sources: Sources) -> Ended {
@@ -36,19 +37,24 @@ async fn list<Db: Database>(desk: &Desk<'_>) -> Ended {
         );
         return Ok(0);
     }
-    table(&rows).print(desk.output)?;
-    for row in rows.iter().filter(|row| row.state == "failing") {
-        let trouble = plain(row.trouble.as_deref().unwrap_or_default());
-        desk.output.line(&format!("{}  {}: {trouble}", desk.output.paint(Tone::Bad, "failing"), plain(&row.name)))?;
-    }
+    print(&rows, desk.output)?;
     if rows.iter().any(|row| row.quarantined + row.conflict > 0) {
         desk.output.prose(&format!("next: {}", desk.command("quarantine list")));
     }
     Ok(0)
 }
 
-/// The sources as a table: for `status`, too.
-pub(super) fn table(rows: &[SourceRow]) -> Columns {
+/// The sources as a table, and why some of them fail: for `status`, too.
+pub(super) fn print(rows: &[SourceRow], output: &Output) -> std::io::Result<()> {
+    table(rows).print(output)?;
+    for row in rows.iter().filter(|row| row.state == "failing") {
+        let trouble = plain(row.trouble.as_deref().unwrap_or_default());
+        output.line(&format!("{}  {}: {trouble}", output.paint(Tone::Bad, "failing"), plain(&row.name)))?;
+    }
+    Ok(())
+}
+
+fn table(rows: &[SourceRow]) -> Columns {
     let mut columns = Columns::new(&[
         "source",
         "kind",
@@ -61,13 +67,9 @@ pub(super) fn table(rows: &[SourceRow]) -> Columns {
         ">lost",
         "last",
     ]);
-    let applications = rows.iter().map(|s| s.application.as_str()).collect::<std::collections::BTreeSet<_>>();
-    let bad = |number: i64| -> Text { if number > 0 { toned(Tone::Bad, count(number)) } else { text("-") } };
+    let name = names(rows.iter().map(|row| row.application.as_str()));
+    let bad = |number: i64| notable(Tone::Bad, number, count);
     for row in rows {
-        let name = match applications.len() {
-            1 => plain(&row.name),
-            _ => format!("{}/{}", plain(&row.application), plain(&row.name)),
-        };
         let state = match row.state.as_str() {
             "receiving" => toned(Tone::Good, "receiving"),
             "failing" => toned(Tone::Bad, "failing"),
@@ -75,7 +77,7 @@ pub(super) fn table(rows: &[SourceRow]) -> Columns {
             other => toned(Tone::Faint, plain(other)),
         };
         columns.row([
-            text(name),
+            text(name(&row.application, &row.name)),
             text(plain(&row.kind)),
             state,
             text(row.lag.map_or_else(|| "-".into(), count)),
@@ -91,7 +93,7 @@ pub(super) fn table(rows: &[SourceRow]) -> Columns {
 }
 
 async fn pause<Db: Database>(desk: &Desk<'_>, wish: Pause, pauses: bool) -> Ended {
-    let (verb, hint) = if pauses { ("pause", "why") } else { ("resume", "what was mended") };
+    let (verb, hint) = verb(pauses);
     let name = plain(&wish.name);
     let tried = format!("{verb} the source {}", shortened(&name, 80));
     let postbox = desk.open::<Db>().await?;
@@ -109,10 +111,7 @@ async fn pause<Db: Database>(desk: &Desk<'_>, wish: Pause, pauses: bool) -> Ende
         };
         return Err(Failure::new(NOT_FOUND, &tried, why, desk.command("sources")));
     };
-    let whose = match desk.application {
-        Some(_) => String::new(),
-        None => format!(" --application {}", quoted(&plain(&row.application))),
-    };
+    let whose = desk.of(&row.application);
     let typed = |verb: &str| desk.action(&format!("sources {verb} {}{whose}", quoted(&name)));
     let reason = desk.reason(wish.reason, &tried, &typed(verb), hint)?;
     let admin = postbox.admin();
@@ -121,19 +120,7 @@ async fn pause<Db: Database>(desk: &Desk<'_>, wish: Pause, pauses: bool) -> Ende
         false => admin.resume_source(&row.application, &row.name, &desk.actor, &reason).await,
     }
     .map_err(failed)?;
-    if desk.output.json {
-        desk.output.object(&entry)?;
-        return Ok(0);
-    }
-    let plus = desk.output.paint(Tone::Good, "+");
-    let was = match (pauses, row.paused_at) {
-        (true, Some(since)) => format!("; it has been paused for {} already", ago(since)),
-        (false, None) => "; it was not paused".to_owned(),
-        _ => String::new(),
-    };
-    let done = if pauses { "paused" } else { "resumed" };
-    desk.output.line(&format!("{plus} {done} by {}, audit {}{was}", plain(&entry.actor), entry.seq))?;
-    if pauses {
+    if told(desk, &entry, pauses, row.paused_at)? && pauses {
         desk.output.prose("what was read is stored and acknowledged; within about a second nothing more is read");
         desk.output.prose(&format!("next: {} --reason …", typed("resume")));
     }

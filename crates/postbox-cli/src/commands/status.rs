@@ -10,7 +10,7 @@ use crate::commands::{Ended, sources};
 use crate::desk::Desk;
 use crate::failure::Failure;
 use crate::output::Tone;
-use crate::table::{Columns, Text, text, toned};
+use crate::table::{Columns, names, notable, text, toned};
 use crate::text::{ago, capped, count, many, plain, quoted, span, until};
 
 /// So many schedules are shown: those whose next tick comes first.
@@ -40,11 +40,7 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>) -> Ended {
         )?;
     }
     if !status.sources.is_empty() {
-        sources::table(&status.sources).print(output)?;
-        for row in status.sources.iter().filter(|row| row.state == "failing") {
-            let trouble = plain(row.trouble.as_deref().unwrap_or_default());
-            output.line(&format!("{}  {}: {trouble}", output.paint(Tone::Bad, "failing"), plain(&row.name)))?;
-        }
+        sources::print(&status.sources, output)?;
     }
     if !status.sinks.is_empty() {
         sinks(&status.sinks).print(output)?;
@@ -171,10 +167,7 @@ fn call_off(desk: &Desk<'_>, stranded: &Stranded) -> String {
 
 /// The command that ends a pause.
 fn resume(desk: &Desk<'_>, row: &SubscriptionRow) -> String {
-    let whose = match desk.application {
-        Some(_) => String::new(),
-        None => format!(" --application {}", quoted(&plain(&row.application))),
-    };
+    let whose = desk.of(&row.application);
     format!("{} --reason …", desk.command(&format!("subscriptions resume {}{whose}", quoted(&plain(&row.name)))))
 }
 
@@ -217,13 +210,9 @@ fn place(desk: &Desk<'_>) -> String {
 
 fn table(subscriptions: &[SubscriptionRow]) -> Columns {
     let mut columns = Columns::new(&["", ">pending", ">later", ">running", ">IN-DOUBT", ">dead", ">ok/1h", ">oldest"]);
-    let applications = subscriptions.iter().map(|s| s.application.as_str()).collect::<std::collections::BTreeSet<_>>();
-    let warn = |tone, number: i64| -> Text { if number > 0 { toned(tone, capped(number)) } else { text("-") } };
+    let named = names(subscriptions.iter().map(|row| row.application.as_str()));
     for row in subscriptions {
-        let mut name = plain(&row.name);
-        if applications.len() > 1 {
-            name = format!("{}/{name}", plain(&row.application));
-        }
+        let mut name = named(&row.application, &row.name);
         if row.removed_at.is_some() {
             name.push_str(" (removed)");
         }
@@ -238,8 +227,8 @@ fn table(subscriptions: &[SubscriptionRow]) -> Columns {
             text(capped(row.pending)),
             text(capped(row.scheduled)),
             text(count(row.running)),
-            warn(Tone::Doubt, row.in_doubt),
-            warn(Tone::Bad, row.dead),
+            notable(Tone::Doubt, row.in_doubt, capped),
+            notable(Tone::Bad, row.dead, capped),
             text(count(row.succeeded_last_hour)),
             text(row.oldest_age_s.map_or_else(|| "-".into(), span)),
         ]);
@@ -250,20 +239,16 @@ fn table(subscriptions: &[SubscriptionRow]) -> Columns {
 fn sinks(rows: &[SinkRow]) -> Columns {
     let mut columns =
         Columns::new(&["relay", "kind", "state", ">lag", ">oldest", ">sent", ">retried", ">dead", ">blocked keys"]);
-    let applications = rows.iter().map(|s| s.application.as_str()).collect::<std::collections::BTreeSet<_>>();
-    let bad = |number: i64| -> Text { if number > 0 { toned(Tone::Bad, capped(number)) } else { text("-") } };
+    let name = names(rows.iter().map(|row| row.application.as_str()));
+    let bad = |number: i64| notable(Tone::Bad, number, capped);
     for row in rows {
-        let name = match applications.len() {
-            1 => plain(&row.name),
-            _ => format!("{}/{}", plain(&row.application), plain(&row.name)),
-        };
         let state = match row.state.as_str() {
             "sending" => toned(Tone::Good, "sending"),
             "paused" => toned(Tone::Doubt, "paused"),
             other => toned(Tone::Faint, plain(other)),
         };
         columns.row([
-            text(name),
+            text(name(&row.application, &row.name)),
             text(plain(&row.kind)),
             state,
             text(capped(row.lag)),
@@ -282,12 +267,8 @@ const HARDLY_LATE: f64 = 10.0;
 
 fn schedules(schedules: &[ScheduleStatus]) -> Columns {
     let mut columns = Columns::new(&["", "next tick", "last tick", "if missed"]);
-    let applications = schedules.iter().map(|s| s.application.as_str()).collect::<std::collections::BTreeSet<_>>();
+    let name = names(schedules.iter().map(|row| row.application.as_str()));
     for row in schedules.iter().take(SCHEDULES) {
-        let name = match applications.len() {
-            1 => plain(&row.name),
-            _ => format!("{}/{}", plain(&row.application), plain(&row.name)),
-        };
         let late = |next: Timestamp| Timestamp::now().duration_since(next).as_secs_f64();
         let next = match (row.paused_at, row.next_at) {
             (Some(since), _) => text(format!("paused for {}", ago(since))),
@@ -298,7 +279,7 @@ fn schedules(schedules: &[ScheduleStatus]) -> Columns {
             (None, Some(next)) => text(until(next)),
         };
         let last = row.last_at.map_or_else(|| "-".into(), |last| format!("{} ago", ago(last)));
-        columns.row([text(name), next, text(last), text(row.missed.as_str())]);
+        columns.row([text(name(&row.application, &row.name)), next, text(last), text(row.missed.as_str())]);
     }
     columns
 }

@@ -191,11 +191,7 @@ async fn remove<Db: Database>(desk: &Desk<'_>, wish: Remove) -> Ended {
     let name = &wish.name;
     let tried = format!("remove the subscription {name}");
     let typed = |application: &str| {
-        let whose = match desk.application {
-            Some(_) => String::new(),
-            None => format!(" --application {}", quoted(&plain(application))),
-        };
-        desk.action(&format!("subscriptions remove {}{whose}", quoted(&plain(name))))
+        desk.action(&format!("subscriptions remove {}{}", quoted(&plain(name)), desk.of(application)))
     };
     let postbox = desk.open::<Db>().await?;
     let rows = rows(desk, &postbox, &tried).await?;
