@@ -307,8 +307,8 @@ async fn a_delivery_is_found_by_indexes_however_much_was_there() {
     let fresh = Postgres::fresh().await;
     let hand = Hand::register(&fresh, vec![declared("a", "t", Kind::Plain)]).await;
     // What is gone is still in the table: nobody vacuums, nobody analyses.
-    let vacuum = "alter table {s}.ready_0 set (autovacuum_enabled = off)".replace("{s}", fresh.schema());
-    Postgres::execute(&fresh, &vacuum).await;
+    let unswept = format!("alter table {} set (autovacuum_enabled = off)", fresh.table("ready_0"));
+    Postgres::execute(&fresh, &unswept).await;
     publish(&fresh, "t", 5000).await;
     for _ in 0..10 {
         let claimed = hand.claim(500).await;
