@@ -315,17 +315,18 @@ async fn a_delivery_is_found_by_indexes_however_much_was_there() {
         let successes = claimed.items.iter().map(success).collect();
         hand.settle(Settle { successes, close: true, ..hand.flush(&claimed, 1) }).await;
     }
-    let (shown, statements) = heard(fresh.postbox.admin().show(2500)).await;
-    assert_eq!(shown.expect("there").attempts.len(), 1);
-    for (words, given, indexes) in [
-        (
-            "Deliveries with what lists show",
-            "1, 2500",
-            &["ready_0_subscription_priority_pos_idx", "outcome_part_delivery"][..],
-        ),
-        ("Every attempt at one", "2500", &["outcome_part_delivery"]),
+    publish(&fresh, "t", 1).await;
+    let (ended, of_ended) = heard(fresh.postbox.admin().show(2500)).await;
+    let (ready, of_ready) = heard(fresh.postbox.admin().show(5001)).await;
+    assert_eq!((ended.expect("there").attempts.len(), ready.expect("there").attempts.len()), (1, 0));
+    let places = "Deliveries with what lists show";
+    assert_eq!((with(&of_ended, places), with(&of_ready, places)), (1, 2), "ended ones are looked for first");
+    for (statements, words, given, indexes) in [
+        (&of_ended, places, "1, 2500", &["outcome_part_delivery"][..]),
+        (&of_ended, "Every attempt at one", "2500", &["outcome_part_delivery"]),
+        (&of_ready, places, "1, 5001", &["ready_0_subscription_priority_pos_idx", "outcome_part_delivery"]),
     ] {
-        let text = statements.iter().find(|s| s.contains(words)).expect("it was run");
+        let text = statements.iter().rfind(|s| s.contains(words)).expect("it was run");
         let plan = generic_plan(&fresh, text, given, "on").await;
         assert!(!plan.contains("Seq Scan on ready_0"), "{plan}");
         // What has succeeded is on one page: it may be read as a whole, if that is allowed.

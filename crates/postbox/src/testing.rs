@@ -39,8 +39,8 @@ pub trait SourceBench: Sync {
     fn clear(&self) -> impl Future<Output = ()> + Send;
 }
 
-/// Checks a source: what is put is read, in order, until it is acknowledged; what is not acknowledged comes again;
-/// two of one group share; and through the engine each message is handled once.
+/// Checks a source: what is put is read, in order, and not twice; what is not acknowledged comes again once it is opened
+/// anew; two of one group share; and through the engine each message is handled once.
 ///
 /// # Panics
 /// Something is not as it has to be.
@@ -102,6 +102,8 @@ async fn what_is_not_acknowledged_comes_again<B: SourceBench>(bench: &B) {
     assert_eq!(places.iter().collect::<BTreeSet<_>>().len(), 6, "positions are one each: {places:?}");
     let lag = source.standing().await.expect("it tells how it stands").lag;
     assert!(lag.is_none_or(|lag| lag == 6), "6 are not acknowledged, and the lag is {lag:?}");
+    let more = source.read().await.expect("the source reads");
+    assert_eq!(ids(&source, &more.entries), Vec::<String>::new(), "what the worker has does not come twice");
     source.acknowledge(&places[..4]).await.expect("it acknowledges");
     source.acknowledge(&places[..4]).await.expect("it acknowledges again");
     drop(source);

@@ -215,20 +215,45 @@ pub(super) fn at_home(delivery: &str) -> String {
     )
 }
 
-/// One delivery, wherever it is: each place is asked by what it is indexed by.
+/// One delivery, wherever it is: each place is asked by what it is indexed by. Where most are is asked alone first:
+/// to plan for all places takes several times as long as to read one.
 pub(super) async fn find(
     store: &PgStore,
     work: &mut Work,
     delivery: DeliveryId,
 ) -> Result<Option<(DeliveryRow, Option<String>)>, Error> {
-    // One at most: said, it keeps whoever plans this from expecting thousands, and from reading whole tables.
-    let by = |place: &str| format!("(select * from ({place}) {COLUMNS} where p.delivery = $2 limit 1)");
-    let part = "and pg_catalog.int8range(p.lowest, p.highest, '[]') operator(pg_catalog.@>) $2";
-    let mut parts: Vec<String> = PLACES[1..].iter().map(|(_, place)| by(&place.replace("{parts}", part))).collect();
+    let ended = places_of(|state| matches!(state, State::Dead | State::Succeeded));
+    if let Some(found) = find_in(store, work, delivery, &ended).await? {
+        return Ok(Some(found));
+    }
+    // All of them in one statement: one on the move between places would be missed by two.
+    let mut all = places_of(|_| true);
     // Ready rows are kept by position; one that never moved has its own number there.
-    parts.push(by(&format!("{} where r.pos <> r.delivery", PLACES[0].1)));
-    parts.push(by(&PLACES[0].1.replace("{schema}.ready r", &at_home("$2"))));
-    let places = parts.join("\nunion all\n").replace("{schema}", &store.schema);
+    all.push(one_in(&format!("{} where r.pos <> r.delivery", PLACES[0].1)));
+    all.push(one_in(&PLACES[0].1.replace("{schema}.ready r", &at_home("$2"))));
+    find_in(store, work, delivery, &all).await
+}
+
+/// The delivery `$2` in a place. One at most: said, it keeps whoever plans this from expecting thousands, and from
+/// reading whole tables.
+fn one_in(place: &str) -> String {
+    format!("(select * from ({place}) {COLUMNS} where p.delivery = $2 limit 1)")
+}
+
+/// The delivery `$2` in the places of such states, but ready ones.
+fn places_of(wanted: impl Fn(State) -> bool) -> Vec<String> {
+    let part = "and pg_catalog.int8range(p.lowest, p.highest, '[]') operator(pg_catalog.@>) $2";
+    let places = PLACES[1..].iter().filter(|(state, _)| wanted(*state));
+    places.map(|(_, place)| one_in(&place.replace("{parts}", part))).collect()
+}
+
+async fn find_in(
+    store: &PgStore,
+    work: &mut Work,
+    delivery: DeliveryId,
+    places: &[String],
+) -> Result<Option<(DeliveryRow, Option<String>)>, Error> {
+    let places = places.join("\nunion all\n").replace("{schema}", &store.schema);
     let sql = store.sql.list.replace("{places}", &places);
     let rows = store.dynamic(sql).bind(1_i64).bind(delivery).fetch_all(work.on()).await?;
     rows.first().map(|row| Ok((delivery_row(row)?, row.try_get("worker")?))).transpose()
@@ -243,22 +268,30 @@ pub(super) async fn show(store: &PgStore, delivery: DeliveryId) -> Result<Option
     let envelope = message(store, &mut work, row.message).await?.map(|(envelope, _)| envelope);
     let attempts = store.query(store.sql.show_attempts).bind(delivery).fetch_all(work.on()).await?;
     let records = store.query(store.sql.show_records).bind(delivery).fetch_all(work.on()).await?;
-    let sql = format!("select id, topic from {}.message where causation_id = $1 order by id limit 100", store.schema);
-    let effects = store.dynamic(sql).bind(row.message.to_string()).fetch_all(work.on()).await?;
-    let sql = format!("select delivery from {}.late_delivery where replay_of = $1 order by 1 limit 100", store.schema);
-    let replays = store.dynamic(sql).bind(delivery).fetch_all(work.on()).await?;
-    let sql = format!("select message from {}.coalesced where delivery = $1 order by 1 limit 100", store.schema);
-    let coalesced = store.dynamic(sql).bind(delivery).fetch_all(work.on()).await?;
+    let query = store.query(store.sql.show_linked).bind(delivery).bind(row.message.to_string());
+    let linked = query.fetch_all(work.on()).await?;
     work.rollback().await?;
+    let (mut effects, mut replays, mut coalesced) = (Vec::new(), Vec::new(), Vec::new());
+    for row in &linked {
+        match row.try_get("what")? {
+            "effect" => effects.push((row.try_get("message")?, row.try_get("topic")?)),
+            "replay" => replays.push(row.try_get("delivery")?),
+            _ => coalesced.push(row.try_get("message")?),
+        }
+    }
+    // A union promises no order.
+    effects.sort();
+    replays.sort_unstable();
+    coalesced.sort_unstable();
     Ok(Some(DeliveryDetail {
         idempotency_key: idempotency_key(row.message, delivery),
         envelope,
         worker,
         attempts: attempts.iter().map(attempt_row).collect::<Result<_, _>>()?,
         records: records.iter().map(record_row).collect::<Result<_, _>>()?,
-        effects: effects.iter().map(|r| Ok((r.try_get("id")?, r.try_get("topic")?))).collect::<Result<_, Error>>()?,
-        replays: replays.iter().map(|r| r.try_get("delivery")).collect::<Result<_, _>>()?,
-        coalesced: coalesced.iter().map(|r| r.try_get("message")).collect::<Result<_, _>>()?,
+        effects,
+        replays,
+        coalesced,
         row,
     }))
 }

@@ -99,7 +99,7 @@ statements! {
     publish_one = publish_one without "several", publish_several = publish_one without "one", pull, replay, resolution, retain_preview, roles,
     schedules_due, schedules_look,
     held_back, settle_open, settle_part, suspects, unrouted,
-    list, show_attempts, show_records, strays, subscriptions, stranded, unanswered, waiting,
+    list, show_attempts, show_linked, show_records, strays, subscriptions, stranded, unanswered, waiting,
 }
 
 impl Sql {
