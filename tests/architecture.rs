@@ -236,7 +236,7 @@ fn the_command_knows_the_library_by_its_doors_only() {
 }
 
 /// Words before a parenthesis that the grammar knows itself, so that no schema can hold another.
-const SYNTAX: &str = "array any bit brin coalesce exists extract greatest least nullif \
+const SYNTAX: &str = "array any bit brin coalesce exists extract gist greatest least nullif \
     and as check conflict filter from in join key lateral list materialized not offset on or over range select table using values where with";
 
 /// Types that are keywords: all others are looked up, in the session's temporary schema first.

@@ -242,7 +242,7 @@ fn one_in(place: &str) -> String {
 
 /// The delivery `$2` in the places of such states, but ready ones.
 fn places_of(wanted: impl Fn(State) -> bool) -> Vec<String> {
-    let part = "and pg_catalog.int8range(p.lowest, p.highest, '[]') operator(pg_catalog.@>) $2";
+    let part = "and pg_catalog.int8range(p.lowest, p.highest, '[]') @> $2";
     let places = PLACES[1..].iter().filter(|(state, _)| wanted(*state));
     places.map(|(_, place)| one_in(&place.replace("{parts}", part))).collect()
 }

@@ -28,7 +28,7 @@ pub(super) async fn one(store: &PgStore, delivery: DeliveryId, replay: &Replay) 
             (select d.subscription from {0}.dead_letter d where d.delivery = $1),
             (select u.subscription from {0}.outcome_part p
                 cross join lateral unnest(p.deliveries, p.subscriptions) as u(delivery, subscription)
-                where p.highest is not null and pg_catalog.int8range(p.lowest, p.highest, '[]') operator(pg_catalog.@>) $1
+                where p.highest is not null and pg_catalog.int8range(p.lowest, p.highest, '[]') @> $1
                     and u.delivery = $1 limit 1),
             (select k.id from {0}.subscription k where k.application = $2 and k.name = $3 order by k.id desc limit 1))",
         store.schema

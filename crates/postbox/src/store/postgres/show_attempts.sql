@@ -16,7 +16,7 @@ from (
         p.finished_at, null, null
     from {schema}.outcome_part p
     cross join lateral unnest(p.deliveries, p.durations_us) as d(delivery, duration_us)
-    where p.highest is not null and pg_catalog.int8range(p.lowest, p.highest, '[]') operator(pg_catalog.@>) $1
+    where p.highest is not null and pg_catalog.int8range(p.lowest, p.highest, '[]') @> $1
         and d.delivery = $1
 ) a
 order by a.number
