@@ -146,9 +146,8 @@ async fn what_was_read_and_not_committed_comes_again_and_is_counted() {
     for times in 1..=4 {
         let read = something(&mut source).await;
         assert_eq!((positions(&read), deliveries(&read)), (added.clone(), vec![times; 2]));
-        if times == 2 {
-            source.open(None).await.expect("opens anew");
-        }
+        assert_eq!(source.read().await.expect("reads"), Read::default(), "what the worker has does not come twice");
+        source.open(None).await.expect("opens anew");
     }
     source.acknowledge(&added[..1]).await.expect("acknowledges");
     let read = something(&mut source).await;
@@ -209,7 +208,10 @@ async fn what_is_pending_and_deleted_is_told_as_lost() {
         assert_eq!(read.lost, [added[1].clone()]);
     }
     source.acknowledge(&[added[0].clone(), added[2].clone()]).await.expect("acknowledges");
+    assert_eq!(stream.pending().await, 1, "what was told as lost may not be on record");
+    source.acknowledge(&added[1..2]).await.expect("acknowledges");
     assert_eq!(stream.pending().await, 0);
+    source.open(None).await.expect("opens anew");
     assert_eq!(source.read().await.expect("reads"), Read::default());
 
     // Another's, that are claimed: Redis tells of them once, and this goes on until they are on record.
@@ -227,6 +229,9 @@ async fn what_is_pending_and_deleted_is_told_as_lost() {
     heir.open(None).await.expect("opens anew");
     assert_eq!(heir.read().await.expect("reads").lost, added);
     assert_eq!(heir.read().await.expect("reads"), Read::default(), "they were told, and the source not opened again");
+    heir.acknowledge(&added).await.expect("acknowledges");
+    heir.open(None).await.expect("opens anew");
+    assert_eq!(heir.read().await.expect("reads"), Read::default(), "they are on record");
     assert_eq!(stream.pending().await, 0);
 }
 
