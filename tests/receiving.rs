@@ -174,6 +174,8 @@ impl Source for FromMemory {
                 shelf.held.insert(position.clone(), (raw.clone(), self.consumer.clone(), 1));
                 read.entries.push(Entry { position, raw, deliveries: 1 });
             }
+            // After the last full batch this is not true, and the worker waits for nothing.
+            read.more = read.entries.len() >= 10;
             read
         };
         let read = take(&self.broker);

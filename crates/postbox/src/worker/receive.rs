@@ -188,7 +188,6 @@ impl<S: Source, Db: Database> Reader<S, Db> {
 
     /// Reads a batch, unless the source is closed; nothing if it is, or the worker stops.
     async fn next(&mut self) -> Result<Option<Read>, BrokerError> {
-        self.ask().await?;
         if self.inbox.closed().is_none() {
             return read_next(&mut self.source, &mut self.stopping).await;
         }
@@ -203,6 +202,7 @@ impl<S: Source, Db: Database> Reader<S, Db> {
         self.acknowledge().await?;
         let mut ahead = None;
         loop {
+            self.ask().await?;
             let read = match ahead.take() {
                 Some(read) => read,
                 None if self.is_stopping() => return Ok(()),
@@ -213,7 +213,7 @@ impl<S: Source, Db: Database> Reader<S, Db> {
             };
             self.wait = WAIT;
             self.inbox.trouble(None);
-            if read.entries.is_empty() && read.lost.is_empty() {
+            if !is_something(&read) {
                 continue;
             }
             if planted!("acknowledge-first") {
@@ -236,7 +236,8 @@ impl<S: Source, Db: Database> Reader<S, Db> {
             }
             crash::point("received");
             self.unacknowledged.extend(positions(&read));
-            ahead = came?;
+            // Nothing after all, when the wait for it is over: nobody acknowledges this with a next batch.
+            ahead = came?.filter(is_something);
             if ahead.is_none() {
                 self.acknowledge().await?;
             }
@@ -252,6 +253,10 @@ impl<S: Source, Db: Database> Reader<S, Db> {
         }
         Ok(())
     }
+}
+
+fn is_something(read: &Read) -> bool {
+    !read.entries.is_empty() || !read.lost.is_empty()
 }
 
 fn positions(read: &Read) -> Vec<String> {
