@@ -153,12 +153,18 @@ impl<Db: Database> Inbox<Db> {
     /// # Errors
     /// The database did not answer; nothing is stored, or it is not known whether it is. Give them again.
     pub async fn receive(&self, entries: &[Entry]) -> Result<Vec<Fate>, Error> {
-        let arrivals = entries.iter().map(|entry| self.shared.arrival(entry)).collect();
-        self.shared.take(arrivals).await
+        let arrivals: Vec<Arrival> = entries.iter().map(|entry| self.shared.arrival(entry)).collect();
+        self.shared.take(&arrivals).await
     }
 
-    /// The same, and what the broker has lost; entries that were handed out more often than `most` are put aside.
-    pub(crate) async fn take(&self, entries: &[Entry], lost: &[String], most: u32) -> Result<Vec<Fate>, Error> {
+    /// Stores what was understood before, like [`receive`](Self::receive).
+    pub(crate) async fn take(&self, arrivals: &[Arrival]) -> Result<(), Error> {
+        self.shared.take(arrivals).await.map(drop)
+    }
+
+    /// What entries come to, and what the broker has lost; entries that were handed out more often than `most` are put
+    /// aside.
+    pub(crate) fn understood(&self, entries: &[Entry], lost: &[String], most: u32) -> Vec<Arrival> {
         let arrival = |entry: &Entry| match entry.deliveries > most {
             true => Arrival {
                 position: entry.position.clone(),
@@ -183,7 +189,7 @@ impl<Db: Database> Inbox<Db> {
             },
         }
         };
-        self.shared.take(entries.iter().map(arrival).chain(lost.iter().map(gone)).collect()).await
+        entries.iter().map(arrival).chain(lost.iter().map(gone)).collect()
     }
 
     /// Everything up to here was acknowledged when somebody told last.
@@ -236,17 +242,17 @@ impl<Db: Database> Shared<Db> {
         Ok(incoming)
     }
 
-    async fn take(&self, arrivals: Vec<Arrival>) -> Result<Vec<Fate>, Error> {
+    async fn take(&self, arrivals: &[Arrival]) -> Result<Vec<Fate>, Error> {
         if arrivals.is_empty() {
             return Ok(Vec::new());
         }
-        match self.postbox.store().receive(self.intake, &arrivals).await {
-            Ok(taken) => Ok(fates(&arrivals, taken)),
+        match self.postbox.store().receive(self.intake, arrivals).await {
+            Ok(taken) => Ok(fates(arrivals, taken)),
             // One of them is to blame, and the others are not.
             Err(error) if is_about_content(&error) => {
                 let mut all = Vec::with_capacity(arrivals.len());
                 for arrival in arrivals {
-                    all.extend(self.take_alone(arrival).await?);
+                    all.extend(self.take_alone(arrival.clone()).await?);
                 }
                 Ok(all)
             }

@@ -30,7 +30,7 @@ use crate::slot::{Wish, keep};
 use crate::world::World;
 
 /// A fault that has not been hit by the end of its time is tried for this much longer.
-const OVERTIME: Duration = Duration::from_secs(30);
+const OVERTIME: Duration = Duration::from_secs(90);
 /// A run in which also the smallest parts of a fault have their turn.
 const LONG: Duration = Duration::from_secs(600);
 /// After healing, all is quiet within this.

@@ -17,6 +17,7 @@ use crate::planted::planted;
 use crate::postbox::Postbox;
 use crate::source::{Format, Read, Source};
 use crate::store::Database;
+use crate::store::inbox::Arrival;
 
 /// The first and the longest wait after something went wrong, before jitter.
 const WAIT: Duration = Duration::from_millis(100);
@@ -200,44 +201,48 @@ impl<S: Source, Db: Database> Reader<S, Db> {
 
     async fn read_while_connected(&mut self) -> Result<(), BrokerError> {
         self.acknowledge().await?;
-        let mut ahead = None;
+        let mut ahead: Option<Batch> = None;
         loop {
             self.ask().await?;
-            let read = match ahead.take() {
-                Some(read) => read,
+            let batch = match ahead.take() {
+                Some(batch) => batch,
                 None if self.is_stopping() => return Ok(()),
                 None => match self.next().await? {
-                    Some(read) => read,
+                    Some(read) => Batch::understood(&self.inbox, &read, self.source.max_deliveries()),
                     None => continue,
                 },
             };
             self.wait = WAIT;
             self.inbox.trouble(None);
-            if !is_something(&read) {
+            if batch.positions.is_empty() {
                 continue;
             }
             if planted!("acknowledge-first") {
-                self.source.acknowledge(&positions(&read)).await?;
+                self.source.acknowledge(&batch.positions).await?;
             }
             crash::point("read");
             let Reader { source, inbox, stopping, unacknowledged, .. } = self;
             let most = source.max_deliveries();
-            let reads_on = read.more && *stopping.borrow() == Stop::No && inbox.closed().is_none();
+            let reads_on = batch.more && *stopping.borrow() == Stop::No && inbox.closed().is_none();
             // While the database commits this, the broker hears of the batch before, and hands out the next one.
             let broker = async {
                 acknowledge(source, unacknowledged).await?;
-                if reads_on { read_next(source, &mut stopping.clone()).await } else { Ok(None) }
+                if !reads_on {
+                    return Ok::<_, BrokerError>(None);
+                }
+                let read = read_next(source, &mut stopping.clone()).await?;
+                Ok(read.map(|read| Batch::understood(inbox, &read, most)))
             };
             let mut stop = stopping.clone();
-            let (stored, came) = tokio::join!(persist(inbox, &mut stop, &read, most), broker);
+            let (stored, came) = tokio::join!(persist(inbox, &mut stop, &batch.arrivals), broker);
             if !stored {
                 // What nobody has committed stays with the broker.
                 return Ok(());
             }
             crash::point("received");
-            self.unacknowledged.extend(positions(&read));
+            self.unacknowledged.extend(batch.positions);
             // Nothing after all, when the wait for it is over: nobody acknowledges this with a next batch.
-            ahead = came?.filter(is_something);
+            ahead = came?.filter(|batch| !batch.positions.is_empty());
             if ahead.is_none() {
                 self.acknowledge().await?;
             }
@@ -255,12 +260,20 @@ impl<S: Source, Db: Database> Reader<S, Db> {
     }
 }
 
-fn is_something(read: &Read) -> bool {
-    !read.entries.is_empty() || !read.lost.is_empty()
+/// What was read, and understood.
+struct Batch {
+    positions: Vec<String>,
+    arrivals: Vec<Arrival>,
+    /// More is there already.
+    more: bool,
 }
 
-fn positions(read: &Read) -> Vec<String> {
-    read.entries.iter().map(|entry| entry.position.clone()).chain(read.lost.iter().cloned()).collect()
+impl Batch {
+    fn understood<Db: Database>(inbox: &Inbox<Db>, read: &Read, most: u32) -> Batch {
+        let entries = read.entries.iter().map(|entry| entry.position.clone());
+        let positions = entries.chain(read.lost.iter().cloned()).collect();
+        Batch { positions, arrivals: inbox.understood(&read.entries, &read.lost, most), more: read.more }
+    }
 }
 
 async fn stopped(stopping: &mut watch::Receiver<Stop>) {
@@ -307,16 +320,11 @@ async fn acknowledge(source: &mut impl Source, committed: &mut Vec<String>) -> R
 }
 
 /// Commits, however long the database takes to come back; `false` if the worker stops meanwhile.
-async fn persist<Db: Database>(
-    inbox: &Inbox<Db>,
-    stopping: &mut watch::Receiver<Stop>,
-    read: &Read,
-    most: u32,
-) -> bool {
+async fn persist<Db: Database>(inbox: &Inbox<Db>, stopping: &mut watch::Receiver<Stop>, arrivals: &[Arrival]) -> bool {
     let mut wait = WAIT;
     loop {
-        let error = match inbox.take(&read.entries, &read.lost, most).await {
-            Ok(_) => return true,
+        let error = match inbox.take(arrivals).await {
+            Ok(()) => return true,
             Err(error) => error,
         };
         tracing::warn!(source = inbox.source(), %error, "what was read could not be stored; trying again");
