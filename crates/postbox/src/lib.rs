@@ -141,6 +141,7 @@ pub use worker::{Alive, Worker, WorkerBuilder};
 /// The Rust in the texts is compiled with the doc-tests.
 #[cfg(doctest)]
 mod docs {
+    #[cfg(feature = "redis")]
     #[doc = include_str!("../../../README.md")]
     mod readme {}
     #[doc = include_str!("../../../docs/bad-input.md")]
@@ -165,6 +166,7 @@ mod docs {
     mod pull {}
     #[doc = include_str!("../../../docs/receiving.md")]
     mod receiving {}
+    #[cfg(feature = "redis")]
     #[doc = include_str!("../../../docs/redis.md")]
     mod redis {}
     #[doc = include_str!("../../../docs/relays.md")]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use postbox::admin::{QuarantineDetail, QuarantineFilter, QuarantineRow};
 use postbox::source::Raw;
-use postbox::{Database, Postbox};
+use postbox::{Database, Error, Postbox};
 
 use crate::commands::Ended;
 use crate::desk::Desk;
@@ -56,7 +56,8 @@ async fn list<Db: Database>(desk: &Desk<'_>, wish: QuarantineList) -> Ended {
         return Ok(0);
     }
     if rows.is_empty() {
-        desk.output.prose("nothing is in quarantine");
+        let wanted = filter.application.is_some() || filter.source.is_some() || filter.kind.is_some();
+        desk.output.prose(if wanted { "nothing that fits is in quarantine" } else { "nothing is in quarantine" });
         return Ok(0);
     }
     let mut columns = Columns::new(&[">ID", "SOURCE", "KIND", "POSITION", ">BYTES", "CAME", "REASON"]);
@@ -164,7 +165,13 @@ async fn retry<Db: Database>(desk: &Desk<'_>, wish: OneQuarantined) -> Ended {
     let reason = desk.reason(wish.reason, &tried, &typed, "what was mended")?;
     let postbox = desk.open::<Db>().await?;
     let entry = postbox.admin().retry_quarantined(number, &desk.actor, &reason).await;
-    let entry = entry.map_err(|e| Failure::of(&e, &tried, desk.command(&format!("quarantine show {number}"))))?;
+    let entry = entry.map_err(|e| {
+        let look = match e {
+            Error::NotFound(_) => "quarantine list".to_owned(),
+            _ => format!("quarantine show {number}"),
+        };
+        Failure::of(&e, &tried, desk.command(&look))
+    })?;
     // Whoever receives from its source reads it again, with the format that is set there.
     let asked = tokio::time::Instant::now();
     let row = loop {

@@ -1,5 +1,6 @@
 //! Running a plan: one worker for everything, and one address to listen at.
 
+use std::path::Path;
 use std::time::Duration;
 
 use postbox::{Alive, Database, Error, Postbox, Worker};
@@ -55,7 +56,7 @@ pub(crate) async fn run<Db: Database>(desk: &Desk<'_>, plan: Plan) -> Ended {
     let listener = match listener {
         Some((Ok(listener), _)) => Some(listener),
         Some((Err(error), address)) => {
-            let next = format!("end what listens there, or change `http`: {}", desk.command("serve --check"));
+            let next = format!("end what listens there, or change `http`, then: {}", desk.command("serve"));
             return Err(Failure::new(FAILED, format!("listen at {address}"), error.to_string(), next));
         }
         None => None,
@@ -107,7 +108,10 @@ async fn start<Db: Database>(
     stopping: Stopping,
 ) -> Result<(Worker<Db>, Option<Server>), Failure> {
     let postbox: Postbox<Db> = desk.open_or_create().await?;
-    let failed = |error: Error| Failure::of(&error, "start", desk.command("serve --check"));
+    // `--check` connects to nothing: it has found nothing wrong with what is told here.
+    let file = desk.file.as_deref().unwrap_or(Path::new("postbox.toml")).display();
+    let next = format!("mend that in {file} or at the other side, then: {}", desk.command("serve"));
+    let failed = |error: Error| Failure::of(&error, "start", next.clone());
     let Built { router, streams, webhooks } = build(plan);
     let mut doors = axum::Router::new();
     for webhook in webhooks {

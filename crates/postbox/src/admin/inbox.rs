@@ -174,11 +174,11 @@ impl QuarantineWish {
         }
         match (self, row.kind.as_str()) {
             (QuarantineWish::Retry, "lost") => Some(Error::Refused(format!(
-                "entry {0} is not here: the broker did not have it any more; drop it with `postbox quarantine drop {0}`",
+                "entry {0} is not here: the broker did not have it any more; drop it with `postbox quarantine drop {0} --reason …`",
                 row.id
             ))),
             (QuarantineWish::Retry, "conflict") => Some(Error::Refused(format!(
-                "entry {0} has the id of message {1}, and would have it again; publish what is wanted of it under another id, and drop it with `postbox quarantine drop {0}`",
+                "entry {0} has the id of message {1}, and would have it again; publish what is wanted of it under another id, and drop it with `postbox quarantine drop {0} --reason …`",
                 row.id,
                 row.message.unwrap_or_default()
             ))),
