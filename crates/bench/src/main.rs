@@ -142,7 +142,10 @@ async fn run(cli: &Cli) -> Result<Vec<Figure>, Problem> {
         println!("{}", Figure::head());
     }
     let mut figures = Vec::new();
+    let mut told_at = Instant::now();
     let mut tell = |part: Vec<Figure>| -> Result<(), Problem> {
+        eprintln!("{:.0} s:", told_at.elapsed().as_secs_f64());
+        told_at = Instant::now();
         for figure in part {
             match cli.json {
                 true => println!("{}", serde_json::to_string(&figure)?),

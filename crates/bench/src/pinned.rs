@@ -193,6 +193,12 @@ pub(crate) async fn backlog(site: &Site, extent: Extent) -> Result<Vec<Figure>, 
             Bar::None,
         ),
         Figure::alone(
+            &format!("show a delivery with {big} settled, p50"),
+            crate::figure::median(&big_one.shows),
+            "ms",
+            Bar::AtMost(10.0),
+        ),
+        Figure::alone(
             &format!("show a delivery with {big} settled, p99"),
             p99(&big_one.shows),
             "ms",

@@ -24,6 +24,11 @@ const PIPELINE: usize = 200;
 const KEYS: usize = 1000;
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Messages of a round: some seconds of it.
+fn in_a_round(extent: Extent) -> usize {
+    extent.messages * 2 / 5
+}
+
 async fn connect(server: &RedisServer) -> Result<MultiplexedConnection, Problem> {
     let config = redis::AsyncConnectionConfig::new().set_response_timeout(Some(PATIENCE));
     let client = redis::Client::open(server.url())?;
@@ -32,14 +37,15 @@ async fn connect(server: &RedisServer) -> Result<MultiplexedConnection, Problem>
 
 /// A stream full of messages, until all are handled; beside publishing the same in bulk while a worker drains.
 pub(crate) async fn into_handled(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
+    let messages = in_a_round(extent);
     let server = tokio::task::spawn_blocking(RedisServer::start).await?;
     let mut connection = connect(&server).await?;
     let (mut received, mut published) = (Vec::new(), Vec::new());
     for round in 0..extent.rounds {
         let stream = format!("bench-{round}");
-        for begin in (0..extent.messages).step_by(READ) {
+        for begin in (0..messages).step_by(READ) {
             let mut pipeline = redis::pipe();
-            for number in begin..extent.messages.min(begin + READ) {
+            for number in begin..messages.min(begin + READ) {
                 let add = pipeline.cmd("XADD").arg(&stream).arg("*").arg("event_id").arg(number);
                 add.arg("event_type").arg(TOPIC).arg("payload").arg(payload(number));
             }
@@ -60,12 +66,12 @@ pub(crate) async fn into_handled(site: &Site, extent: Extent) -> Result<Vec<Figu
                 }
                 false => {
                     let worker = worker.start().await?;
-                    fill(&fresh.postbox, extent.messages).await?;
+                    fill(&fresh.postbox, messages).await?;
                     worker
                 }
             };
-            on_record(site, &fresh, &done, before, extent.messages).await?;
-            rates.push(extent.messages as f64 / begun.elapsed().as_secs_f64());
+            on_record(site, &fresh, &done, before, messages).await?;
+            rates.push(messages as f64 / begun.elapsed().as_secs_f64());
             worker.stop(None).await?;
             fresh.drop(site).await?;
         }
@@ -78,11 +84,12 @@ pub(crate) async fn into_handled(site: &Site, extent: Extent) -> Result<Vec<Figu
 /// A backlog, until Redis has confirmed all of it and that is on record; beside the same client that sends the same
 /// entries from memory, one pipeline after the other.
 pub(crate) async fn relayed(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
+    let messages = in_a_round(extent);
     let server = tokio::task::spawn_blocking(RedisServer::start).await?;
     let mut connection = connect(&server).await?;
     let (mut from_memory, mut unordered, mut ordered) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..extent.rounds {
-        from_memory.push(sent_from_memory(&mut connection, extent.messages).await?);
+        from_memory.push(sent_from_memory(&mut connection, messages).await?);
         for (rates, in_order) in [(&mut unordered, false), (&mut ordered, true)] {
             redis::cmd("FLUSHALL").exec_async(&mut connection).await?;
             let routes = || {
@@ -91,8 +98,8 @@ pub(crate) async fn relayed(site: &Site, extent: Extent) -> Result<Vec<Figure>, 
             };
             let fresh = site.fresh().await?;
             register(&fresh, routes()).await?;
-            for begin in (0..extent.messages).step_by(READ) {
-                let drafts = (begin..extent.messages.min(begin + READ)).map(keyed);
+            for begin in (0..messages).step_by(READ) {
+                let drafts = (begin..messages.min(begin + READ)).map(keyed);
                 fresh.postbox.publish_now(drafts.collect::<Result<Vec<Draft>, Problem>>()?).await?;
             }
             site.run(&format!("vacuum analyze {0}.ready; ", fresh.schema)).await?;
@@ -101,13 +108,13 @@ pub(crate) async fn relayed(site: &Site, extent: Extent) -> Result<Vec<Figure>, 
             let begun = Instant::now();
             let worker = fresh.postbox.worker(routes()).concurrency(5 * PIPELINE).start().await?;
             let there = Arc::new(AtomicU64::new(0));
-            while there.load(Ordering::Relaxed) < extent.messages as u64 {
+            while there.load(Ordering::Relaxed) < messages as u64 {
                 tokio::time::sleep(Duration::from_millis(5)).await;
                 let length: u64 = redis::cmd("XLEN").arg("bench").query_async(&mut connection).await?;
                 there.store(length, Ordering::Relaxed);
             }
-            on_record(site, &fresh, &there, (0, 0.0), extent.messages).await?;
-            rates.push(extent.messages as f64 / begun.elapsed().as_secs_f64());
+            on_record(site, &fresh, &there, (0, 0.0), messages).await?;
+            rates.push(messages as f64 / begun.elapsed().as_secs_f64());
             worker.stop(None).await?;
             fresh.drop(site).await?;
         }
