@@ -409,7 +409,8 @@ async fn what_cannot_work_is_refused_and_what_may_pass_is_not() {
     assert!(refused(redis_stream("s".repeat(201)).url(&url)).await.contains("201 bytes"));
     assert!(refused(redis_stream("s").url(&url).group("")).await.contains("empty"));
     stream.run(&["SET", "STREAM", "text"]).await;
-    assert!(refused(stream.source("host")).await.starts_with("WRONGTYPE"), "the server's words");
+    let words = refused(stream.source("host")).await;
+    assert!(words.contains(&stream.name) && words.contains("WRONGTYPE"), "which key, and the server's words: {words}");
     let nobody = redis_stream("s").url("redis://:hunter2@127.0.0.1:1").open(None).await.expect_err("nobody is there");
     assert!(matches!(nobody, BrokerError::Unavailable(_)), "{nobody}");
     assert!(!nobody.to_string().contains("hunter2") && nobody.to_string().contains("127.0.0.1:1"), "{nobody}");

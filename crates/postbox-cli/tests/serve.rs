@@ -311,6 +311,29 @@ fn two_cannot_listen_at_one_address() {
     assert!(ran.err.contains(&format!("could not listen at {address}")), "{}", ran.err);
 }
 
+#[test]
+fn a_source_that_cannot_be_read_needs_somebody() {
+    // Nobody listens there any more.
+    let gone = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
+    let house = House { place: Place::new(), variables: Vec::new() };
+    house.says(&format!(
+        "[[source]]\nname = \"payments\"\nkind = \"redis\"\nurl = \"redis://{gone}\"\nstream = \"p\"\ngroup = \"g\"\n"
+    ));
+    let serving = house.serve();
+    let begun = std::time::Instant::now();
+    let told = loop {
+        let told = house.run(&["status", "--json"]).ends(0).json();
+        if told["sources"][0]["state"] == "failing" {
+            break told;
+        }
+        assert!(begun.elapsed() < PATIENCE, "it says that it fails: {told}");
+    };
+    assert_eq!(told["needs_you"], 1, "{told}");
+    let words = house.run(&["status"]).ends(0).out;
+    assert!(words.contains("! 1 needs you") && words.contains("failing  payments: "), "{words}");
+    assert_eq!(serving.terminate(), 0);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_is_not_ready_while_the_database_is_down() {
     let mut server = Server::start();

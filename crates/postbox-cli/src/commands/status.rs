@@ -111,14 +111,15 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>) -> Ended {
     Ok(0)
 }
 
-/// What does not go on by itself: doubts, and other deliveries that nobody stands behind. Dead
-/// letters are shown, but may be old news.
+/// What does not go on by itself, or may not: doubts, other deliveries that nobody stands behind, and sources that
+/// cannot be read. Dead letters are shown, but may be old news.
 fn needs_you(status: &Status) -> i64 {
     let stranded = status.stranded.iter().filter(|stranded| {
         let whose = |s: &&SubscriptionRow| s.name == stranded.subscription && s.application == stranded.application;
         status.subscriptions.iter().find(whose).is_none_or(|s| s.in_doubt < stranded.waiting)
     });
-    status.subscriptions.iter().map(|s| s.in_doubt).sum::<i64>() + stranded.count() as i64
+    let failing = status.sources.iter().filter(|source| source.state == "failing");
+    status.subscriptions.iter().map(|s| s.in_doubt).sum::<i64>() + (stranded.count() + failing.count()) as i64
 }
 
 /// What waits can only be handled by a worker.

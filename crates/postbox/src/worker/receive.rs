@@ -110,7 +110,8 @@ async fn begin<Db: Database, S: Source>(
         }
     };
     Ok(Box::pin(async move {
-        let mut reader = Reader { source, inbox, stopping, unacknowledged: Vec::new(), wait: WAIT, asked: None };
+        let mut reader =
+            Reader { source, inbox, stopping, unacknowledged: Vec::new(), wait: WAIT, failing: !opened, asked: None };
         let read = AssertUnwindSafe(reader.read_on(opened)).catch_unwind().await;
         if let Err(panic) = read {
             let words = format!("the source panicked: {}", panic_words(&*panic));
@@ -139,6 +140,8 @@ struct Reader<S, Db: Database> {
     /// Committed, and the broker does not know.
     unacknowledged: Vec<String>,
     wait: Duration,
+    /// Nothing could be read, and it was said.
+    failing: bool,
     asked: Option<Instant>,
 }
 
@@ -174,6 +177,7 @@ impl<S: Source, Db: Database> Reader<S, Db> {
 
     async fn failed(&mut self, what: &str, error: &BrokerError) {
         tracing::warn!(source = self.inbox.source(), %error, "{what}; trying again");
+        self.failing = true;
         self.inbox.trouble(Some(error.to_string()));
         self.pause().await;
     }
@@ -214,6 +218,9 @@ impl<S: Source, Db: Database> Reader<S, Db> {
             };
             self.wait = WAIT;
             self.inbox.trouble(None);
+            if std::mem::take(&mut self.failing) {
+                tracing::info!(source = self.inbox.source(), "the broker is back");
+            }
             if batch.positions.is_empty() {
                 continue;
             }

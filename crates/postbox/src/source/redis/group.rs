@@ -42,6 +42,10 @@ impl RedisSource {
                 Ok(())
             }
             Err(trouble) if trouble.is("BUSYGROUP") => Ok(()),
+            Err(trouble) if trouble.is("WRONGTYPE") => {
+                let words = BrokerError::from(trouble);
+                Err(BrokerError::Refused(format!("the key `{stream}` holds something that is no stream: {words}")))
+            }
             Err(trouble) => Err(trouble.into()),
         }
     }
