@@ -316,6 +316,7 @@ fn a_source_that_cannot_be_read_needs_somebody() {
     // Nobody listens there any more.
     let gone = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
     let house = House { place: Place::new(), variables: Vec::new() };
+    house.run(&["migrate", "up"]).ends(0);
     house.says(&format!(
         "[[source]]\nname = \"payments\"\nkind = \"redis\"\nurl = \"redis://{gone}\"\nstream = \"p\"\ngroup = \"g\"\n"
     ));
