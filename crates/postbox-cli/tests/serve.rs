@@ -277,6 +277,48 @@ async fn the_whole_way_on_postgres() {
     the_whole_way(vec![("DATABASE_URL", fresh.url()), ("POSTBOX_SCHEMA", fresh.schema())]).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_put_aside_is_read_again_by_whoever_serves() {
+    let house = House { place: Place::new(), variables: Vec::new() };
+    house.says(
+        r#"
+http = "127.0.0.1:0"
+
+[[source]]
+name = "github"
+kind = "webhook"
+scheme = "github"
+secret = { env = "GITHUB_SECRET" }
+"#,
+    );
+    let serving = house.serve();
+    let address = serving.address();
+    let secret = signature::Secret::bytes(GITHUB_SECRET).expect("a secret");
+    let http = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let request = http.post(format!("{address}/in/github")).header("x-github-event", "issues").body("nonsense");
+    let signed = request
+        .header("x-github-delivery", "d1")
+        .header("x-hub-signature-256", signature::github::sign(&secret, b"nonsense"));
+    assert_eq!(signed.send().await.expect("an answer").status().as_u16(), 202);
+    let entry = house.run(&["quarantine", "--json"]).ends(0).json();
+    let number = entry["id"].to_string();
+
+    // It is what it was.
+    let retry = ["quarantine", "retry", &number, "--reason", "it is mended"];
+    let ran = house.run(&retry).ends(1);
+    assert!(ran.out.starts_with("x still: "), "{}", ran.out);
+    assert!(ran.err.contains(&format!("quarantine show {number}")), "{}", ran.err);
+    let ran = house.run(&[&retry[..], &["--json"]].concat());
+    assert_eq!((ran.code, &ran.json()["retry_at"]), (1, &Value::Null));
+
+    // Nobody is there: what was asked for is on record, and waits.
+    assert_eq!(serving.terminate(), 0);
+    let ran = house.run(&retry).ends(0);
+    assert!(ran.out.starts_with(". it waits to be read again; by ana, audit "), "{}", ran.out);
+    assert!(ran.err.contains("nobody has done it yet") && ran.err.contains("quarantine show"), "{}", ran.err);
+    assert!(house.run(&["quarantine", "show", &number, "--json"]).ends(0).json()["retry_at"].is_string());
+}
+
 #[test]
 fn a_pipe_that_nobody_reads_is_a_failure() {
     let house = House { place: Place::new(), variables: Vec::new() };

@@ -8,7 +8,7 @@ use postbox::{Database, Error, Postbox};
 
 use crate::commands::Ended;
 use crate::desk::Desk;
-use crate::failure::Failure;
+use crate::failure::{FAILED, Failure};
 use crate::flags::{OneQuarantined, Quarantine, QuarantineCommand, QuarantineList};
 use crate::output::Tone;
 use crate::table::{Columns, text, toned};
@@ -181,22 +181,30 @@ async fn retry<Db: Database>(desk: &Desk<'_>, wish: OneQuarantined) -> Ended {
         }
         tokio::time::sleep(LOOK).await;
     };
+    let failed = row.retry_at.is_none() && row.ended_at.is_none();
+    let code = if failed { FAILED } else { 0 };
     if desk.output.json {
         desk.output.object(&row)?;
-        return Ok(0);
+        return Ok(code);
     }
     let came_to = plain(row.retried.as_deref().unwrap_or_default());
+    let look = || desk.output.prose(&format!("next: {}", desk.command(&format!("quarantine show {number}"))));
     let by = format!("by {}, audit {}", plain(&entry.actor), entry.seq);
     if row.retry_at.is_some() {
-        desk.output.line(&format!("{} it is to be read again; {by}", desk.output.paint(Tone::Doubt, ".")))?;
-        desk.output.prose("nobody has done it yet: a worker that receives from its source does, within about a second");
-        desk.output.prose(&format!("next: {}", desk.command(&format!("quarantine show {number}"))));
+        desk.output.line(&format!("{} it waits to be read again; {by}", desk.output.paint(Tone::Doubt, ".")))?;
+        desk.output.prose(&format!(
+            "what you wanted is on record, and nobody has done it yet: whoever receives from {} does, within about a second; is there one? {}",
+            plain(&row.source),
+            desk.command("sources"),
+        ));
+        look();
     } else if row.ended_at.is_some() {
         desk.output.line(&format!("{} {came_to}; {by}", desk.output.paint(Tone::Good, "+")))?;
     } else {
         desk.output.line(&format!("{} {came_to}; {by}", desk.output.paint(Tone::Bad, "x")))?;
+        look();
     }
-    Ok(0)
+    Ok(code)
 }
 
 async fn drop_it<Db: Database>(desk: &Desk<'_>, wish: OneQuarantined) -> Ended {
