@@ -239,6 +239,33 @@ fn what_is_no_setting_is_told_with_the_rest() {
 }
 
 #[test]
+fn an_address_of_redis_that_can_never_work_is_told_without_its_password() {
+    for url in [
+        "redis://user:hidden@localhost:badport",
+        "redis://user:hidden@localhost:6379/first",
+        "redis://user:hid/den@localhost",
+        "redis://:hidden@",
+        "rediss://user:hidden@localhost#nonsense",
+        "redi://user:hidden@localhost",
+    ] {
+        let file = format!(
+            "database_url = \"sqlite:a.db\"\n[[source]]\nname = \"a\"\nkind = \"redis\"\nstream = \"s\"\nurl = \"{url}\"\n\
+             [[relay]]\nname = \"b\"\npattern = \">\"\nkind = \"redis\"\nto = \"s\"\nurl = \"{url}\"\n"
+        );
+        let told = mistakes(&file);
+        assert_eq!(told.iter().map(|(line, _)| *line).collect::<Vec<_>>(), [6, 12], "{url}: {told:?}");
+        for (_, why) in told {
+            assert!(why.contains("`url` ") && why.contains("write it like redis://"), "{why}");
+            assert!(!why.contains("hid") && !why.contains("den"), "{why}");
+        }
+    }
+    let file = "database_url = \"postgres://h/shop?password=hidden\"\n[[source]]\nname = \"a\"\nkind = \"redis\"\n\
+        stream = \"s\"\nurl = \"unix:///run/redis.sock?pass=hidden\"\n";
+    let ran = check(&place(file), &[]).ends(0);
+    assert!(ran.out.contains("unix:///run/redis.sock?pass=***") && !ran.out.contains("hidden"), "{}", ran.out);
+}
+
+#[test]
 fn the_files_in_the_docs_are_fine() {
     for document in ["docs/serve.md", "README.md"] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(document);

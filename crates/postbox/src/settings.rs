@@ -568,17 +568,24 @@ fn program_name() -> String {
     name.chars().take(40).collect()
 }
 
-/// A URL with `***` for its password.
+/// A URL with `***` for its password, which may also be a parameter.
 pub fn hide_password(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
     let authority_end = rest.find(['/', '?']).unwrap_or(rest.len());
-    match rest[..authority_end].rfind('@') {
-        Some(at) => match rest[..at].split_once(':') {
-            Some((user, _)) => format!("{scheme}://{user}:***{}", &rest[at..]),
-            None => url.to_owned(),
-        },
-        None => url.to_owned(),
-    }
+    let hidden = rest[..authority_end].rfind('@').and_then(|at| {
+        let (user, _) = rest[..at].split_once(':')?;
+        Some(format!("{user}:***{}", &rest[at..]))
+    });
+    let rest = hidden.unwrap_or_else(|| rest.to_owned());
+    let Some((place, parameters)) = rest.split_once('?') else { return format!("{scheme}://{rest}") };
+    let shown: Vec<String> = parameters
+        .split('&')
+        .map(|parameter| match parameter.split_once('=') {
+            Some((name @ ("password" | "pass"), _)) => format!("{name}=***"),
+            _ => parameter.to_owned(),
+        })
+        .collect();
+    format!("{scheme}://{place}?{}", shown.join("&"))
 }
 
 #[cfg(test)]
@@ -668,5 +675,7 @@ mod tests {
         assert_eq!(hide_password("postgres://ana:se:cr@et@db/shop"), "postgres://ana:***@db/shop");
         assert_eq!(hide_password("postgres://ana@db/shop"), "postgres://ana@db/shop");
         assert_eq!(hide_password("sqlite:shop.db"), "sqlite:shop.db");
+        assert_eq!(hide_password("postgres://db/shop?password=a&b=c"), "postgres://db/shop?password=***&b=c");
+        assert_eq!(hide_password("unix:///run/redis.sock?db=1&pass=a"), "unix:///run/redis.sock?db=1&pass=***");
     }
 }
