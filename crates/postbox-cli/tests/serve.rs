@@ -303,6 +303,23 @@ secret = { env = "GITHUB_SECRET" }
     let entry = house.run(&["quarantine", "--json"]).ends(0).json();
     let number = entry["id"].to_string();
 
+    // A name that is none is no empty list.
+    for (application, name) in [("shop", "nope"), ("other", "github")] {
+        let ran = house.run(&["quarantine", "list", "--source", name, "--application", application]).ends(3);
+        let why = format!("there is no source {name} of application {application}");
+        assert!(ran.err.contains(&why) && ran.err.contains("sources") && ran.out.is_empty(), "{}", ran.err);
+    }
+    for command in [
+        &["quarantine", "--source", "nope", "--json"][..],
+        &["sources", "pause", "nope"],
+        &["sources", "resume", "nope"],
+    ] {
+        let ran = house.run(command).ends(3);
+        assert!(ran.err.contains("there is no source nope") && ran.err.contains(" sources\n"), "{}", ran.err);
+    }
+    let ran = house.run(&["quarantine", "list", "--source", "github", "--kind", "lost"]).ends(0);
+    assert!(ran.err.contains("nothing that fits is in quarantine"), "{}", ran.err);
+
     // It is what it was.
     let retry = ["quarantine", "retry", &number, "--reason", "it is mended"];
     let ran = house.run(&retry).ends(1);
