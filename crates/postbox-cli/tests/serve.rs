@@ -328,6 +328,16 @@ secret = { env = "GITHUB_SECRET" }
     let ran = house.run(&[&retry[..], &["--json"]].concat());
     assert_eq!((ran.code, &ran.json()["retry_at"]), (1, &Value::Null));
 
+    // The audit says which entry it was, and of which source.
+    house.run(&["sources", "pause", "github", "--reason", "a look"]).ends(0);
+    let audit = house.run(&["audit", "--json"]).ends(0).json_lines();
+    assert_eq!(audit[0]["detail"], json!({"application": "postbox", "source": "github"}));
+    assert_eq!((&audit[1]["detail"]["quarantine"], &audit[1]["detail"]["source"]), (&entry["id"], &json!("github")));
+    let table = house.run(&["audit"]).ends(0).out;
+    let what = format!("entry {number}, source github");
+    assert!(table.contains("WHAT") && table.matches(&what).count() == 2, "{table}");
+    house.run(&["sources", "resume", "github", "--reason", "seen"]).ends(0);
+
     // Nobody is there: what was asked for is on record, and waits.
     assert_eq!(serving.terminate(), 0);
     let ran = house.run(&retry).ends(0);
