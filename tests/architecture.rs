@@ -340,3 +340,20 @@ fn statements_name_their_schema() {
         assert_eq!(open_to_others(fine), [""; 0], "{fine}");
     }
 }
+
+#[test]
+fn programs_in_the_docs_are_shown_whole() {
+    // Who reads the Markdown sees the lines that rustdoc hides, and copies them.
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let pages = std::fs::read_dir(root.join("docs")).expect("the docs").flatten().map(|page| page.path());
+    let mut programs = 0;
+    for page in pages.chain([root.join("README.md")]).filter(|page| page.extension().is_some_and(|e| e == "md")) {
+        let text = std::fs::read_to_string(&page).expect("a page");
+        for program in text.split("\n```rust").skip(1).filter_map(|rest| rest.split("\n```").next()) {
+            programs += 1;
+            let hidden = program.lines().find(|line| line.trim() == "#" || line.trim_start().starts_with("# "));
+            assert!(hidden.is_none(), "{}: {}", page.display(), hidden.unwrap_or_default());
+        }
+    }
+    assert!(programs > 20, "only {programs} programs are there");
+}

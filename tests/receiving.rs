@@ -359,6 +359,8 @@ async fn another_body_is_a_conflict<Db: Testable>() {
     assert!(matches!(gone, Error::NotFound(_)), "{gone}");
     let audit = admin.audit(5).await.expect("the audit");
     assert_eq!((audit[0].action.as_str(), audit[0].reason.as_deref()), ("drop quarantined", Some("known")));
+    let detail = audit[0].detail.as_ref().expect("which entry it was");
+    assert_eq!((&detail["quarantine"], &detail["source"]), (&rows[0].id.into(), &"partner".into()), "{detail}");
 }
 
 async fn what_is_malformed_is_kept_byte_for_byte<Db: Testable>() {

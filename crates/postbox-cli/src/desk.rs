@@ -33,6 +33,8 @@ pub(crate) struct Desk<'a> {
     pub(crate) application: Option<String>,
     /// The settings' file, if there is one.
     pub(crate) file: Option<PathBuf>,
+    /// What in it is no setting, each with its line.
+    pub(crate) mistakes: Vec<(usize, String)>,
     prefix: String,
     /// The same without the database.
     elsewhere: String,
@@ -42,12 +44,13 @@ pub(crate) struct Desk<'a> {
 
 impl<'a> Desk<'a> {
     /// Reads the settings: flag, then environment, then file, then default. An empty flag counts as
-    /// not given.
+    /// not given. What in the file is no setting is left for [`Desk::no_mistakes`], or for `serve`, which tells it
+    /// with what else is wrong.
     pub(crate) fn new(global: Global, output: &'a Output) -> Result<Desk<'a>, Failure> {
         let mut prefix = program();
         let mut elsewhere = program();
         let file = settings_file(&global);
-        let mut settings = Settings::load_from(file.as_deref()).map_err(|e| {
+        let (mut settings, mistakes) = Settings::load_with_mistakes(file.as_deref()).map_err(|e| {
             let next = format!("mend the file, then: {}", about_file(&global, "config show --origin"));
             Failure::of(&e, "read the settings", next)
         })?;
@@ -81,10 +84,19 @@ impl<'a> Desk<'a> {
             actor: actor.unwrap_or_else(|| "unknown".into()),
             application: global.application.filter(|a| !a.is_empty()),
             file,
+            mistakes,
             prefix,
             elsewhere,
             acting,
         })
+    }
+
+    /// Goes on only with a file whose settings all are some.
+    pub(crate) fn no_mistakes(&self) -> Result<(), Failure> {
+        let (Some((line, why)), Some(file)) = (self.mistakes.first(), &self.file) else { return Ok(()) };
+        let why = format!("{}, line {line}: {why}", file.display());
+        let next = format!("mend the file, then: {}", self.command("config show --origin"));
+        Err(usage("read the settings", why, next))
     }
 
     /// The application that a new subscription belongs to: of the flag or of a setting, if one says it.

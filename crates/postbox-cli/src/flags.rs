@@ -459,6 +459,11 @@ pub(crate) enum QuarantineCommand {
         number: i64,
     },
     /// Have it read again, after the format was mended
+    #[command(
+        after_help = "Whoever receives from its source reads it, within about a second. It ends with 0 when it became a \
+                      message, and with 1 when it still cannot. When nobody has read it within 5 s, it waits for \
+                      somebody who does, and that is 0, too: `quarantine show` says what came of it."
+    )]
     Retry(OneQuarantined),
     /// Remove it for good
     Drop(OneQuarantined),

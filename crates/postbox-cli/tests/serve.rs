@@ -277,6 +277,75 @@ async fn the_whole_way_on_postgres() {
     the_whole_way(vec![("DATABASE_URL", fresh.url()), ("POSTBOX_SCHEMA", fresh.schema())]).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_put_aside_is_read_again_by_whoever_serves() {
+    let house = House { place: Place::new(), variables: Vec::new() };
+    house.says(
+        r#"
+http = "127.0.0.1:0"
+
+[[source]]
+name = "github"
+kind = "webhook"
+scheme = "github"
+secret = { env = "GITHUB_SECRET" }
+"#,
+    );
+    let serving = house.serve();
+    let address = serving.address();
+    let secret = signature::Secret::bytes(GITHUB_SECRET).expect("a secret");
+    let http = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let request = http.post(format!("{address}/in/github")).header("x-github-event", "issues").body("nonsense");
+    let signed = request
+        .header("x-github-delivery", "d1")
+        .header("x-hub-signature-256", signature::github::sign(&secret, b"nonsense"));
+    assert_eq!(signed.send().await.expect("an answer").status().as_u16(), 202);
+    let entry = house.run(&["quarantine", "--json"]).ends(0).json();
+    let number = entry["id"].to_string();
+
+    // A name that is none is no empty list.
+    for (application, name) in [("shop", "nope"), ("other", "github")] {
+        let ran = house.run(&["quarantine", "list", "--source", name, "--application", application]).ends(3);
+        let why = format!("there is no source {name} of application {application}");
+        assert!(ran.err.contains(&why) && ran.err.contains("sources") && ran.out.is_empty(), "{}", ran.err);
+    }
+    for command in [
+        &["quarantine", "--source", "nope", "--json"][..],
+        &["sources", "pause", "nope"],
+        &["sources", "resume", "nope"],
+    ] {
+        let ran = house.run(command).ends(3);
+        assert!(ran.err.contains("there is no source nope") && ran.err.contains(" sources\n"), "{}", ran.err);
+    }
+    let ran = house.run(&["quarantine", "list", "--source", "github", "--kind", "lost"]).ends(0);
+    assert!(ran.err.contains("nothing that fits is in quarantine"), "{}", ran.err);
+
+    // It is what it was.
+    let retry = ["quarantine", "retry", &number, "--reason", "it is mended"];
+    let ran = house.run(&retry).ends(1);
+    assert!(ran.out.starts_with("x still: "), "{}", ran.out);
+    assert!(ran.err.contains(&format!("quarantine show {number}")), "{}", ran.err);
+    let ran = house.run(&[&retry[..], &["--json"]].concat());
+    assert_eq!((ran.code, &ran.json()["retry_at"]), (1, &Value::Null));
+
+    // The audit says which entry it was, and of which source.
+    house.run(&["sources", "pause", "github", "--reason", "a look"]).ends(0);
+    let audit = house.run(&["audit", "--json"]).ends(0).json_lines();
+    assert_eq!(audit[0]["detail"], json!({"application": "postbox", "source": "github"}));
+    assert_eq!((&audit[1]["detail"]["quarantine"], &audit[1]["detail"]["source"]), (&entry["id"], &json!("github")));
+    let table = house.run(&["audit"]).ends(0).out;
+    let what = format!("entry {number}, source github");
+    assert!(table.contains("WHAT") && table.matches(&what).count() == 2, "{table}");
+    house.run(&["sources", "resume", "github", "--reason", "seen"]).ends(0);
+
+    // Nobody is there: what was asked for is on record, and waits.
+    assert_eq!(serving.terminate(), 0);
+    let ran = house.run(&retry).ends(0);
+    assert!(ran.out.starts_with(". it waits to be read again; by ana, audit "), "{}", ran.out);
+    assert!(ran.err.contains("nobody has done it yet") && ran.err.contains("quarantine show"), "{}", ran.err);
+    assert!(house.run(&["quarantine", "show", &number, "--json"]).ends(0).json()["retry_at"].is_string());
+}
+
 #[test]
 fn a_pipe_that_nobody_reads_is_a_failure() {
     let house = House { place: Place::new(), variables: Vec::new() };

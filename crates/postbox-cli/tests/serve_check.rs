@@ -212,6 +212,60 @@ rate = "many"
 }
 
 #[test]
+fn what_is_no_setting_is_told_with_the_rest() {
+    let file = "aplication = \"shop\"\ndatabase_url = \"sqlite:shop.db\"\nmax_backlog = 99999999999999999999\n\
+        lease = [1]\nlease_time = \"10s\"\n[[relay]]\nname = \"log\"\npattern = \">\"\nkind = \"stdot\"\n";
+    let told = mistakes(file);
+    let expected = [
+        (0, "`max_backlog` = `99999999999999999999` (postbox.toml, line 3) must be a whole number"),
+        (1, "there is no setting `aplication`; there are database_url, host"),
+        (4, "the setting `lease` must be a text, a whole number, true or false"),
+        (5, "there is no setting `lease_time`"),
+        (9, "there is no kind `stdot`"),
+    ];
+    for (line, why) in expected {
+        assert!(told.iter().any(|(l, w)| *l == line && w.contains(why)), "no {line}: {why}\nin\n{told:?}");
+    }
+    assert_eq!(told.len(), expected.len(), "{told:?}");
+    // Serving and testing a webhook tell the same; other commands tell the first, and change nothing.
+    let place = place(file);
+    for command in [&["serve"][..], &["webhooks", "test", "log"]] {
+        let ran = place.run(command).ends(1);
+        assert!(ran.err.contains("it has 5 mistakes, told above"), "{}", ran.err);
+    }
+    let ran = place.run(&["migrate", "up"]).ends(2);
+    assert!(ran.err.contains("postbox.toml, line 1: there is no setting `aplication`"), "{}", ran.err);
+    assert!(!place.file("shop.db").exists());
+}
+
+#[test]
+fn an_address_of_redis_that_can_never_work_is_told_without_its_password() {
+    for url in [
+        "redis://user:hidden@localhost:badport",
+        "redis://user:hidden@localhost:6379/first",
+        "redis://user:hid/den@localhost",
+        "redis://:hidden@",
+        "rediss://user:hidden@localhost#nonsense",
+        "redi://user:hidden@localhost",
+    ] {
+        let file = format!(
+            "database_url = \"sqlite:a.db\"\n[[source]]\nname = \"a\"\nkind = \"redis\"\nstream = \"s\"\nurl = \"{url}\"\n\
+             [[relay]]\nname = \"b\"\npattern = \">\"\nkind = \"redis\"\nto = \"s\"\nurl = \"{url}\"\n"
+        );
+        let told = mistakes(&file);
+        assert_eq!(told.iter().map(|(line, _)| *line).collect::<Vec<_>>(), [6, 12], "{url}: {told:?}");
+        for (_, why) in told {
+            assert!(why.contains("`url` ") && why.contains("write it like redis://"), "{why}");
+            assert!(!why.contains("hid") && !why.contains("den"), "{why}");
+        }
+    }
+    let file = "database_url = \"postgres://h/shop?password=hidden\"\n[[source]]\nname = \"a\"\nkind = \"redis\"\n\
+        stream = \"s\"\nurl = \"unix:///run/redis.sock?pass=hidden\"\n";
+    let ran = check(&place(file), &[]).ends(0);
+    assert!(ran.out.contains("unix:///run/redis.sock?pass=***") && !ran.out.contains("hidden"), "{}", ran.out);
+}
+
+#[test]
 fn the_files_in_the_docs_are_fine() {
     for document in ["docs/serve.md", "README.md"] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(document);

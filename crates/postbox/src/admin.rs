@@ -572,6 +572,8 @@ pub struct AuditEntry {
     pub rev_after: Option<i32>,
     /// Why.
     pub reason: Option<String>,
+    /// On what else, and what came of it: an object, like `{"source": …, "quarantine": 17}` or `{"replayed_as": 18}`.
+    pub detail: Option<serde_json::Value>,
 }
 
 /// Deliveries that one batch of retention removes, about.

@@ -83,8 +83,35 @@ pub(crate) fn check_within(text: &str, levels: usize) -> Result<Findings, JsonEr
     parser.disable_recursion_limit();
     serde::de::IgnoredAny::deserialize(&mut parser)
         .and_then(|_| parser.end())
-        .map_err(|e| JsonError::Syntax(e.to_string()))?;
+        .map_err(|e| JsonError::Syntax(no_json(text, &e)))?;
     Ok(findings)
+}
+
+/// Where a text stops being JSON, and what stands there; the parser's own words are for who writes parsers.
+fn no_json(text: &str, error: &serde_json::Error) -> String {
+    /// Characters that are shown.
+    const SHOWN: usize = 20;
+    if text.trim().is_empty() {
+        return "it is empty".into();
+    }
+    if error.is_eof() {
+        return format!("it ends at byte {}, before it is complete", text.len());
+    }
+    // The parser counts lines and columns.
+    let lines: usize = text.split_inclusive('\n').take(error.line().saturating_sub(1)).map(str::len).sum();
+    let mut at = (lines + error.column()).saturating_sub(1).min(text.len());
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    // A word is shown from its beginning, also when it began like one that may stand there.
+    let in_word = |c: char| c.is_alphanumeric() || "_+-.".contains(c);
+    if text[at..].starts_with(in_word) {
+        at = text[..at].trim_end_matches(in_word).len();
+    }
+    let escaped = |c: char| if matches!(c, '"' | '\'') { c.to_string() } else { c.escape_debug().to_string() };
+    let there: String = text[at..].chars().take(SHOWN).map(escaped).collect();
+    let more = if text[at..].chars().nth(SHOWN).is_some() { "…" } else { "" };
+    format!("what stands at byte {at} does not belong there: `{there}{more}`")
 }
 
 use serde::Deserialize;
@@ -176,6 +203,32 @@ mod tests {
         assert_eq!(check(&format!("{}{}", "[".repeat(129), "]".repeat(129))), Err(JsonError::TooDeep));
         assert_eq!(check("[1e131073]"), Err(JsonError::NumberRange { at: 1 }));
         assert_eq!(check("1e-16384"), Err(JsonError::NumberRange { at: 0 }));
+    }
+
+    #[test]
+    fn says_in_plain_words_what_is_no_json_where() {
+        for (text, said) in [
+            ("", "it is empty"),
+            (" \n", "it is empty"),
+            ("{\"a\": ", "it ends at byte 6, before it is complete"),
+            ("\"a", "it ends at byte 2, before it is complete"),
+            ("nope", "what stands at byte 0 does not belong there: `nope`"),
+            ("[1, NaN]", "what stands at byte 4 does not belong there: `NaN]`"),
+            ("[01]", "what stands at byte 1 does not belong there: `01]`"),
+            ("{'a': 1}", "what stands at byte 1 does not belong there: `'a': 1}`"),
+            ("{\"a\":1,\n \"b\":}", "what stands at byte 13 does not belong there: `}`"),
+            ("{\"a\":1 \"b\":2}", "what stands at byte 7 does not belong there: `\"b\":2}`"),
+            ("[1]\n\u{1b}[31mred", "what stands at byte 4 does not belong there: `\\u{1b}[31mred`"),
+            ("\"a\nb\"", "what stands at byte 1 does not belong there: `a\\nb\"`"),
+            ("[nulé]", "what stands at byte 1 does not belong there: `nulé]`"),
+            ("é", "what stands at byte 0 does not belong there: `é`"),
+            (
+                "<html><body>Service Unavailable</body></html>",
+                "what stands at byte 0 does not belong there: `<html><body>Service …`",
+            ),
+        ] {
+            assert_eq!(check(text), Err(JsonError::Syntax(said.into())), "{text:?}");
+        }
     }
 
     #[test]

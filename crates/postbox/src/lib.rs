@@ -160,6 +160,7 @@ mod docs {
     mod pause {}
     #[doc = include_str!("../../../docs/priority.md")]
     mod priority {}
+    #[cfg(feature = "tokio-postgres")]
     #[doc = include_str!("../../../docs/publishing.md")]
     mod publishing {}
     #[doc = include_str!("../../../docs/pull.md")]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use serde::Deserialize;
+use toml::de::{DeTable, DeValue};
 
 use crate::error::Error;
 use crate::message::MAX_PAYLOAD_BYTES;
@@ -83,6 +83,18 @@ fn no_toml(text: &str, origin: &str, error: &toml::de::Error) -> String {
     format!("{origin}{place}: this is no TOML: {}", why.join("; "))
 }
 
+fn text_of(path: &Path) -> Result<String, Error> {
+    std::fs::read_to_string(path).map_err(|e| Error::Settings(format!("cannot read {}: {e}", path.display())))
+}
+
+/// The first mistake, with its place, if there is one.
+fn told(mistakes: &[Mistake], origin: &str) -> Result<(), Error> {
+    match mistakes.first() {
+        Some((line, why)) => Err(Error::Settings(format!("{origin}, line {line}: {why}"))),
+        None => Ok(()),
+    }
+}
+
 /// Which database a set of settings points at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
@@ -92,14 +104,8 @@ pub enum Backend {
     Sqlite,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Scalar {
-    Text(String),
-    Whole(i64),
-    Switch(bool),
-    Other(serde::de::IgnoredAny),
-}
+/// A setting in a file that is none: its line, from 1, and what is wrong.
+type Mistake = (usize, String);
 
 impl Settings {
     /// Nothing but defaults.
@@ -121,12 +127,25 @@ impl Settings {
     /// # Errors
     /// As [`load`](Self::load); or the file is not there.
     pub fn load_from(file: Option<&Path>) -> Result<Settings, Error> {
-        let mut settings = Settings::defaults();
-        if let Some(file) = file {
-            settings.read_file(file)?;
+        let (settings, mistakes) = Self::load_with_mistakes(file)?;
+        match file {
+            Some(file) => told(&mistakes, &file.display().to_string()).map(|()| settings),
+            None => Ok(settings),
         }
+    }
+
+    /// The same for who tells all mistakes at once: a setting that is none is left out, and told with its line.
+    ///
+    /// # Errors
+    /// The file is not there, or is no TOML.
+    pub fn load_with_mistakes(file: Option<&Path>) -> Result<(Settings, Vec<(usize, String)>), Error> {
+        let mut settings = Settings::defaults();
+        let mistakes = match file {
+            Some(file) => settings.take_toml(&text_of(file)?, &file.display().to_string())?,
+            None => Vec::new(),
+        };
         settings.read_env(|name| std::env::var(name).ok());
-        Ok(settings)
+        Ok((settings, mistakes))
     }
 
     /// Takes the settings of a TOML file.
@@ -134,39 +153,48 @@ impl Settings {
     /// # Errors
     /// The file cannot be read or does not parse; the message names the line.
     pub fn read_file(&mut self, path: &Path) -> Result<(), Error> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|e| Error::Settings(format!("cannot read {}: {e}", path.display())))?;
-        self.read_toml(&text, &path.display().to_string())
+        self.read_toml(&text_of(path)?, &path.display().to_string())
     }
 
     pub(crate) fn read_toml(&mut self, text: &str, origin: &str) -> Result<(), Error> {
-        let table: BTreeMap<String, toml::Spanned<Scalar>> =
-            toml::from_str(text).map_err(|e| Error::Settings(no_toml(text, origin, &e)))?;
-        for (name, value) in table {
-            let line = text[..value.span().start.min(text.len())].matches('\n').count() + 1;
-            if OF_SERVE.contains(&name.as_str()) {
+        told(&self.take_toml(text, origin)?, origin)
+    }
+
+    /// Takes what is a setting, and says what is none, in the order of the file.
+    fn take_toml(&mut self, text: &str, origin: &str) -> Result<Vec<Mistake>, Error> {
+        let table = DeTable::parse(text).map_err(|e| Error::Settings(no_toml(text, origin, &e)))?;
+        let mut mistakes = Vec::new();
+        for (name, value) in table.get_ref() {
+            let line = text[..name.span().start.min(text.len())].matches('\n').count() + 1;
+            let name = name.get_ref();
+            if OF_SERVE.contains(&name.as_ref()) {
                 continue;
             }
-            let Some(known) = SETTINGS.into_iter().find(|s| *s == name) else {
-                return Err(Error::Settings(format!(
-                    "{origin}, line {line}: there is no setting `{name}`; there are {}, and for `postbox serve` {}",
-                    SETTINGS.join(", "),
-                    OF_SERVE.join(", ")
-                )));
+            let Some(known) = SETTINGS.into_iter().find(|s| s == name) else {
+                let name = name.escape_debug();
+                let (all, serve) = (SETTINGS.join(", "), OF_SERVE.join(", "));
+                mistakes.push((
+                    line,
+                    format!("there is no setting `{name}`; there are {all}, and for `postbox serve` {serve}"),
+                ));
+                continue;
             };
-            let value = match value.into_inner() {
-                Scalar::Text(text) => text,
-                Scalar::Whole(number) => number.to_string(),
-                Scalar::Switch(on) => on.to_string(),
-                Scalar::Other(_) => {
-                    return Err(Error::Settings(format!(
-                        "{origin}, line {line}: the setting `{name}` must be a text, a whole number, true or false"
-                    )));
+            let value = match value.get_ref() {
+                DeValue::String(text) => text.to_string(),
+                // One that is too large stays as it is written, and is refused when it is needed.
+                DeValue::Integer(number) => i64::from_str_radix(number.as_str(), number.radix())
+                    .map_or_else(|_| number.as_str().to_owned(), |number| number.to_string()),
+                DeValue::Boolean(on) => on.to_string(),
+                _ => {
+                    mistakes
+                        .push((line, format!("the setting `{known}` must be a text, a whole number, true or false")));
+                    continue;
                 }
             };
             self.values.insert(known, (value, format!("{origin}, line {line}")));
         }
-        Ok(())
+        mistakes.sort();
+        Ok(mistakes)
     }
 
     pub(crate) fn read_env(&mut self, var: impl Fn(&str) -> Option<String>) {
@@ -540,17 +568,24 @@ fn program_name() -> String {
     name.chars().take(40).collect()
 }
 
-/// A URL with `***` for its password.
+/// A URL with `***` for its password, which may also be a parameter.
 pub fn hide_password(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
     let authority_end = rest.find(['/', '?']).unwrap_or(rest.len());
-    match rest[..authority_end].rfind('@') {
-        Some(at) => match rest[..at].split_once(':') {
-            Some((user, _)) => format!("{scheme}://{user}:***{}", &rest[at..]),
-            None => url.to_owned(),
-        },
-        None => url.to_owned(),
-    }
+    let hidden = rest[..authority_end].rfind('@').and_then(|at| {
+        let (user, _) = rest[..at].split_once(':')?;
+        Some(format!("{user}:***{}", &rest[at..]))
+    });
+    let rest = hidden.unwrap_or_else(|| rest.to_owned());
+    let Some((place, parameters)) = rest.split_once('?') else { return format!("{scheme}://{rest}") };
+    let shown: Vec<String> = parameters
+        .split('&')
+        .map(|parameter| match parameter.split_once('=') {
+            Some((name @ ("password" | "pass"), _)) => format!("{name}=***"),
+            _ => parameter.to_owned(),
+        })
+        .collect();
+    format!("{scheme}://{place}?{}", shown.join("&"))
 }
 
 #[cfg(test)]
@@ -640,5 +675,7 @@ mod tests {
         assert_eq!(hide_password("postgres://ana:se:cr@et@db/shop"), "postgres://ana:***@db/shop");
         assert_eq!(hide_password("postgres://ana@db/shop"), "postgres://ana@db/shop");
         assert_eq!(hide_password("sqlite:shop.db"), "sqlite:shop.db");
+        assert_eq!(hide_password("postgres://db/shop?password=a&b=c"), "postgres://db/shop?password=***&b=c");
+        assert_eq!(hide_password("unix:///run/redis.sock?db=1&pass=a"), "unix:///run/redis.sock?db=1&pass=***");
     }
 }

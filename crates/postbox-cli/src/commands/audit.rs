@@ -1,6 +1,8 @@
 //! `postbox audit`: what operators did.
 
 use postbox::Database;
+use postbox::admin::AuditEntry;
+use serde_json::Value;
 
 use crate::commands::Ended;
 use crate::desk::Desk;
@@ -30,7 +32,12 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, audit: Audit) -> Ended {
     if logins {
         headings.push("LOGIN");
     }
-    headings.extend(["ACTION", ">DELIVERY", "SUBSCRIPTION", "CHANGE", "REASON"]);
+    headings.extend(["ACTION", ">DELIVERY", "SUBSCRIPTION"]);
+    let others = entries.iter().any(|entry| what(entry).is_some());
+    if others {
+        headings.push("WHAT");
+    }
+    headings.extend(["CHANGE", "REASON"]);
     let mut columns = Columns::new(&headings);
     for entry in entries {
         let change = match (&entry.state_before, &entry.state_after) {
@@ -38,6 +45,7 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, audit: Audit) -> Ended {
             (None, Some(after)) => state_word(after),
             _ => "-".into(),
         };
+        let what = what(&entry).unwrap_or_else(|| "-".into());
         let mut cells =
             vec![text(entry.seq.to_string()), text(format!("{:.0}", entry.at)), text(shortened(&entry.actor, 30))];
         if logins {
@@ -47,11 +55,37 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, audit: Audit) -> Ended {
             text(plain(&entry.action)),
             text(entry.delivery.map_or_else(|| "-".into(), |d| d.to_string())),
             text(entry.subscription.as_deref().map_or_else(|| "-".into(), plain)),
-            text(change),
-            text(entry.reason.as_deref().map_or_else(|| "-".into(), plain)),
         ]);
+        if others {
+            cells.push(text(what));
+        }
+        cells.extend([text(change), text(entry.reason.as_deref().map_or_else(|| "-".into(), plain))]);
         columns.row(cells);
     }
     columns.print(desk.output)?;
     Ok(0)
+}
+
+/// What it was about beside a delivery or a subscription, and what came of it: what else is on record is in the JSON.
+fn what(entry: &AuditEntry) -> Option<String> {
+    let detail = entry.detail.as_ref()?;
+    let named = [
+        ("quarantine", "entry"),
+        ("source", "source"),
+        ("key", "key"),
+        ("replayed_as", "replayed as"),
+        ("evidence", "evidence"),
+        ("refused", "refused:"),
+    ];
+    let parts: Vec<String> = named
+        .into_iter()
+        .filter_map(|(name, word)| {
+            Some(match detail.get(name)? {
+                Value::Null => return None,
+                Value::String(value) => format!("{word} {value}"),
+                value => format!("{word} {value}"),
+            })
+        })
+        .collect();
+    (!parts.is_empty()).then(|| shortened(&parts.join(", "), 80))
 }

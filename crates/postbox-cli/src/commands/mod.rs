@@ -47,10 +47,15 @@ pub(crate) async fn run(flags: Flags, output: &Output) -> Ended {
         Command::Manual => return completions::manual(),
         _ => {}
     }
-    if matches!(flags.command, Command::Serve(_) | Command::Webhooks(_)) {
+    // It tells all the mistakes of the file at once.
+    let serves = matches!(flags.command, Command::Serve(_) | Command::Webhooks(_));
+    if serves {
         serve::readable(&flags.global, output)?;
     }
     let desk = Desk::new(flags.global, output)?;
+    if !serves {
+        desk.no_mistakes()?;
+    }
     match flags.command {
         Command::Config(command) => config::run(&desk, command),
         Command::Migrate(Migrate::Print { down }) => migrate::print(&desk, down),

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use postbox::admin::{QuarantineDetail, QuarantineFilter, QuarantineRow};
+use postbox::admin::{QuarantineDetail, QuarantineFilter, QuarantineRow, SourceRow};
 use postbox::source::Raw;
 use postbox::{Database, Error, Postbox};
 
 use crate::commands::Ended;
+use crate::commands::sources::not_there;
 use crate::desk::Desk;
-use crate::failure::Failure;
+use crate::failure::{FAILED, Failure};
 use crate::flags::{OneQuarantined, Quarantine, QuarantineCommand, QuarantineList};
 use crate::output::Tone;
 use crate::table::{Columns, text, toned};
@@ -48,7 +49,16 @@ async fn list<Db: Database>(desk: &Desk<'_>, wish: QuarantineList) -> Ended {
         ended: wish.all,
     };
     let rows = postbox.admin().quarantine(&filter, wish.limit).await;
-    let rows = rows.map_err(|e| Failure::of(&e, "list the quarantine", desk.command("status")))?;
+    let failed = |e: Error| Failure::of(&e, "list the quarantine", desk.command("status"));
+    let rows = rows.map_err(failed)?;
+    if let (true, Some(name)) = (rows.is_empty(), &filter.source) {
+        let meant = |row: &SourceRow| {
+            row.name == *name && filter.application.as_ref().is_none_or(|wanted| *wanted == row.application)
+        };
+        if !postbox.admin().sources().await.map_err(failed)?.iter().any(meant) {
+            return Err(not_there(desk, name, "list the quarantine"));
+        }
+    }
     if desk.output.json {
         for row in &rows {
             desk.output.object(row)?;
@@ -181,22 +191,30 @@ async fn retry<Db: Database>(desk: &Desk<'_>, wish: OneQuarantined) -> Ended {
         }
         tokio::time::sleep(LOOK).await;
     };
+    let failed = row.retry_at.is_none() && row.ended_at.is_none();
+    let code = if failed { FAILED } else { 0 };
     if desk.output.json {
         desk.output.object(&row)?;
-        return Ok(0);
+        return Ok(code);
     }
     let came_to = plain(row.retried.as_deref().unwrap_or_default());
+    let look = || desk.output.prose(&format!("next: {}", desk.command(&format!("quarantine show {number}"))));
     let by = format!("by {}, audit {}", plain(&entry.actor), entry.seq);
     if row.retry_at.is_some() {
-        desk.output.line(&format!("{} it is to be read again; {by}", desk.output.paint(Tone::Doubt, ".")))?;
-        desk.output.prose("nobody has done it yet: a worker that receives from its source does, within about a second");
-        desk.output.prose(&format!("next: {}", desk.command(&format!("quarantine show {number}"))));
+        desk.output.line(&format!("{} it waits to be read again; {by}", desk.output.paint(Tone::Doubt, ".")))?;
+        desk.output.prose(&format!(
+            "what you wanted is on record, and nobody has done it yet: whoever receives from {} does, within about a second; is there one? {}",
+            plain(&row.source),
+            desk.command("sources"),
+        ));
+        look();
     } else if row.ended_at.is_some() {
         desk.output.line(&format!("{} {came_to}; {by}", desk.output.paint(Tone::Good, "+")))?;
     } else {
         desk.output.line(&format!("{} {came_to}; {by}", desk.output.paint(Tone::Bad, "x")))?;
+        look();
     }
-    Ok(0)
+    Ok(code)
 }
 
 async fn drop_it<Db: Database>(desk: &Desk<'_>, wish: OneQuarantined) -> Ended {

@@ -5,7 +5,7 @@ use postbox::admin::SourceRow;
 
 use crate::commands::Ended;
 use crate::commands::pause::{told, verb};
-use crate::desk::Desk;
+use crate::desk::{Desk, usage};
 use crate::failure::{Failure, NOT_FOUND};
 use crate::flags::{Pause, Sources, SourcesCommand};
 use crate::output::{Output, Tone};
@@ -92,6 +92,13 @@ fn table(rows: &[SourceRow]) -> Columns {
     columns
 }
 
+/// There is no source of that name.
+pub(super) fn not_there(desk: &Desk<'_>, name: &str, tried: &str) -> Failure {
+    let whose = desk.application.as_ref().map_or_else(String::new, |a| format!(" of application {a}"));
+    let why = format!("there is no source {}{whose}", shortened(name, 80));
+    Failure::new(NOT_FOUND, tried, why, desk.command("sources"))
+}
+
 async fn pause<Db: Database>(desk: &Desk<'_>, wish: Pause, pauses: bool) -> Ended {
     let (verb, hint) = verb(pauses);
     let name = plain(&wish.name);
@@ -103,13 +110,14 @@ async fn pause<Db: Database>(desk: &Desk<'_>, wish: Pause, pauses: bool) -> Ende
         row.name == wish.name && desk.application.as_ref().is_none_or(|wanted| *wanted == row.application)
     };
     let mut found = rows.iter().filter(meant);
-    let (Some(row), None) = (found.next(), found.next()) else {
-        let several = rows.iter().filter(meant).count() > 1;
-        let why = match several {
-            true => "several applications have a source of that name; say which with --application",
-            false => "there is no such source",
-        };
-        return Err(Failure::new(NOT_FOUND, &tried, why, desk.command("sources")));
+    let row = match (found.next(), found.next()) {
+        (Some(row), None) => row,
+        (None, _) => return Err(not_there(desk, &wish.name, &tried)),
+        (Some(first), Some(_)) => {
+            let why = "several applications have one of that name; say whose with --application";
+            let next = format!("sources {verb} {} --application {}", quoted(&name), quoted(&plain(&first.application)));
+            return Err(usage(&tried, why, desk.command(&next)));
+        }
     };
     let whose = desk.of(&row.application);
     let typed = |verb: &str| desk.action(&format!("sources {verb} {}{whose}", quoted(&name)));

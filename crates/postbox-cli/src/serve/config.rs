@@ -129,10 +129,11 @@ pub(crate) struct Policy {
 }
 
 impl Plan {
-    /// Reads the text of a file: the plan, or every mistake in it.
+    /// Reads the text of a file: the plan, or every mistake in it, with those of its settings.
     pub(crate) fn read(
         text: &str,
         settings: &Settings,
+        no_settings: &[(usize, String)],
         variable: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Plan, Vec<Mistake>> {
         // What follows a mistake of this kind may be read as something else.
@@ -143,6 +144,9 @@ impl Plan {
         let (root, _) = DeTable::parse_recoverable(text);
         let file = File::new(text, variable);
         let root = root.get_ref();
+        for (line, why) in no_settings {
+            file.wrong(*line, why.as_str());
+        }
         check_settings(&file, settings);
         let whole = Table::new(&file, root, 1, "the file".into());
         let http = whole.parsed::<SocketAddr>("http").map(|http| http.value);

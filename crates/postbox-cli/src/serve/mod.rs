@@ -37,7 +37,7 @@ pub(crate) fn plan(desk: &Desk<'_>) -> Result<Plan, Failure> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| Failure::new(FAILED, &tried, error.to_string(), desk.command("serve --check")))?;
     let variable = |name: &str| std::env::var(name).ok();
-    Plan::read(&text, &desk.settings, &variable)
+    Plan::read(&text, &desk.settings, &desk.mistakes, &variable)
         .map_err(|mistakes| told(&mistakes, path, desk.output, &desk.command("serve --check")))
 }
 

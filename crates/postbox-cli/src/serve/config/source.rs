@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use postbox::signature::Secret;
-use postbox::source::{Format, Mapping, Template};
+use postbox::source::{Format, Mapping, Template, redis_stream};
 
 use super::{DAY, Found, MOMENT, Names, Origin, Scheme, Source, no_such_kind};
 use crate::serve::table::{At, File, Table};
@@ -44,14 +44,20 @@ fn redis_source(table: &Table<'_>) -> Option<Origin> {
 }
 
 pub(super) fn redis_url(table: &Table<'_>, url: At<String>) -> Option<String> {
-    if ["redis://", "rediss://", "redis+unix://", "unix://"].iter().any(|scheme| url.value.starts_with(scheme)) {
-        return Some(url.value);
+    let like = "redis://user:password@localhost:6379/0, or rediss:// for TLS";
+    if !["redis://", "rediss://", "redis+unix://", "unix://"].iter().any(|scheme| url.value.starts_with(scheme)) {
+        table.wrong(url.line, format!("`url` is no address of a Redis server; write it like {like}"));
+        return None;
     }
-    table.wrong(
-        url.line,
-        "`url` is no address of a Redis server; write it like redis://localhost:6379, or rediss:// for TLS",
-    );
-    None
+    if redis_stream("any").url(&url.value).check_url().is_err() {
+        // Where its password ends is not clear, so that nothing of it is told.
+        let why = format!(
+            "`url` cannot be used: the host, the port, the database or something around them is wrong; write it like {like}, with %40 for @ in a password, %2F for / and %3A for :"
+        );
+        table.wrong(url.line, why);
+        return None;
+    }
+    Some(url.value)
 }
 
 fn webhook_source(table: &Table<'_>, name: Option<&str>, line: usize) -> Option<Origin> {

@@ -129,23 +129,9 @@ pub(super) fn is_json(content_type: &str) -> bool {
 pub(super) fn check(what: &str, text: &str) -> Result<(), String> {
     match json::check_within(text, MAX_JSON_DEPTH + 1) {
         Ok(_) => Ok(()),
-        Err(JsonError::Syntax(words)) => {
-            let words = words.split(" at line ").next().unwrap_or_default();
-            Err(format!("{what} is not valid JSON (byte {}): {words}", syntax_error_at(text)))
-        }
+        Err(JsonError::Syntax(why)) => Err(format!("{what} is not valid JSON: {why}")),
         Err(error) => Err(format!("{what} cannot be kept: {error}")),
     }
-}
-
-/// Where the parser stopped, in bytes; it counts lines and columns.
-fn syntax_error_at(text: &str) -> usize {
-    let mut parser = serde_json::Deserializer::from_str(text);
-    // Its depth is checked.
-    parser.disable_recursion_limit();
-    let Err(error) = serde::de::IgnoredAny::deserialize(&mut parser).and_then(|_| parser.end()) else { return 0 };
-    let lines: usize = text.split_inclusive('\n').take(error.line().saturating_sub(1)).map(str::len).sum();
-    let column = if error.is_eof() { error.column() } else { error.column().saturating_sub(1) };
-    (lines + column).min(text.len())
 }
 
 /// The members of a JSON object in their order, each as its own text.

@@ -222,8 +222,11 @@ fn what_is_malformed_is_said_in_words() {
             },
             "the name of the field `a\u{fffd}` is not UTF-8 (byte 1)",
         ),
-        (request(&[], "{\"a\":1,\n \"b\":}"), "the body is not valid JSON (byte 13): expected value"),
-        (request(&[], ""), "the body is not valid JSON (byte 0)"),
+        (
+            request(&[], "{\"a\":1,\n \"b\":}"),
+            "the body is not valid JSON: what stands at byte 13 does not belong there: `}`",
+        ),
+        (request(&[], ""), "the body is not valid JSON: it is empty"),
         (request(&[], "[1]"), "is no JSON object"),
         (request(&[], r#"{"a":1}"#), "of no known format"),
         (entry(&[("a", "1"), ("b\n", "2")]), "its fields: `a`, `b\\n`"),
@@ -233,7 +236,7 @@ fn what_is_malformed_is_said_in_words() {
         (entry(&[("event_id", ""), ("event_type", "t")]), "no `event_id`"),
         (
             entry(&[("event_id", "1"), ("event_type", "t"), ("payload", "{")]),
-            "the field `payload` is not valid JSON (byte 1)",
+            "the field `payload` is not valid JSON: it ends at byte 1, before it is complete",
         ),
         (entry(&[("event_id", "1"), ("event_type", "a b"), ("payload", "1")]), "the topic `a b` has the character ' '"),
         (entry(&[("event_id", "1"), ("event_type", "t"), ("max_retries", "many")]), "`max_retries` is no whole number"),

@@ -105,6 +105,14 @@ impl RedisSource {
         self
     }
 
+    /// Whether the server's URL can be used at all. Connects to nothing.
+    ///
+    /// # Errors
+    /// [`BrokerError::Refused`]; the URL is not in it.
+    pub fn check_url(&self) -> Result<(), BrokerError> {
+        self.server.known().map(drop)
+    }
+
     /// A client of your own. Connections are made from it; yours are not used.
     pub fn client(mut self, client: redis::Client) -> Self {
         self.server = Server::Client(Box::new(client));

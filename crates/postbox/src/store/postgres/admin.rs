@@ -490,7 +490,7 @@ pub(super) async fn record(store: &PgStore, work: &mut Work, action: Action<'_>)
         .bind(action.state.map(|s| s.0.as_str()))
         .bind(action.state.map(|s| s.1.as_str()))
         .bind(action.reason)
-        .bind(action.detail.map(|d| d.to_string()))
+        .bind(action.detail.as_ref().map(|d| d.to_string()))
         .fetch_one(work.on())
         .await?;
     Ok(AuditEntry {
@@ -505,6 +505,7 @@ pub(super) async fn record(store: &PgStore, work: &mut Work, action: Action<'_>)
         state_after: action.state.map(|s| s.1.as_str().to_owned()),
         rev_after: action.rev.map(|r| r.1),
         reason: Some(action.reason.to_owned()),
+        detail: action.detail,
     })
 }
 
@@ -668,7 +669,8 @@ pub(super) async fn audit(store: &PgStore, limit: u32) -> Result<Vec<AuditEntry>
     let mut work = store.read().await?;
     let sql = format!(
         "select a.seq, (extract(epoch from a.at) * 1000000::numeric)::bigint as at_us, a.actor, a.login, a.action,
-            a.delivery, s.name as subscription, a.state_before, a.state_after, a.rev_after, a.reason
+            a.delivery, s.name as subscription, a.state_before, a.state_after, a.rev_after, a.reason,
+            a.detail::pg_catalog.text as detail
          from {0}.audit a left join {0}.subscription s on s.id = a.subscription
          order by a.seq desc limit $1",
         store.schema
@@ -689,6 +691,7 @@ pub(super) async fn audit(store: &PgStore, limit: u32) -> Result<Vec<AuditEntry>
                 state_after: row.try_get("state_after")?,
                 rev_after: row.try_get("rev_after")?,
                 reason: row.try_get("reason")?,
+                detail: row.try_get::<Option<String>, _>("detail")?.and_then(|d| serde_json::from_str(&d).ok()),
             })
         })
         .collect()

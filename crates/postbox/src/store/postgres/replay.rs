@@ -75,6 +75,7 @@ pub(super) async fn one(store: &PgStore, delivery: DeliveryId, replay: &Replay) 
             state_after: Some(row.state.as_str().to_owned()),
             rev_after: None,
             reason: Some(replay.reason.clone()),
+            detail: Some(serde_json::json!({ "replayed_as": fresh })),
         },
     })
 }

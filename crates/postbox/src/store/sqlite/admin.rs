@@ -50,7 +50,8 @@ pub(super) async fn record(work: &mut Work, action: Action<'_>) -> Result<AuditE
              state_after, reason, detail, at)
          select ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, now from postbox_clock
          returning seq, at, actor, action, delivery,
-             (select s.name from postbox_subscription s where s.id = postbox_audit.subscription) as name, state_before, state_after, rev_after, reason",
+             (select s.name from postbox_subscription s where s.id = postbox_audit.subscription) as name, state_before, state_after, rev_after, reason,
+             detail",
     )
     .bind(seq)
     .bind(action.actor)
@@ -81,6 +82,7 @@ fn entry(row: &SqliteRow) -> Result<AuditEntry, Error> {
         state_after: row.try_get("state_after")?,
         rev_after: row.try_get("rev_after")?,
         reason: row.try_get("reason")?,
+        detail: row.try_get::<Option<String>, _>("detail")?.and_then(|d| serde_json::from_str(&d).ok()),
     })
 }
 
@@ -240,7 +242,7 @@ pub(super) async fn audit(store: &SqliteStore, limit: u32) -> Result<Vec<AuditEn
     let rows = sqlx::query(
         "select seq, at, actor, action, delivery,
              (select s.name from postbox_subscription s where s.id = postbox_audit.subscription) as name,
-             state_before, state_after, rev_after, reason
+             state_before, state_after, rev_after, reason, detail
          from postbox_audit order by seq desc limit ?1",
     )
     .bind(limit)
