@@ -14,10 +14,6 @@ use crate::{Extent, Problem};
 
 /// Transactional handlers, and raw transactions, at once.
 pub(crate) const AT_ONCE: u32 = 8;
-/// Operations at once.
-const WAVE: usize = 100;
-/// Commits of a round that measures those.
-const COMMITS: usize = 300;
 
 pub(crate) async fn plain(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
     let (mut raw, mut analysed, mut new) = (Vec::new(), Vec::new(), Vec::new());
@@ -40,42 +36,16 @@ pub(crate) async fn plain(site: &Site, extent: Extent) -> Result<Vec<Figure>, Pr
 pub(crate) async fn operations(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
     let done = Arc::new(AtomicU64::new(0));
     let routes = || idle_operation(&done);
-    let (mut raw, mut ours, mut most) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut raw, mut ours) = (Vec::new(), Vec::new());
     for _ in 0..extent.rounds {
         raw.push(raw_drain(site, extent.messages).await?);
         let fresh = filled(site, routes(), extent.messages, true).await?;
-        let start = fresh.postbox.worker(routes()).concurrency(WAVE).start();
+        let start = fresh.postbox.worker(routes()).concurrency(100).start();
         ours.push(drained(site, &fresh, &done, start, extent.messages).await?);
         fresh.drop(site).await?;
-        most.push(commits(site, COMMITS).await? * WAVE as f64);
     }
-    Ok(vec![
-        Figure::beside(
-            "drain, operations, attempt committed before, 100 at once",
-            &ours,
-            &raw,
-            "msg/s",
-            Bar::Ratio(0.35),
-        ),
-        Figure::beside("operations, if a commit for each 100 were all they cost", &most, &raw, "msg/s", Bar::None),
-    ])
-}
-
-/// Commits of one row a second, one after the other.
-async fn commits(site: &Site, count: usize) -> Result<f64, Problem> {
-    let insert = effect(site).await?;
-    let clients = site.clients(1).await?;
-    let mut begun = Instant::now();
-    for number in 0..=count {
-        // The first prepares the statement.
-        if number == 1 {
-            begun = Instant::now();
-        }
-        sqlx::query(AssertSqlSafe(&*insert)).bind("done").execute(&clients).await?;
-    }
-    let took = begun.elapsed();
-    clients.close().await;
-    Ok(count as f64 / took.as_secs_f64())
+    let name = "drain, operations, attempt committed before, 100 at once";
+    Ok(vec![Figure::beside(name, &ours, &raw, "msg/s", Bar::Ratio(0.35))])
 }
 
 /// An operation that does nothing but count.

@@ -128,7 +128,7 @@ async fn main() -> ExitCode {
 async fn run(cli: &Cli) -> Result<Vec<Figure>, Problem> {
     let extent = match cli.quick {
         true => Extent { rounds: 1, seconds: 0.5, messages: 5_000, long: false },
-        false => Extent { rounds: 5, seconds: 3.0, messages: 100_000, long: cli.long },
+        false => Extent { rounds: 5, seconds: 3.0, messages: 60_000, long: cli.long },
     };
     let wants = |part| cli.parts.contains(&Part::All) || cli.parts.contains(&part);
     let begun = Instant::now();

@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Messages of a round: some seconds of it.
 fn in_a_round(extent: Extent) -> usize {
-    extent.messages * 2 / 5
+    extent.messages * 2 / 3
 }
 
 async fn connect(server: &RedisServer) -> Result<MultiplexedConnection, Problem> {

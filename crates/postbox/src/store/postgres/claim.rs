@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::{Column, Row};
 
-use super::marks::From;
+use super::marks::{From, Took};
 use super::read::Items;
 use super::{LOCK_NOT_LONG, PgStore, lanes, limits, promote};
 use crate::error::Error;
@@ -125,7 +125,12 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         let mut left = room.saturating_sub(share.most);
         for ((level, from), furthest) in Priority::ALL.into_iter().zip(froms).zip(taken.furthest) {
             if left > 0 || furthest.is_some() {
-                store.marks.found((*subscription, level), from, furthest, taken.count >= *room, begun, took);
+                let much = match taken.count >= *room {
+                    true if many => Took::FullOfStretches,
+                    true => Took::Full,
+                    false => Took::All,
+                };
+                store.marks.found((*subscription, level), from, furthest, much, begun, took);
             }
             left = left.saturating_sub(taken.of[level as usize]);
         }
@@ -212,7 +217,7 @@ async fn look(store: &PgStore, request: &ClaimRequest) -> Result<Option<Option<D
     }
     for (subscription, froms) in subscriptions.iter().zip(froms) {
         for (level, from) in Priority::ALL.into_iter().zip(froms) {
-            store.marks.found((*subscription, level), from, None, false, begun, took);
+            store.marks.found((*subscription, level), from, None, Took::All, begun, took);
         }
     }
     if recent.is_none() {

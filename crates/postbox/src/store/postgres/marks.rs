@@ -6,6 +6,10 @@
 //! the others by a sweep from the start, every [`SWEEP`] or twenty times as long as the last one took,
 //! and at least every [`SWEEP_MOST`].
 //!
+//! Large claims that run side by side leave a few behind, more than that below the mark: at the end of a stretch that
+//! another claim was in. Where such a claim has taken all it might, and a later one reaches the end, the next sweep
+//! comes sooner: they may be the last.
+//!
 //! Each level of priority has a mark of its own: a high one that comes while low ones are being claimed is
 //! above the mark of its level, and found by the next claim.
 
@@ -23,6 +27,8 @@ const SLACK: i64 = 500;
 const SWEEP: Duration = Duration::from_secs(1);
 const SWEEP_SHARE: u32 = 20;
 const SWEEP_MOST: Duration = Duration::from_secs(30);
+/// The same when the last deliveries may be among those left behind: that comes once after a backlog.
+const LAST_SHARE: u32 = 5;
 
 /// Before all places.
 const START: i64 = i64::MIN;
@@ -38,6 +44,29 @@ struct Mark {
     swept: Option<Instant>,
     /// How long the last sweep took.
     took: Duration,
+    /// What claims since then have left behind.
+    behind: Behind,
+}
+
+/// Whether deliveries may have been passed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Behind {
+    Nothing,
+    /// Perhaps, but there is enough ahead.
+    Some,
+    /// Perhaps, and they are what is left.
+    Last,
+}
+
+/// How much of a level a claim has taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Took {
+    /// All that there was from where it began, as far as it could see.
+    All,
+    /// As much as it might.
+    Full,
+    /// The same, from stretches that no other claim was in.
+    FullOfStretches,
 }
 
 /// Where a claim begins.
@@ -65,27 +94,34 @@ impl Marks {
         })
     }
 
-    /// What a claim found of a level that it looked at from there: the last place it took, and whether it took all
-    /// it might of the subscription.
+    /// What a claim found of a level that it looked at from there: the last place it took, and how much it took of the
+    /// subscription.
     pub(super) fn found(
         &self,
         of: (SubscriptionId, Priority),
         from: From,
         last: Option<i64>,
-        full: bool,
+        much: Took,
         begun: Instant,
         took: Duration,
     ) {
         let Ok(mut marks) = self.0.lock() else { return };
-        let mark = marks.entry(of).or_insert(Mark { place: START, swept: None, took: Duration::ZERO });
+        let new = Mark { place: START, swept: None, took: Duration::ZERO, behind: Behind::Nothing };
+        let mark = marks.entry(of).or_insert(new);
         match last {
             // A sweep that stopped early has not seen what comes after.
-            Some(last) if full && from.sweeps => mark.place = last,
+            Some(last) if much != Took::All && from.sweeps => mark.place = last,
             Some(last) => mark.place = mark.place.max(last),
             None => {}
         }
         if from.sweeps {
-            (mark.swept, mark.took) = (Some(begun + took), took);
+            (mark.swept, mark.took, mark.behind) = (Some(begun + took), took, Behind::Nothing);
+        } else {
+            mark.behind = match (mark.behind, much) {
+                (_, Took::FullOfStretches) => Behind::Some,
+                (Behind::Some | Behind::Last, Took::All) => Behind::Last,
+                (behind, _) => behind,
+            };
         }
     }
 }
@@ -102,7 +138,13 @@ impl Mark {
         if planted!("no-sweep") && self.swept.is_some() {
             return false;
         }
-        self.swept.is_none_or(|swept| sweep_is_due(swept, self.took, now))
+        let Some(swept) = self.swept else { return true };
+        match self.behind {
+            Behind::Last => {
+                now.saturating_duration_since(swept) >= self.took.saturating_mul(LAST_SHARE).min(SWEEP_MOST)
+            }
+            Behind::Nothing | Behind::Some => sweep_is_due(swept, self.took, now),
+        }
     }
 }
 
@@ -122,7 +164,11 @@ mod tests {
     }
 
     fn found(marks: &Marks, from: From, last: Option<i64>, full: bool, begun: Instant, took: Duration) {
-        marks.found((1, Priority::Normal), from, last, full, begun, took);
+        marks.found((1, Priority::Normal), from, last, much(full), begun, took);
+    }
+
+    fn much(full: bool) -> Took {
+        if full { Took::Full } else { Took::All }
     }
 
     #[test]
@@ -145,9 +191,9 @@ mod tests {
         assert!(high.after == START && high.sweeps, "what comes there is found, wherever the others are");
         assert!(low.after == START && low.sweeps && normal.after == 8_500);
         // One that is full has found that there are no high ones.
-        marks.found((1, Priority::High), high, None, true, now, MS);
+        marks.found((1, Priority::High), high, None, Took::Full, now, MS);
         assert!(!marks.from(1, now)[0].sweeps && marks.from(1, now)[2].sweeps);
-        marks.found((1, Priority::Low), low, None, false, now, MS);
+        marks.found((1, Priority::Low), low, None, Took::All, now, MS);
         assert!(!marks.from(1, now)[2].sweeps);
     }
 
@@ -175,5 +221,28 @@ mod tests {
         found(&marks, from(&marks, 1, done + 2_000 * MS), None, false, done, Duration::from_secs(100));
         let done = done + Duration::from_secs(100);
         assert!(!from(&marks, 1, done + SWEEP_MOST - MS).sweeps && from(&marks, 1, done + SWEEP_MOST).sweeps);
+    }
+
+    #[test]
+    fn what_claims_side_by_side_have_left_is_swept_when_the_end_is_reached() {
+        let (marks, now) = (Marks::default(), Instant::now());
+        let take = |last, much| marks.found((1, Priority::Normal), from(&marks, 1, now), last, much, now, MS);
+        take(Some(500), Took::Full);
+        let soon = now + MS + MS * LAST_SHARE;
+        take(Some(1_011), Took::FullOfStretches);
+        assert!(!from(&marks, 1, soon).sweeps, "there is enough ahead");
+        take(Some(1_100), Took::All);
+        assert!(!from(&marks, 1, soon - MS).sweeps, "not at once");
+        assert!(from(&marks, 1, soon).sweeps);
+        take(Some(1_611), Took::FullOfStretches);
+        assert!(!from(&marks, 1, soon).sweeps, "more has come");
+        take(None, Took::All);
+        let sweep = from(&marks, 1, soon);
+        assert!(sweep.sweeps, "nothing more was found");
+        marks.found((1, Priority::Normal), sweep, Some(511), Took::All, soon, MS);
+        let later = soon + MS + MS * LAST_SHARE;
+        marks.found((1, Priority::Normal), from(&marks, 1, later), None, Took::All, later, MS);
+        assert!(!from(&marks, 1, later).sweeps, "nothing is left behind");
+        assert!(from(&marks, 1, soon + MS + SWEEP).sweeps);
     }
 }
