@@ -21,6 +21,17 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const GITHUB_SECRET: &str = "it is a secret";
 const PUSH_SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 
+/// What takes GitHub's webhooks.
+const GITHUB: &str = r#"
+http = "127.0.0.1:0"
+
+[[source]]
+name = "github"
+kind = "webhook"
+scheme = "github"
+secret = { env = "GITHUB_SECRET" }
+"#;
+
 /// Where a store is, for the command.
 struct House {
     place: Place,
@@ -280,17 +291,7 @@ async fn the_whole_way_on_postgres() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_put_aside_is_read_again_by_whoever_serves() {
     let house = House { place: Place::new(), variables: Vec::new() };
-    house.says(
-        r#"
-http = "127.0.0.1:0"
-
-[[source]]
-name = "github"
-kind = "webhook"
-scheme = "github"
-secret = { env = "GITHUB_SECRET" }
-"#,
-    );
+    house.says(GITHUB);
     let serving = house.serve();
     let address = serving.address();
     let secret = signature::Secret::bytes(GITHUB_SECRET).expect("a secret");
@@ -382,13 +383,12 @@ fn two_cannot_listen_at_one_address() {
 
 #[test]
 fn a_source_that_cannot_be_read_needs_somebody() {
-    // Nobody listens there any more.
-    let gone = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
     let house = House { place: Place::new(), variables: Vec::new() };
     house.run(&["migrate", "up"]).ends(0);
-    house.says(&format!(
-        "[[source]]\nname = \"payments\"\nkind = \"redis\"\nurl = \"redis://{gone}\"\nstream = \"p\"\ngroup = \"g\"\n"
-    ));
+    // Nobody listens at port 1.
+    house.says(
+        "[[source]]\nname = \"payments\"\nkind = \"redis\"\nurl = \"redis://127.0.0.1:1\"\nstream = \"p\"\ngroup = \"g\"\n",
+    );
     let serving = house.serve();
     let begun = std::time::Instant::now();
     let told = loop {
@@ -450,14 +450,7 @@ async fn a_stop_turns_senders_away_and_waits_for_what_runs() {
     let house = House { place: Place::new(), variables: Vec::new() };
     house.says(&format!(
         r#"
-http = "127.0.0.1:0"
-
-[[source]]
-name = "github"
-kind = "webhook"
-scheme = "github"
-secret = {{ env = "GITHUB_SECRET" }}
-
+{GITHUB}
 [[push]]
 name = "slow"
 pattern = "orders.>"

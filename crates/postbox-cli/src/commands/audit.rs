@@ -33,19 +33,19 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, audit: Audit) -> Ended {
         headings.push("LOGIN");
     }
     headings.extend(["ACTION", ">DELIVERY", "SUBSCRIPTION"]);
-    let others = entries.iter().any(|entry| what(entry).is_some());
+    let whats: Vec<_> = entries.iter().map(what).collect();
+    let others = whats.iter().any(Option::is_some);
     if others {
         headings.push("WHAT");
     }
     headings.extend(["CHANGE", "REASON"]);
     let mut columns = Columns::new(&headings);
-    for entry in entries {
+    for (entry, what) in entries.into_iter().zip(whats) {
         let change = match (&entry.state_before, &entry.state_after) {
             (Some(before), Some(after)) => format!("{} -> {}", state_word(before), state_word(after)),
             (None, Some(after)) => state_word(after),
             _ => "-".into(),
         };
-        let what = what(&entry).unwrap_or_else(|| "-".into());
         let mut cells =
             vec![text(entry.seq.to_string()), text(format!("{:.0}", entry.at)), text(shortened(&entry.actor, 30))];
         if logins {
@@ -57,7 +57,7 @@ pub(super) async fn run<Db: Database>(desk: &Desk<'_>, audit: Audit) -> Ended {
             text(entry.subscription.as_deref().map_or_else(|| "-".into(), plain)),
         ]);
         if others {
-            cells.push(text(what));
+            cells.push(text(what.unwrap_or_else(|| "-".into())));
         }
         cells.extend([text(change), text(entry.reason.as_deref().map_or_else(|| "-".into(), plain))]);
         columns.row(cells);

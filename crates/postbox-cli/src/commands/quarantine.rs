@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use postbox::admin::{QuarantineDetail, QuarantineFilter, QuarantineRow, SourceRow};
+use postbox::admin::{QuarantineDetail, QuarantineFilter, QuarantineRow};
 use postbox::source::Raw;
 use postbox::{Database, Error, Postbox};
 
 use crate::commands::Ended;
-use crate::commands::sources::not_there;
+use crate::commands::sources::{is_meant, not_there};
 use crate::desk::Desk;
 use crate::failure::{FAILED, Failure};
 use crate::flags::{OneQuarantined, Quarantine, QuarantineCommand, QuarantineList};
@@ -52,10 +52,8 @@ async fn list<Db: Database>(desk: &Desk<'_>, wish: QuarantineList) -> Ended {
     let failed = |e: Error| Failure::of(&e, "list the quarantine", desk.command("status"));
     let rows = rows.map_err(failed)?;
     if let (true, Some(name)) = (rows.is_empty(), &filter.source) {
-        let meant = |row: &SourceRow| {
-            row.name == *name && filter.application.as_ref().is_none_or(|wanted| *wanted == row.application)
-        };
-        if !postbox.admin().sources().await.map_err(failed)?.iter().any(meant) {
+        let sources = postbox.admin().sources().await.map_err(failed)?;
+        if !sources.iter().any(|row| is_meant(desk, name, row)) {
             return Err(not_there(desk, name, "list the quarantine"));
         }
     }

@@ -92,6 +92,11 @@ fn table(rows: &[SourceRow]) -> Columns {
     columns
 }
 
+/// Whether a source is one that this name may mean here.
+pub(super) fn is_meant(desk: &Desk<'_>, name: &str, row: &SourceRow) -> bool {
+    row.name == name && desk.application.as_ref().is_none_or(|wanted| *wanted == row.application)
+}
+
 /// There is no source of that name.
 pub(super) fn not_there(desk: &Desk<'_>, name: &str, tried: &str) -> Failure {
     let whose = desk.application.as_ref().map_or_else(String::new, |a| format!(" of application {a}"));
@@ -106,10 +111,7 @@ async fn pause<Db: Database>(desk: &Desk<'_>, wish: Pause, pauses: bool) -> Ende
     let postbox = desk.open::<Db>().await?;
     let failed = |e| Failure::of(&e, &tried, desk.command("sources"));
     let rows = postbox.admin().sources().await.map_err(failed)?;
-    let meant = |row: &&SourceRow| {
-        row.name == wish.name && desk.application.as_ref().is_none_or(|wanted| *wanted == row.application)
-    };
-    let mut found = rows.iter().filter(meant);
+    let mut found = rows.iter().filter(|row| is_meant(desk, &wish.name, row));
     let row = match (found.next(), found.next()) {
         (Some(row), None) => row,
         (None, _) => return Err(not_there(desk, &wish.name, &tried)),
