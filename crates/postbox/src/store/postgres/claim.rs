@@ -52,11 +52,11 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     let shares: Vec<Share> = wanted.iter().map(|(id, room)| store.turns.share(*id, *room)).collect();
     let many = lanes.is_none()
         && rooms.iter().map(|room| i64::from(*room)).sum::<i64>() >= MANY
-        && froms.iter().all(|[high, normal, _]| !high.sweeps && !normal.sweeps);
+        && froms.iter().all(|[high, normal, _]| !high.is_thorough() && !normal.is_thorough());
     if many {
-        // Seldom looked at behind so many others: swept by a smaller claim.
+        // Seldom looked at behind so many others: looked through by a smaller claim.
         for [.., low] in &mut froms {
-            *low = low.unswept();
+            *low = low.at_mark();
         }
     }
     if many {

@@ -6,9 +6,9 @@
 //! the others by a sweep from the start, every [`SWEEP`] or twenty times as long as the last one took,
 //! and at least every [`SWEEP_MOST`].
 //!
-//! Large claims that run side by side leave a few behind, more than that below the mark: at the end of a stretch that
-//! another claim was in. Where such a claim has taken all it might, and a later one reaches the end, the next sweep
-//! comes sooner: they may be the last.
+//! Large claims that run side by side leave a few behind, more than that below the mark: at the end of a
+//! stretch that another claim was in. How far below is known, so once a later claim reaches the end, the
+//! next one begins there: they may be the last.
 //!
 //! Each level of priority has a mark of its own: a high one that comes while low ones are being claimed is
 //! above the mark of its level, and found by the next claim.
@@ -27,8 +27,6 @@ const SLACK: i64 = 500;
 const SWEEP: Duration = Duration::from_secs(1);
 const SWEEP_SHARE: u32 = 20;
 const SWEEP_MOST: Duration = Duration::from_secs(30);
-/// The same when the last deliveries may be among those left behind: that comes once after a backlog.
-const LAST_SHARE: u32 = 5;
 
 /// Before all places.
 const START: i64 = i64::MIN;
@@ -44,18 +42,18 @@ struct Mark {
     swept: Option<Instant>,
     /// How long the last sweep took.
     took: Duration,
-    /// What claims since then have left behind.
-    behind: Behind,
+    /// What large claims may have left behind since a claim looked there.
+    behind: Option<Behind>,
+    /// How many of those there were, ever.
+    large: u64,
 }
 
-/// Whether deliveries may have been passed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Behind {
-    Nothing,
-    /// Perhaps, but there is enough ahead.
-    Some,
-    /// Perhaps, and they are what is left.
-    Last,
+struct Behind {
+    /// Nothing of it is before this place.
+    after: i64,
+    /// It may be all that is left.
+    last: bool,
 }
 
 /// How much of a level a claim has taken.
@@ -74,24 +72,28 @@ pub(super) enum Took {
 pub(super) struct From {
     /// It takes what comes after this.
     pub(super) after: i64,
-    /// The same, if it did not begin at the start.
-    pub(super) mark: i64,
-    /// It begins at the start.
-    pub(super) sweeps: bool,
+    pub(super) begins: Begins,
+    /// A little below the mark.
+    mark: i64,
+    /// How many large claims there had been.
+    large: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Begins {
+    /// A little below the mark.
+    AtMark,
+    /// Where large claims may have left something.
+    Behind,
+    AtStart,
 }
 
 impl Marks {
     /// Where the next claim of a subscription begins, for each level.
     pub(super) fn from(&self, subscription: SubscriptionId, now: Instant) -> [From; 3] {
-        let unknown = From { after: START, mark: START, sweeps: true };
+        let unknown = From { after: START, begins: Begins::AtStart, mark: START, large: 0 };
         let Ok(marks) = self.0.lock() else { return [unknown; 3] };
-        Priority::ALL.map(|level| match marks.get(&(subscription, level)) {
-            Some(mark) => {
-                let (below, sweeps) = (mark.place.saturating_sub(SLACK), mark.is_due(now));
-                From { after: if sweeps { START } else { below }, mark: below, sweeps }
-            }
-            None => unknown,
-        })
+        Priority::ALL.map(|level| marks.get(&(subscription, level)).map_or(unknown, |mark| mark.from(now)))
     }
 
     /// What a claim found of a level that it looked at from there: the last place it took, and how much it took of the
@@ -106,45 +108,56 @@ impl Marks {
         took: Duration,
     ) {
         let Ok(mut marks) = self.0.lock() else { return };
-        let new = Mark { place: START, swept: None, took: Duration::ZERO, behind: Behind::Nothing };
+        let new = Mark { place: START, swept: None, took: Duration::ZERO, behind: None, large: 0 };
         let mark = marks.entry(of).or_insert(new);
         match last {
-            // A sweep that stopped early has not seen what comes after.
-            Some(last) if much != Took::All && from.sweeps => mark.place = last,
+            // One that stopped early has not seen what comes after.
+            Some(last) if much != Took::All && from.is_thorough() => mark.place = last,
             Some(last) => mark.place = mark.place.max(last),
             None => {}
         }
-        if from.sweeps {
-            (mark.swept, mark.took, mark.behind) = (Some(begun + took), took, Behind::Nothing);
-        } else {
-            mark.behind = match (mark.behind, much) {
-                (_, Took::FullOfStretches) => Behind::Some,
-                (Behind::Some | Behind::Last, Took::All) => Behind::Last,
-                (behind, _) => behind,
-            };
+        if from.begins == Begins::AtStart {
+            (mark.swept, mark.took) = (Some(begun + took), took);
+        }
+        if much == Took::FullOfStretches {
+            let after = mark.behind.map_or(from.after, |behind| behind.after.min(from.after));
+            (mark.behind, mark.large) = (Some(Behind { after, last: false }), mark.large + 1);
+        } else if from.is_thorough() && mark.large == from.large {
+            mark.behind = None;
+        } else if let Some(behind) = &mut mark.behind {
+            behind.last |= much == Took::All;
         }
     }
 }
 
 impl From {
-    /// Without beginning at the start, whenever that is due.
-    pub(super) fn unswept(self) -> From {
-        From { after: self.mark, sweeps: false, ..self }
+    /// It sees what others have left below the mark.
+    pub(super) fn is_thorough(self) -> bool {
+        self.begins != Begins::AtMark
+    }
+
+    /// At the mark, whatever else is due.
+    pub(super) fn at_mark(self) -> From {
+        From { after: self.mark, begins: Begins::AtMark, ..self }
     }
 }
 
 impl Mark {
+    fn from(&self, now: Instant) -> From {
+        let mark = self.place.saturating_sub(SLACK);
+        let (after, begins) = match self.behind {
+            _ if self.is_due(now) => (START, Begins::AtStart),
+            Some(Behind { after, last: true }) => (after.min(mark), Begins::Behind),
+            _ => (mark, Begins::AtMark),
+        };
+        From { after, begins, mark, large: self.large }
+    }
+
     fn is_due(&self, now: Instant) -> bool {
         if planted!("no-sweep") && self.swept.is_some() {
             return false;
         }
-        let Some(swept) = self.swept else { return true };
-        match self.behind {
-            Behind::Last => {
-                now.saturating_duration_since(swept) >= self.took.saturating_mul(LAST_SHARE).min(SWEEP_MOST)
-            }
-            Behind::Nothing | Behind::Some => sweep_is_due(swept, self.took, now),
-        }
+        self.swept.is_none_or(|swept| sweep_is_due(swept, self.took, now))
     }
 }
 
@@ -167,6 +180,10 @@ mod tests {
         marks.found((1, Priority::Normal), from, last, much(full), begun, took);
     }
 
+    fn sweeps(from: From) -> bool {
+        from.begins == Begins::AtStart
+    }
+
     fn much(full: bool) -> Took {
         if full { Took::Full } else { Took::All }
     }
@@ -175,10 +192,10 @@ mod tests {
     fn a_claim_begins_a_little_below_what_was_claimed() {
         let (marks, now) = (Marks::default(), Instant::now());
         let first = from(&marks, 1, now);
-        assert!(first.sweeps && first.after == START, "nothing is known yet");
+        assert!(sweeps(first) && first.after == START, "nothing is known yet");
         found(&marks, first, Some(9_000), true, now, MS);
-        assert_eq!(from(&marks, 1, now), From { after: 8_500, mark: 8_500, sweeps: false });
-        assert!(from(&marks, 2, now).sweeps, "another one has a mark of its own");
+        assert_eq!((from(&marks, 1, now).after, from(&marks, 1, now).begins), (8_500, Begins::AtMark));
+        assert!(sweeps(from(&marks, 2, now)), "another one has a mark of its own");
         found(&marks, from(&marks, 1, now), None, false, now, MS);
         assert_eq!(from(&marks, 1, now).after, 8_500, "nothing found, nothing learnt");
     }
@@ -188,13 +205,13 @@ mod tests {
         let (marks, now) = (Marks::default(), Instant::now());
         found(&marks, from(&marks, 1, now), Some(9_000), true, now, MS);
         let [high, normal, low] = marks.from(1, now);
-        assert!(high.after == START && high.sweeps, "what comes there is found, wherever the others are");
-        assert!(low.after == START && low.sweeps && normal.after == 8_500);
+        assert!(high.after == START && sweeps(high), "what comes there is found, wherever the others are");
+        assert!(low.after == START && sweeps(low) && normal.after == 8_500);
         // One that is full has found that there are no high ones.
         marks.found((1, Priority::High), high, None, Took::Full, now, MS);
-        assert!(!marks.from(1, now)[0].sweeps && marks.from(1, now)[2].sweeps);
+        assert!(!sweeps(marks.from(1, now)[0]) && sweeps(marks.from(1, now)[2]));
         marks.found((1, Priority::Low), low, None, Took::All, now, MS);
-        assert!(!marks.from(1, now)[2].sweeps);
+        assert!(!sweeps(marks.from(1, now)[2]));
     }
 
     #[test]
@@ -203,7 +220,7 @@ mod tests {
         found(&marks, from(&marks, 1, now), Some(9_000), true, now, MS);
         let later = now + SWEEP + MS;
         let sweep = from(&marks, 1, later);
-        assert!(sweep.sweeps && sweep.unswept() == From { after: 8_500, mark: 8_500, sweeps: false });
+        assert!(sweeps(sweep) && sweep.at_mark().after == 8_500 && !sweep.at_mark().is_thorough());
         // A late commit left many below: the next claim goes on behind the last that was taken.
         found(&marks, sweep, Some(700), true, later, MS);
         assert_eq!(from(&marks, 1, later).after, 200);
@@ -214,35 +231,52 @@ mod tests {
     #[test]
     fn sweeps_come_more_seldom_when_they_take_long_but_do_come() {
         let (marks, now) = (Marks::default(), Instant::now());
+        let sweeps = |now| sweeps(from(&marks, 1, now));
         found(&marks, from(&marks, 1, now), Some(9_000), false, now, 100 * MS);
         let done = now + 100 * MS;
-        assert!(!from(&marks, 1, done + 1_999 * MS).sweeps);
-        assert!(from(&marks, 1, done + 2_000 * MS).sweeps);
+        assert!(!sweeps(done + 1_999 * MS));
+        assert!(sweeps(done + 2_000 * MS));
         found(&marks, from(&marks, 1, done + 2_000 * MS), None, false, done, Duration::from_secs(100));
         let done = done + Duration::from_secs(100);
-        assert!(!from(&marks, 1, done + SWEEP_MOST - MS).sweeps && from(&marks, 1, done + SWEEP_MOST).sweeps);
+        assert!(!sweeps(done + SWEEP_MOST - MS) && sweeps(done + SWEEP_MOST));
     }
 
     #[test]
-    fn what_claims_side_by_side_have_left_is_swept_when_the_end_is_reached() {
+    fn what_claims_side_by_side_have_left_is_looked_for_when_the_end_is_reached() {
         let (marks, now) = (Marks::default(), Instant::now());
-        let take = |last, much| marks.found((1, Priority::Normal), from(&marks, 1, now), last, much, now, MS);
-        take(Some(500), Took::Full);
-        let soon = now + MS + MS * LAST_SHARE;
-        take(Some(1_011), Took::FullOfStretches);
-        assert!(!from(&marks, 1, soon).sweeps, "there is enough ahead");
-        take(Some(1_100), Took::All);
-        assert!(!from(&marks, 1, soon - MS).sweeps, "not at once");
-        assert!(from(&marks, 1, soon).sweeps);
-        take(Some(1_611), Took::FullOfStretches);
-        assert!(!from(&marks, 1, soon).sweeps, "more has come");
-        take(None, Took::All);
-        let sweep = from(&marks, 1, soon);
-        assert!(sweep.sweeps, "nothing more was found");
-        marks.found((1, Priority::Normal), sweep, Some(511), Took::All, soon, MS);
-        let later = soon + MS + MS * LAST_SHARE;
-        marks.found((1, Priority::Normal), from(&marks, 1, later), None, Took::All, later, MS);
-        assert!(!from(&marks, 1, later).sweeps, "nothing is left behind");
-        assert!(from(&marks, 1, soon + MS + SWEEP).sweeps);
+        let next = || from(&marks, 1, now);
+        let take = |from, last, much| marks.found((1, Priority::Normal), from, last, much, now, MS);
+        take(next(), Some(20_000), Took::Full);
+        let first = next();
+        take(first, Some(22_000), Took::FullOfStretches);
+        let second = next();
+        take(second, Some(24_000), Took::FullOfStretches);
+        assert_eq!((next().after, next().begins), (23_500, Begins::AtMark), "there is enough ahead");
+        take(next(), Some(24_100), Took::All);
+        let look = next();
+        assert_eq!((look.after, look.begins), (first.after, Begins::Behind), "from where the first of them began");
+        take(look, Some(20_700), Took::All);
+        assert_eq!((next().after, next().begins), (23_600, Begins::AtMark), "nothing is left behind");
+        take(next(), None, Took::All);
+        assert_eq!(next().begins, Begins::AtMark, "it was looked for once");
+    }
+
+    #[test]
+    fn a_look_behind_does_not_hide_what_others_leave_meanwhile() {
+        let (marks, now) = (Marks::default(), Instant::now());
+        let next = || from(&marks, 1, now);
+        let take = |from, last, much| marks.found((1, Priority::Normal), from, last, much, now, MS);
+        take(next(), Some(20_000), Took::Full);
+        take(next(), Some(22_000), Took::FullOfStretches);
+        let beside = next();
+        take(next(), None, Took::All);
+        let look = next();
+        take(beside, Some(23_000), Took::FullOfStretches);
+        assert_eq!(next().begins, Begins::AtMark, "more has come");
+        take(look, None, Took::All);
+        assert_eq!((next().after, next().begins), (19_500, Begins::Behind));
+        // One that stopped early: what it has not seen is ahead again.
+        take(next(), Some(20_500), Took::Full);
+        assert_eq!((next().after, next().begins), (20_000, Begins::AtMark));
     }
 }
