@@ -179,7 +179,16 @@ fn ask_blocking(remote: &str, line: &str) -> Result<String, std::io::Error> {
 
 /// Asks the parent's operator door, too: it speaks to the remote the same way.
 pub(crate) async fn find(remote: &str, key: &str) -> Result<bool, std::io::Error> {
-    match ask(remote, &format!("find {key}"), false).await?.as_str() {
+    is_found(remote, &format!("find {key}")).await
+}
+
+/// Whether a plain handler has run for this message.
+pub(crate) async fn was_noted(remote: &str, ext: &str) -> Result<bool, std::io::Error> {
+    is_found(remote, &format!("noted {ext}")).await
+}
+
+async fn is_found(remote: &str, question: &str) -> Result<bool, std::io::Error> {
+    match ask(remote, question, false).await?.as_str() {
         "found" => Ok(true),
         "nothing" => Ok(false),
         other => Err(std::io::Error::other(format!("the remote said {other}"))),

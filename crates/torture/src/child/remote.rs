@@ -49,6 +49,8 @@ struct Remote<Db: Site> {
     witness: Pool<Db>,
     applied: Mutex<HashSet<String>>,
     dared: Mutex<HashSet<String>>,
+    /// Messages that a plain handler has spoken of.
+    noted: Mutex<HashSet<String>>,
     /// Calls that take their time have numbers.
     passes: AtomicU64,
     /// No faults any more.
@@ -63,6 +65,7 @@ pub(crate) async fn run<Db: Site>(plan: ChildPlan) -> Result<(), Box<dyn std::er
         witness: Db::pool(&plan.direct, 8, Duration::from_millis(700))?,
         applied: Mutex::default(),
         dared: Mutex::default(),
+        noted: Mutex::default(),
         passes: AtomicU64::default(),
         healing: AtomicBool::new(plan.faults.is_empty()),
         started: Instant::now(),
@@ -117,7 +120,8 @@ impl<Db: Site> Remote<Db> {
                 }
             }
             ["note", ext, delivery, number, clock, kind] => {
-                let noted = self.noted((*ext, *number));
+                let noted = self.answer_to_note((*ext, *number));
+                locked(&self.noted).insert((*ext).to_owned());
                 let told = noted.unwrap_or("reset");
                 self.log.write(format!("note {ext} {delivery} {number} {clock} {kind} {} {told}", self.now())).await;
                 match noted {
@@ -131,6 +135,10 @@ impl<Db: Site> Remote<Db> {
                 "done"
             }
             ["find", key] => match locked(&self.applied).contains(*key) {
+                true => "found",
+                false => "nothing",
+            },
+            ["noted", ext] => match locked(&self.noted).contains(*ext) {
                 true => "found",
                 false => "nothing",
             },
@@ -249,7 +257,7 @@ impl<Db: Site> Remote<Db> {
         None
     }
 
-    fn noted(&self, what: impl Hash) -> Option<&'static str> {
+    fn answer_to_note(&self, what: impl Hash) -> Option<&'static str> {
         if self.healing.load(Ordering::SeqCst) {
             return Some("done");
         }
