@@ -56,6 +56,13 @@ async fn list<Db: Database>(desk: &Desk<'_>, wish: KeysList) -> Ended {
     let tried = "list the keys that wait";
     let rows =
         postbox.admin().keys(&filter, limit).await.map_err(|e| Failure::of(&e, tried, desk.command("status")))?;
+    if let Some(name) = filter.subscription.as_ref().filter(|_| rows.is_empty()) {
+        // Nothing waits in one that there is not: that is a slip of the pen.
+        let all = self::rows(desk, &postbox, tried).await?;
+        if !all.iter().any(|row| row.name == *name) {
+            the_one(desk, &all, "list", name, tried)?;
+        }
+    }
     if desk.output.json {
         for row in &rows {
             desk.output.object(row)?;

@@ -5,37 +5,31 @@
 //! worker's own monotonic clock; what is written carries durations, for the database's clock.
 
 mod batch;
+mod claims;
 mod flush;
 mod gather;
 mod keys;
 mod limits;
 mod wire;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
 
 use self::batch::{Batch, Entry, Slot};
+use self::claims::{FIRST_POLL, Keyed};
 pub(crate) use self::flush::settle_of;
 use self::flush::{due_flush, is_withheld, observation};
 use self::gather::{Turn, Waiting};
-use self::keys::{Lines, Place, Through, in_lines};
+use self::keys::{Lines, Through, in_lines};
 use self::limits::{Allowance, Asking};
 pub(crate) use self::wire::{Cancel, Command, Ended, Event, Flushed, Hold, Lane, Member, Setup};
 use crate::lifecycle::{End, Kind};
 use crate::planted::planted;
-use crate::store::{ClaimRequest, Claimed, Guarded, Item, LeaseRef, SubscriptionId};
+use crate::store::{Guarded, Item, SubscriptionId};
 
-/// The most that is claimed at once.
-const MAX_BATCH: u32 = 500;
-/// How many claims run at the same time at the most.
-const CLAIMS: usize = 2;
-/// How much work lies ready in memory: about what is done in this time.
-const AHEAD: Duration = Duration::from_millis(250);
-/// The first wait of the fallback poll; it doubles up to the poll interval.
-const FIRST_POLL: Duration = Duration::from_millis(5);
 /// How often it is asked whether what lies ready belongs to a subscription that was paused.
 const PAUSES: Duration = Duration::from_millis(500);
 /// The first and the longest wait before a verb that failed is tried again.
@@ -100,7 +94,7 @@ pub(crate) struct Core {
     /// Claims under way, and how many deliveries each has asked for.
     claiming: BTreeMap<Uuid, u32>,
     /// Those of them that want deliveries by key.
-    keyed: BTreeSet<Uuid>,
+    keyed: Keyed,
     /// The last claim got all that it had asked for: there is more.
     deep: bool,
     /// Claims whose answer was lost: they may hold a lease that nobody works on.
@@ -135,7 +129,7 @@ impl Core {
             permits: HashMap::new(),
             suspect: None,
             claiming: BTreeMap::new(),
-            keyed: BTreeSet::new(),
+            keyed: Keyed::default(),
             deep: false,
             lost_claims: BTreeMap::new(),
             ask_at: None,
@@ -301,66 +295,6 @@ impl Core {
                     });
                 }
             }
-        }
-    }
-
-    fn claimed(&mut self, token: Uuid, claimed: Option<Claimed>, now: Duration, commands: &mut Vec<Command>) {
-        let asked = self.claiming.remove(&token);
-        self.keyed.remove(&token);
-        self.deep = claimed.as_ref().is_some_and(|c| asked.is_some_and(|asked| c.items.len() >= asked as usize));
-        let Some(claimed) = claimed else {
-            self.hungry |= self.lines.returned(token);
-            self.lost_claims.insert(token, None);
-            commands.push(Command::Disown(token));
-            self.poll_at = now + self.pause;
-            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-            return;
-        };
-        self.pause = FIRST_PAUSE;
-        self.dry(claimed.dry, now);
-        if claimed.items.is_empty() {
-            self.hungry |= self.lines.returned(token);
-            if self.asleep {
-                let wait = claimed.next_due.map_or(self.poll_wait, |due| due.min(self.poll_wait));
-                self.poll_at = now + wait.max(Duration::from_millis(1));
-                self.poll_wait = (self.poll_wait * 2).min(self.setup.poll_interval);
-            } else {
-                // Say so, look once more, and only then sleep: what is published in between is seen.
-                self.asleep = true;
-                self.hungry = true;
-                commands.push(Command::Asleep(true));
-            }
-            return;
-        }
-        self.poll_wait = FIRST_POLL.min(self.setup.poll_interval);
-        self.hungry = true;
-        if self.asleep && claimed.items.len() as u32 >= self.target() {
-            self.asleep = false;
-            commands.push(Command::Asleep(false));
-        }
-        let lease = LeaseRef { worker: self.setup.worker, batch: claimed.batch, token };
-        let mut entries = Vec::with_capacity(claimed.items.len());
-        for (index, item) in claimed.items.into_iter().enumerate() {
-            let mut operation = false;
-            let mut place = Place::Queue;
-            if let Some((lane, load)) = self.lanes.get_mut(&item.subscription) {
-                place = self.lines.enter(lane, &item, (token, index));
-                if place == Place::Queue {
-                    load.line_up(lane, &item, (token, index), &mut self.queue, now);
-                }
-                operation = lane.policy.kind == Kind::Operation;
-            }
-            let slot = match place {
-                Place::Queue => Slot::Queued,
-                Place::Behind => Slot::Behind,
-                Place::Back => Slot::Released,
-            };
-            entries.push(Entry { item, operation, slot });
-        }
-        self.hungry |= self.lines.returned(token);
-        self.batches.insert(token, Batch::new(lease, entries, now));
-        if self.phase != Phase::Working {
-            self.release_queued();
         }
     }
 
@@ -779,7 +713,7 @@ impl Core {
                 let mut following = Vec::new();
                 if !self.lines.is_empty() {
                     let settled = |index: usize| matches!(batch.entries()[index].slot, Slot::Settled);
-                    let (opened, holds) = self.lines.on_record(token, settled, &self.keyed);
+                    let (opened, holds) = self.lines.on_record(token, settled, || self.keyed.tokens());
                     self.hungry |= opened;
                     following = holds;
                 }
@@ -793,100 +727,6 @@ impl Core {
                     self.take(Event::StopNow, now, commands);
                 }
             }
-        }
-    }
-
-    /// How many deliveries should lie ready.
-    fn target(&self) -> u32 {
-        if let Some(batch) = self.setup.batch {
-            return batch;
-        }
-        let concurrency = self.setup.concurrency as u32;
-        let ran = self.lanes.values().filter_map(|(_, load)| load.ran).max();
-        ahead(concurrency, ran)
-    }
-
-    /// How many of which subscriptions could be claimed now; `None` when nothing is wanted.
-    fn wanted(&self) -> Option<Vec<(SubscriptionId, u32)>> {
-        let under_way: u32 = self.claiming.values().sum();
-        // In front of a backlog a second claim runs beside the first: the server has more than one core.
-        let most = if self.deep && self.setup.batch.is_none() { CLAIMS } else { 1 };
-        if self.phase != Phase::Working || self.claiming.len() >= most {
-            return None;
-        }
-        let target = self.target();
-        // What waits for a permit of its own subscription does not keep the others waiting.
-        let queued = self.lanes.values().map(|(lane, load)| load.startable(lane)).sum::<usize>() as u32;
-        let per_call = |(lane, _): &(Lane, Load)| lane.gather.map_or(1, |gather| gather.most as u32);
-        let most_per_call = self.lanes.values().map(per_call).max().unwrap_or(1);
-        if queued * 2 > target
-            || under_way > target.saturating_mul(most_per_call)
-            || (self.setup.batch.is_some() && queued > 0)
-        {
-            return None;
-        }
-        // In front of a backlog a claim takes as much as it may: what it costs itself is shared by more.
-        let room = if self.deep && self.setup.batch.is_none() { target } else { target.saturating_sub(queued) };
-        let mut wanted: Vec<(SubscriptionId, u32)> = self
-            .lanes
-            .values()
-            .filter_map(|of| {
-                let (lane, load) = of;
-                if load.allowance.dry_until.is_some() {
-                    return None;
-                }
-                // Claims of keys come one after the other: what an earlier one has taken, or may have, comes first.
-                if lane.keys.is_some() && !(self.keyed.is_empty() && self.lost_claims.is_empty()) {
-                    return None;
-                }
-                let limit = load.most_at_once(lane, self.setup.concurrency) as u32;
-                let room = room.saturating_mul(per_call(of));
-                // A token is taken for what can begin, not for what will.
-                let room = match lane.metered {
-                    true => room.min(limit.saturating_sub((load.running + load.queued) as u32)),
-                    false if limit == 0 => 0,
-                    false => room,
-                };
-                let share = match self.setup.batch {
-                    Some(batch) => batch.max(per_call(of)),
-                    None => load.share(lane, limit),
-                };
-                let ready = load.waiting.turns as u32 * per_call(of);
-                let room = match self.deep {
-                    true if ready * 2 > share => 0,
-                    true => room.min(share),
-                    false => room.min(share.saturating_sub(load.queued as u32)),
-                };
-                let room = room.min(self.setup.batch.unwrap_or(u32::MAX));
-                (room > 0).then_some((lane.id, room))
-            })
-            .collect();
-        wanted.sort_unstable();
-        (!wanted.is_empty()).then_some(wanted)
-    }
-
-    fn claim(&mut self, now: Duration, commands: &mut Vec<Command>) {
-        if !self.hungry && now < self.poll_at {
-            return;
-        }
-        while let Some(wanted) = self.wanted() {
-            let token = uuid::Builder::from_random_bytes(self.rng.u128(..).to_be_bytes()).into_uuid();
-            self.claiming.insert(token, wanted.iter().map(|(_, room)| room).sum());
-            self.hungry = false;
-            let metered = wanted.iter().map(|(id, _)| *id);
-            let metered = metered.filter(|id| self.lanes.get(id).is_some_and(|(lane, _)| lane.metered)).collect();
-            let by_key = self.by_key(&wanted);
-            if !by_key.is_empty() {
-                self.keyed.insert(token);
-            }
-            commands.push(Command::Claim(ClaimRequest {
-                worker: self.setup.worker,
-                token,
-                by_key,
-                full: self.lines.full(),
-                wanted,
-                metered,
-            }));
         }
     }
 
@@ -951,15 +791,6 @@ fn run(batch: &mut Batch, index: usize, lane: &Lane) -> Command {
 /// Its last worker died, and may have died of it.
 fn is_suspect(lane: &Lane, item: &Item) -> bool {
     item.lost > 0 && lane.policy.kind != Kind::Operation
-}
-
-/// What `concurrency` handlers do in the time that is worked ahead.
-fn ahead(concurrency: u32, ran: Option<Duration>) -> u32 {
-    let per_handler = match ran {
-        Some(ran) => (AHEAD.as_nanos() / ran.as_nanos().max(1)).min(u128::from(MAX_BATCH)) as u32,
-        None => 2,
-    };
-    concurrency.saturating_mul(per_handler.max(1)).min(MAX_BATCH.max(concurrency))
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ macro_rules! migration {
 /// The first migration of the present shape: those before it make the tables and functions of the earlier one.
 const PRESENT: usize = 7;
 
-pub(super) const MIGRATIONS: [Migration; 15] = [
+pub(super) const MIGRATIONS: [Migration; 16] = [
     migration!("0001", "engine", holds_data: true),
     migration!("0002", "pull", holds_data: false),
     migration!("0003", "roles", holds_data: false),
@@ -48,6 +48,7 @@ pub(super) const MIGRATIONS: [Migration; 15] = [
     migration!("0013", "unique", holds_data: false),
     migration!("0014", "inbox", holds_data: false),
     migration!("0015", "find_delivery", holds_data: false),
+    migration!("0016", "batch_ids", holds_data: false),
 ];
 
 /// The version that this migration leads to.
@@ -70,6 +71,9 @@ fn render(text: &str, leaves: usize, schema: &str, channel: &str) -> String {
                 }
                 _ if leaves < since("order") => include_str!("migrations/earlier/publish_without_lanes.sql"),
                 _ if leaves < since("unique") => include_str!("migrations/earlier/publish_without_unique.sql"),
+                _ if leaves < since("batch_ids") => {
+                    include_str!("migrations/earlier/publish_with_ids_of_their_own.sql")
+                }
                 _ => include_str!("publish.sql"),
             },
             short_ways(match leaves {

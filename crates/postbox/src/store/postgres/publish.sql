@@ -12,16 +12,27 @@ with routing as materialized (
         for share
     ) s
 ),
+-- What the ids of a batch have in common: the time, as uuid7() has it, and a random number from which they count on.
+-- So they are in the order of the batch.
+batch as materialized (
+    select b.head, b.random - 9223372036854775807::bigint - 1::bigint as first
+    from (
+        select pg_catalog.overlay(pg_catalog.lpad(pg_catalog.to_hex((pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
+                * 4096000::double precision)::bigint), 15, '0'), '7', 13, 0) as head,
+            pg_catalog.hashtextextended(pg_catalog.gen_random_uuid()::pg_catalog.text, 0) & 2305843009213693951::bigint as random
+        offset 0
+    ) b
+),
 -- Arrays that are null stand for nulls. Each is walked once: an element in the middle of one is found by walking to it.
 input as materialized (
-    select i.*, {schema}.uuid7() as id,
+    select i.*, (b.head || pg_catalog.to_hex(b.first + i.ord))::pg_catalog.uuid as id,
         case
             when i.due_us is not null
                 and pg_catalog.to_timestamp(i.due_us::double precision / 1000000::double precision) > pg_catalog.clock_timestamp()
                 then pg_catalog.to_timestamp(i.due_us::double precision / 1000000::double precision)
             when i.delay_ms > 0 then pg_catalog.clock_timestamp() + interval '1 millisecond' * i.delay_ms::double precision
         end as due_at
-    from unnest($1::pg_catalog.text[], $2::pg_catalog.text[], $3::pg_catalog.text[], $4::pg_catalog.text[], $5::bigint[],
+    from batch b cross join unnest($1::pg_catalog.text[], $2::pg_catalog.text[], $3::pg_catalog.text[], $4::pg_catalog.text[], $5::bigint[],
         $6::pg_catalog.text[], $7::pg_catalog.text[], $8::pg_catalog.text[], $9::pg_catalog.text[], $10::int[],
         $11::bigint[], $12::bigint[], $13::pg_catalog.text[], $14::bigint[], $15::pg_catalog.bytea[], $16::pg_catalog.text[],
         $17::smallint[])
@@ -39,6 +50,22 @@ fresh as (
         where d.expires_at <= pg_catalog.statement_timestamp()
     returning d.message
 ),
+-- What each topic fans out to.
+ways as materialized (
+    select w.topic,
+        -- As learn_routes.sql has them: those that go by lanes are negative.
+        coalesce(t.subscriptions, array(select case when s.per_key is null then s.id else -s.id end from {schema}.subscription s
+            where s.removed_at is null and w.topic ~ s.matcher order by s.id)) as subscriptions,
+        case when t.subscriptions is null then nullif(array(select u.subscription from {schema}.one_per_key u), '{}')
+            else t.uniques end as uniques
+    from (select distinct i.topic from input i) w
+    left join lateral (
+        -- An older epoch's routes go with it; a stricter snapshot may hold them still.
+        select t.subscriptions, t.uniques from {schema}.route t
+        where t.topic = w.topic and t.epoch = (select r.epoch from routing r)
+        offset 0
+    ) t on true
+),
 fan as materialized (
     select k.*,
         case pg_catalog.cardinality(k.subscriptions)
@@ -46,31 +73,27 @@ fan as materialized (
             else array(select pg_catalog.nextval('{schema}.delivery_id') from pg_catalog.unnest(k.subscriptions))
         end as deliveries
     from (
-        select i.*,
-            -- As learn_routes.sql has them: those that go by lanes are negative.
-            coalesce(t.subscriptions, array(select case when s.per_key is null then s.id else -s.id end from {schema}.subscription s
-                where s.removed_at is null and i.topic ~ s.matcher order by s.id)) as subscriptions,
-            case when t.subscriptions is null then nullif(array(select u.subscription from {schema}.one_per_key u), '{}')
-                else t.uniques end as uniques
-        from input i
-        left join lateral (
-            -- An older epoch's routes go with it; a stricter snapshot may hold them still.
-            select t.subscriptions, t.uniques from {schema}.route t
-            where t.topic = i.topic and t.epoch = (select r.epoch from routing r)
-            offset 0
-        ) t on true
+        -- Sorted before the numbers are drawn: they are the order of a key.
+        select i.*, w.subscriptions, w.uniques
+        from input i join ways w on w.topic = i.topic
         where i.dedup_key is null or i.id in (select f.message from fresh f)
+        order by i.ord
         offset 0
     ) k
+),
+-- One row for each delivery.
+aimed as materialized (
+    select f.id, f.key, f.priority, f.due_at, f.uniques, unnest(f.subscriptions) as subscription, unnest(f.deliveries) as delivery
+    from fan f
 ),
 -- Deliveries that are not made: of a key of which there is one that is unfinished.
 held as materialized (
     select h.message, h.delivery, h.holder
     from (
-        select pg_catalog.array_agg(d.subscription) as subscriptions, pg_catalog.array_agg(f.key) as keys,
-            pg_catalog.array_agg(f.id) as messages, pg_catalog.array_agg(d.delivery) as deliveries
-        from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
-        where f.uniques is not null and f.key is not null and d.subscription = any (f.uniques)
+        select pg_catalog.array_agg(d.subscription) as subscriptions, pg_catalog.array_agg(d.key) as keys,
+            pg_catalog.array_agg(d.id) as messages, pg_catalog.array_agg(d.delivery) as deliveries
+        from aimed d
+        where d.uniques is not null and d.key is not null and d.subscription = any (d.uniques)
         having pg_catalog.count(*) > 0
     ) a
     cross join lateral {schema}.take_keys(a.subscriptions, a.keys, a.messages, a.deliveries, $18::pg_catalog.bool) h
@@ -93,18 +116,18 @@ stored as (
 readied as (
     insert into {schema}.ready (subscription, priority, slot, pos, delivery, message, attempt, lost, rev)
     select pg_catalog.abs(d.subscription),
-        case when d.subscription > 0 then coalesce(f.priority, 0::smallint) else {schema}.lane_of(f.key, d.delivery) end,
-        (d.delivery >> 20) & 3::bigint, d.delivery, d.delivery, f.id, 0, 0, 0
-    from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
-    where f.due_at is null and d.delivery not in (select h.delivery from held h)
+        case when d.subscription > 0 then coalesce(d.priority, 0::smallint) else {schema}.lane_of(d.key, d.delivery) end,
+        (d.delivery >> 20) & 3::bigint, d.delivery, d.delivery, d.id, 0, 0, 0
+    from aimed d
+    where d.due_at is null and d.delivery not in (select h.delivery from held h)
 ),
 later as (
     insert into {schema}.scheduled (delivery, due_at, subscription, priority, message, attempt, lost, rev)
-    select d.delivery, f.due_at, pg_catalog.abs(d.subscription),
-        case when d.subscription > 0 then coalesce(f.priority, 0::smallint) else {schema}.lane_of(f.key, d.delivery) end,
-        f.id, 0, 0, 0
-    from fan f cross join lateral unnest(f.subscriptions, f.deliveries) as d(subscription, delivery)
-    where f.due_at is not null and d.delivery not in (select h.delivery from held h)
+    select d.delivery, d.due_at, pg_catalog.abs(d.subscription),
+        case when d.subscription > 0 then coalesce(d.priority, 0::smallint) else {schema}.lane_of(d.key, d.delivery) end,
+        d.id, 0, 0, 0
+    from aimed d
+    where d.due_at is not null and d.delivery not in (select h.delivery from held h)
 ),
 nobody as (
     insert into {schema}.unrouted (message, topic, epoch)

@@ -6,9 +6,10 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::batch::{Batch, Entry, Slot};
+use super::claims::{MAX_BATCH, ahead};
 use super::flush::policy_for;
 use super::wire::{Command, Member};
-use super::{Core, Hold, Lane, Load, MAX_BATCH, Permit, Phase, ahead, is_suspect};
+use super::{Core, Hold, Lane, Load, Permit, Phase, is_suspect};
 use crate::handler::Gather;
 use crate::lifecycle::Kind;
 use crate::store::{Item, SubscriptionId};

@@ -218,7 +218,7 @@ impl Lines {
         &mut self,
         token: Uuid,
         settled: impl Fn(usize) -> bool,
-        claiming: &BTreeSet<Uuid>,
+        claiming: impl Fn() -> BTreeSet<Uuid>,
     ) -> (bool, Vec<Hold>) {
         let is_settled = |hold: &Hold| hold.0 == token && settled(hold.1);
         let mut following = Vec::new();
@@ -241,7 +241,7 @@ impl Lines {
             self.came_out(lane.0, lane.1, 1);
         }
         let opened = self.each_closed(|closed| match closed {
-            Closed::Settling(hold) if is_settled(hold) => *closed = Closed::Claiming(claiming.clone()),
+            Closed::Settling(hold) if is_settled(hold) => *closed = Closed::Claiming(claiming()),
             _ => {}
         });
         (opened, following.into_iter().map(|(hold, _)| hold).collect())
@@ -358,7 +358,7 @@ impl Core {
         if lost.is_empty() {
             return;
         }
-        let claims = self.keyed.clone();
+        let claims = self.keyed.tokens();
         self.lines.forget(token, &claims);
         for (item, lost) in lost {
             let Some((lane, _)) = self.lanes.get(&item.subscription) else { continue };
@@ -373,12 +373,6 @@ impl Core {
         }
         // Where no claim is under way, nothing is waited for.
         self.hungry |= self.lines.returned(token);
-    }
-
-    /// Which of these deliver by key.
-    pub(super) fn by_key(&self, wanted: &[(SubscriptionId, u32)]) -> Vec<SubscriptionId> {
-        let ids = wanted.iter().map(|(id, _)| *id);
-        ids.filter(|id| self.lanes.get(id).is_some_and(|(lane, _)| lane.keys.is_some())).collect()
     }
 }
 
