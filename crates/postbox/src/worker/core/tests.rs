@@ -6,7 +6,7 @@ use super::*;
 use crate::handler::Gather;
 use crate::lifecycle::{Answer, Policy, State};
 use crate::retry::RetryPolicy;
-use crate::store::Settle;
+use crate::store::{ClaimRequest, Claimed, Settle};
 
 const OPERATION: SubscriptionId = 1;
 const PLAIN: SubscriptionId = 2;
