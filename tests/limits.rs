@@ -133,6 +133,7 @@ async fn takes<Db: Testable>(hand: &Hand<Db>, room: u32) -> (u32, Option<Duratio
         metered: vec![id],
         by_key: Vec::new(),
         full: Vec::new(),
+        sorts: true,
     };
     let claimed = hand.store().claim(&request).await.expect("claims");
     let success = |i: &postbox::store::Item| Success {

@@ -242,6 +242,7 @@ async fn a_worker_works_and_the_record_stays_as_it_is() {
             metered: Vec::new(),
             by_key: Vec::new(),
             full: Vec::new(),
+            sorts: true,
         })
         .await
         .expect("claim");

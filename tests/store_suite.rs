@@ -442,6 +442,7 @@ async fn a_taken_over_worker_is_told<Db: Testable>() {
         metered: Vec::new(),
         by_key: Vec::new(),
         full: Vec::new(),
+        sorts: true,
     };
     let claimed = fresh.postbox.store().claim(&request).await.expect("claim");
     assert!(claimed.items.is_empty(), "who is not registered gets nothing");

@@ -148,6 +148,7 @@ async fn claims(postbox: &Postbox<Postgres>) -> Result<Vec<f64>, Problem> {
             metered: Vec::new(),
             by_key: Vec::new(),
             full: Vec::new(),
+            sorts: true,
         };
         let begun = Instant::now();
         let claimed = store.claim(&request).await?;

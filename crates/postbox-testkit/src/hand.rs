@@ -99,6 +99,7 @@ impl<Db: Testable> Hand<Db> {
             metered: Vec::new(),
             by_key: self.by_key.clone(),
             full: Vec::new(),
+            sorts: true,
         };
         self.store().claim(&request).await.expect("claim")
     }

@@ -235,6 +235,9 @@ pub struct ClaimRequest {
     pub by_key: Vec<SubscriptionId>,
     /// Lanes of those that nothing more is wanted of.
     pub full: Vec<(SubscriptionId, i16)>,
+    /// Whether it brings what has come due, and what is in no lane, to its place: of two claims by key that a worker
+    /// makes at the same time, one does. Else the other could take what comes later first.
+    pub sorts: bool,
 }
 
 /// A wish for permits of a subscription that has a limit.

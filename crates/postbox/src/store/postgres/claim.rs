@@ -31,7 +31,9 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
         return Ok(Claimed { batch: 0, token: request.token, items: Vec::new(), next_due: wait, dry: Vec::new() });
     }
     let mut work = store.claiming().await?;
-    promote::promote(store, &mut work).await?;
+    if request.sorts {
+        promote::promote(store, &mut work).await?;
+    }
     let tokens = limits::take(store, &mut work, request).await?;
     let room = |(id, room): &(SubscriptionId, u32)| (*id, tokens.room(*id, *room));
     let wanted: Vec<(SubscriptionId, u32)> = request.wanted.iter().map(room).collect();
@@ -43,7 +45,7 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     let (in_lanes, wanted): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|(id, _)| request.by_key.contains(id));
     let lanes = match in_lanes.is_empty() {
         true => None,
-        false => Some(lanes::wanted(store, &mut work, request.worker, &in_lanes, &request.full).await?),
+        false => Some(lanes::wanted(store, &mut work, request, &in_lanes).await?),
     };
     let (subscriptions, rooms): (Vec<i32>, Vec<i32>) =
         wanted.iter().map(|(id, room)| (*id, i32::try_from(*room).unwrap_or(i32::MAX))).unzip();

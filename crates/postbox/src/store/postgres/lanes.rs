@@ -9,8 +9,8 @@ use uuid::Uuid;
 
 use super::{PgStore, Work};
 use crate::error::Error;
-use crate::store::SubscriptionId;
 use crate::store::lanes::{FIRST_LANE, LANES, Lane, of_each};
+use crate::store::{ClaimRequest, SubscriptionId};
 
 /// How far from its number the place of one that waits is: so it is found by its number.
 pub(super) const FAR: i64 = 1 << 61;
@@ -46,10 +46,10 @@ impl Wanted {
 pub(super) async fn wanted(
     store: &PgStore,
     work: &mut Work,
-    worker: Uuid,
+    request: &ClaimRequest,
     rooms: &[(SubscriptionId, u32)],
-    full: &[Lane],
 ) -> Result<Wanted, Error> {
+    let worker = request.worker;
     let subscriptions: Vec<SubscriptionId> = rooms.iter().map(|(id, _)| *id).collect();
     let due = store.balanced.due(worker, &subscriptions, Instant::now());
     let lock = if due.is_empty() { "key share" } else { "update" };
@@ -73,10 +73,20 @@ pub(super) async fn wanted(
             strays.push(subscription);
         }
         let levels: Vec<i16> = row.try_get("levels")?;
-        owned
-            .insert(subscription, levels.into_iter().filter(|level| !full.contains(&(subscription, *level))).collect());
+        owned.insert(
+            subscription,
+            levels.into_iter().filter(|level| !request.full.contains(&(subscription, *level))).collect(),
+        );
     }
-    if !strays.is_empty() {
+    if !strays.is_empty() && request.sorts {
+        // One after the other, whichever worker: whoever sees what another is sorting sees all that came before it.
+        strays.sort_unstable();
+        let one = format!(
+            "select pg_catalog.pg_advisory_xact_lock('{}.lane'::pg_catalog.regclass::pg_catalog.oid::int, s.id)
+             from pg_catalog.unnest($1::int[]) as s(id)",
+            store.schema
+        );
+        store.dynamic(one).bind(&strays).execute(work.on()).await?;
         store.query(store.sql.strays).bind(&strays).execute(work.on()).await?;
     }
     let int = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);

@@ -110,23 +110,33 @@ impl Marks {
         let Ok(mut marks) = self.0.lock() else { return };
         let new = Mark { place: START, swept: None, took: Duration::ZERO, behind: None, large: 0 };
         let mark = marks.entry(of).or_insert(new);
+        let whole = much == Took::All || last.is_none();
         match last {
             // One that stopped early has not seen what comes after.
-            Some(last) if much != Took::All && from.is_thorough() => mark.place = last,
+            Some(last) if !whole && from.is_thorough() => mark.place = last,
             Some(last) => mark.place = mark.place.max(last),
             None => {}
         }
         if from.begins == Begins::AtStart {
             (mark.swept, mark.took) = (Some(begun + took), took);
         }
-        if much == Took::FullOfStretches {
-            let after = mark.behind.map_or(from.after, |behind| behind.after.min(from.after));
-            (mark.behind, mark.large) = (Some(Behind { after, last: false }), mark.large + 1);
-        } else if from.is_thorough() && mark.large == from.large {
-            mark.behind = None;
-        } else if let Some(behind) = &mut mark.behind {
-            behind.last |= much == Took::All;
-        }
+        // Whether it has looked at all that others have left, up to where it stopped.
+        let covers = mark.large == from.large && mark.behind.is_none_or(|behind| from.after <= behind.after);
+        let left = match last {
+            Some(_) if much == Took::FullOfStretches => Some(from.after),
+            // Others, that began further on, go on from there.
+            Some(last) if !whole && from.is_thorough() => Some(last),
+            _ => None,
+        };
+        mark.large += u64::from(much == Took::FullOfStretches);
+        let known = mark.behind.take().filter(|_| !(covers && whole));
+        mark.behind = match left {
+            Some(left) => {
+                let after = known.filter(|_| !covers).map_or(left, |known| known.after.min(left));
+                Some(Behind { after, last: false })
+            }
+            None => known.map(|known| Behind { last: known.last || whole, ..known }),
+        };
     }
 }
 
@@ -262,6 +272,28 @@ mod tests {
     }
 
     #[test]
+    fn what_a_look_behind_has_not_come_to_is_not_forgotten() {
+        let (marks, now) = (Marks::default(), Instant::now());
+        let next = || from(&marks, 1, now);
+        let take = |from, last, much| marks.found((1, Priority::Normal), from, last, much, now, MS);
+        take(next(), Some(20_000), Took::Full);
+        take(next(), Some(24_000), Took::FullOfStretches);
+        let beside = next();
+        take(next(), None, Took::All);
+        take(next(), Some(20_500), Took::Full);
+        take(beside, Some(25_000), Took::All);
+        assert_eq!((next().after, next().begins), (20_500, Begins::Behind), "the other one had begun above it");
+        take(next(), Some(25_100), Took::All);
+        assert_eq!((next().after, next().begins), (24_600, Begins::AtMark));
+        // The same after a sweep.
+        let later = now + SWEEP + MS;
+        take(from(&marks, 1, later), Some(700), Took::Full);
+        take(next(), Some(900), Took::Full);
+        take(next(), Some(950), Took::All);
+        assert_eq!((next().after, next().begins), (450, Begins::AtMark), "it went through all that was left");
+    }
+
+    #[test]
     fn a_look_behind_does_not_hide_what_others_leave_meanwhile() {
         let (marks, now) = (Marks::default(), Instant::now());
         let next = || from(&marks, 1, now);
@@ -278,5 +310,7 @@ mod tests {
         // One that stopped early: what it has not seen is ahead again.
         take(next(), Some(20_500), Took::Full);
         assert_eq!((next().after, next().begins), (20_000, Begins::AtMark));
+        take(next(), None, Took::All);
+        assert_eq!((next().after, next().begins), (20_000, Begins::AtMark), "it went through that");
     }
 }

@@ -75,7 +75,7 @@ fan as materialized (
     from (
         -- Sorted before the numbers are drawn: they are the order of a key.
         select i.*, w.subscriptions, w.uniques
-        from input i join ways w on w.topic = i.topic
+        from input i left join ways w on w.topic = i.topic
         where i.dedup_key is null or i.id in (select f.message from fresh f)
         order by i.ord
         offset 0
@@ -83,7 +83,8 @@ fan as materialized (
 ),
 -- One row for each delivery.
 aimed as materialized (
-    select f.id, f.key, f.priority, f.due_at, f.uniques, unnest(f.subscriptions) as subscription, unnest(f.deliveries) as delivery
+    select f.id, f.key, f.priority, f.due_at, f.uniques, pg_catalog.unnest(f.subscriptions) as subscription,
+        pg_catalog.unnest(f.deliveries) as delivery
     from fan f
 ),
 -- Deliveries that are not made: of a key of which there is one that is unfinished.

@@ -79,6 +79,7 @@ pub(super) async fn pull(
         metered: Vec::new(),
         by_key: Vec::new(),
         full: Vec::new(),
+        sorts: true,
     };
     let found: Option<(String, i32, i64, i64, bool)> = sqlx::query_as(
         "select s.kind, s.max_attempts, s.retry_base_ms, s.retry_cap_ms,

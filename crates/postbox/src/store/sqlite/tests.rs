@@ -139,6 +139,7 @@ async fn claim(store: &SqliteStore, worker: Uuid, subscription: SubscriptionId, 
             metered: Vec::new(),
             by_key: Vec::new(),
             full: Vec::new(),
+            sorts: true,
         })
         .await
         .expect("claims");

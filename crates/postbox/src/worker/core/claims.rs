@@ -42,11 +42,25 @@ impl Part {
 }
 
 /// Claims under way that want deliveries by key, and of which lanes.
-#[derive(Debug, Default)]
+///
+/// Two halves begin as a pair, and the next one when both are over. In between, whoever waits for the worker's row has
+/// it: claims share it, and if there were always one of them, nobody else would get it.
+#[derive(Debug)]
 pub(super) struct Keyed {
     under_way: BTreeMap<Uuid, Part>,
-    /// The last claim of all lanes was full, and found about as much in either half of them.
+    /// There is enough for claims of halves: the last claim of all lanes was full, and found about as much in either
+    /// half, and each one of a half has been full since.
     halved: bool,
+    /// The half that is next, so that each has its turn where there is only one claim at a time.
+    turn: Part,
+    /// One of a pair has begun, and the other may.
+    begun: bool,
+}
+
+impl Default for Keyed {
+    fn default() -> Keyed {
+        Keyed { under_way: BTreeMap::new(), halved: false, turn: Part::Even, begun: false }
+    }
 }
 
 impl Keyed {
@@ -56,20 +70,32 @@ impl Keyed {
 
     /// Which lanes the next claim may be of, if any. `deep`: there is more than one claim takes.
     fn next(&self, deep: bool) -> Option<Part> {
-        let under_way = |part| self.under_way.values().any(|other| *other == part);
-        if !(deep && self.halved) {
-            return self.under_way.is_empty().then_some(Part::All);
+        match (deep && self.halved, self.under_way.is_empty()) {
+            (false, true) => Some(Part::All),
+            (true, true) => Some(self.turn),
+            (true, false) if self.begun => Some(self.turn),
+            _ => None,
         }
-        [Part::Even, Part::Odd].into_iter().find(|part| !under_way(Part::All) && !under_way(*part))
+    }
+
+    /// Whether it is the only one under way.
+    fn begin(&mut self, token: Uuid, part: Part) -> bool {
+        let alone = self.under_way.is_empty();
+        self.under_way.insert(token, part);
+        self.begun = alone && part != Part::All;
+        self.turn = if part == Part::Even { Part::Odd } else { Part::Even };
+        alone
     }
 
     /// A claim has returned deliveries of these levels, and whether they are all that it had asked for. Whether it was
     /// of one half of the lanes.
     fn returned(&mut self, token: Uuid, levels: impl Iterator<Item = i16>, full: bool) -> bool {
         let Some(part) = self.under_way.remove(&token) else { return false };
+        self.begun = false;
         let (even, odd): (Vec<i16>, Vec<i16>) =
             levels.filter(|level| is_lane(*level)).partition(|n| Part::Even.has(*n));
-        self.halved = full && (part != Part::All || even.len().min(odd.len()) * 4 >= even.len() + odd.len());
+        let balanced = even.len().min(odd.len()) * 4 >= even.len() + odd.len();
+        self.halved = full && if part == Part::All { balanced } else { self.halved };
         part != Part::All
     }
 }
@@ -175,7 +201,7 @@ impl Core {
         {
             return None;
         }
-        let part = self.keyed.next(self.deep).filter(|_| self.lost_claims.is_empty());
+        let part = self.next_part().filter(|_| self.lost_claims.is_empty());
         // In front of a backlog a claim takes as much as it may: what it costs itself is shared by more.
         let room = if self.deep && self.setup.batch.is_none() { target } else { target.saturating_sub(queued) };
         let mut wanted: Vec<(SubscriptionId, u32)> = self
@@ -216,6 +242,11 @@ impl Core {
         (!wanted.is_empty()).then_some(wanted)
     }
 
+    /// Of which lanes the next claim may be.
+    fn next_part(&self) -> Option<Part> {
+        self.keyed.next(self.deep && self.setup.batch.is_none())
+    }
+
     pub(super) fn claim(&mut self, now: Duration, commands: &mut Vec<Command>) {
         if !self.hungry && now < self.poll_at {
             return;
@@ -227,9 +258,9 @@ impl Core {
             let metered = wanted.iter().map(|(id, _)| *id);
             let metered = metered.filter(|id| self.lanes.get(id).is_some_and(|(lane, _)| lane.metered)).collect();
             let by_key = self.by_key(&wanted);
-            let mut full = self.lines.full();
-            if let Some(part) = self.keyed.next(self.deep).filter(|_| !by_key.is_empty()) {
-                self.keyed.under_way.insert(token, part);
+            let (mut full, mut sorts) = (self.lines.full(), true);
+            if let Some(part) = self.next_part().filter(|_| !by_key.is_empty()) {
+                sorts = self.keyed.begin(token, part);
                 let others = (FIRST_LANE..FIRST_LANE + LANES).filter(|level| !part.has(*level));
                 full.extend(others.flat_map(|level| by_key.iter().map(move |id| (*id, level))));
             }
@@ -238,6 +269,7 @@ impl Core {
                 token,
                 by_key,
                 full,
+                sorts,
                 wanted,
                 metered,
             }));
@@ -268,26 +300,46 @@ mod tests {
         keyed.returned(Uuid::from_u128(claim), lanes.iter().map(|lane| FIRST_LANE + lane), full)
     }
 
-    fn begins(keyed: &mut Keyed, claim: u128, deep: bool) -> Option<Part> {
+    /// Which lanes it is of, and whether nothing was under way.
+    fn begins(keyed: &mut Keyed, claim: u128, deep: bool) -> Option<(Part, bool)> {
         let part = keyed.next(deep)?;
-        keyed.under_way.insert(Uuid::from_u128(claim), part);
-        Some(part)
+        Some((part, keyed.begin(Uuid::from_u128(claim), part)))
+    }
+
+    fn halved() -> Keyed {
+        let mut keyed = Keyed::default();
+        begins(&mut keyed, 1, false);
+        returned(&mut keyed, 1, &[0, 1, 2, 3], true);
+        keyed
     }
 
     #[test]
     fn two_claims_at_once_have_no_lane_in_common() {
         let mut keyed = Keyed::default();
-        assert_eq!(begins(&mut keyed, 1, false), Some(Part::All));
+        assert_eq!(begins(&mut keyed, 1, false), Some((Part::All, true)));
         assert_eq!(begins(&mut keyed, 2, true), None, "one is under way, of all lanes");
         assert!(!returned(&mut keyed, 1, &[0, 1, 2, 3], true));
-        assert_eq!(begins(&mut keyed, 2, true), Some(Part::Even));
-        assert_eq!(begins(&mut keyed, 3, true), Some(Part::Odd));
+        assert_eq!(begins(&mut keyed, 2, true), Some((Part::Even, true)));
+        assert_eq!(begins(&mut keyed, 3, true), Some((Part::Odd, false)));
         assert_eq!(begins(&mut keyed, 4, true), None);
+        assert_eq!(keyed.tokens(), [2, 3].map(Uuid::from_u128).into());
+        let levels = |part: Part| (FIRST_LANE..FIRST_LANE + LANES).filter(|n| part.has(*n)).count();
+        assert_eq!((levels(Part::Even), levels(Part::Odd), levels(Part::All)), (16, 16, 32));
+    }
+
+    #[test]
+    fn between_two_pairs_no_claim_is_under_way() {
+        let mut keyed = halved();
+        begins(&mut keyed, 2, true);
+        begins(&mut keyed, 3, true);
         assert!(returned(&mut keyed, 2, &[0, 2, 2, 4], true));
-        assert_eq!(begins(&mut keyed, 4, true), Some(Part::Even), "the other half is under way");
-        assert_eq!(keyed.tokens(), [3, 4].map(Uuid::from_u128).into());
-        let level = |part: Part| (FIRST_LANE..FIRST_LANE + LANES).filter(|n| part.has(*n)).count();
-        assert_eq!((level(Part::Even), level(Part::Odd), level(Part::All)), (16, 16, 32));
+        assert_eq!(begins(&mut keyed, 4, true), None, "the other of the pair is under way");
+        assert!(returned(&mut keyed, 3, &[1, 1, 3, 5], true));
+        assert_eq!(begins(&mut keyed, 4, true), Some((Part::Even, true)));
+        assert!(returned(&mut keyed, 4, &[0, 2, 2, 4], true));
+        assert_eq!(begins(&mut keyed, 5, true), Some((Part::Odd, true)), "one alone: each half has its turn");
+        assert!(returned(&mut keyed, 5, &[1, 1, 3, 5], true));
+        assert_eq!(begins(&mut keyed, 6, true), Some((Part::Even, true)));
     }
 
     #[test]
@@ -296,16 +348,15 @@ mod tests {
         begins(&mut keyed, 1, false);
         returned(&mut keyed, 1, &[0, 0, 0, 0, 1], true);
         assert_eq!(keyed.next(true), Some(Part::All), "there is next to nothing in the other half");
-        begins(&mut keyed, 2, true);
-        returned(&mut keyed, 2, &[0, 1, 1], true);
-        assert_eq!((begins(&mut keyed, 3, true), begins(&mut keyed, 4, true)), (Some(Part::Even), Some(Part::Odd)));
-        assert!(returned(&mut keyed, 3, &[], false));
-        assert_eq!(keyed.next(false), None, "a claim of all waits for that of a half");
-        returned(&mut keyed, 4, &[1, 1, 1], true);
-        assert_eq!(begins(&mut keyed, 5, true), Some(Part::Even), "that one was full");
-        assert!(returned(&mut keyed, 5, &[], false));
-        assert_eq!(begins(&mut keyed, 6, false), Some(Part::All));
-        assert!(!returned(&mut keyed, 6, &[1, 1, 1], true));
-        assert_eq!(keyed.next(true), Some(Part::All));
+        for full_comes_first in [true, false] {
+            let mut keyed = halved();
+            begins(&mut keyed, 2, true);
+            begins(&mut keyed, 3, true);
+            let answers: [(u128, &[i16], bool); 2] = [(3, &[1, 1, 1], true), (2, &[], false)];
+            for (claim, lanes, full) in if full_comes_first { answers } else { [answers[1], answers[0]] } {
+                assert!(keyed.next(false).is_none() && returned(&mut keyed, claim, lanes, full));
+            }
+            assert_eq!(keyed.next(true), Some(Part::All), "one half was empty, and that is remembered");
+        }
     }
 }

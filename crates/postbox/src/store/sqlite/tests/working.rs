@@ -62,6 +62,7 @@ async fn claims_go_by_room_and_only_for_the_living() {
         metered: Vec::new(),
         by_key: Vec::new(),
         full: Vec::new(),
+        sorts: true,
     };
     let claimed = shop.store.claim(&request).await.expect("claims");
     let subscriptions: Vec<_> = claimed.items.iter().map(|i| i.subscription).collect();
@@ -207,6 +208,7 @@ async fn the_living_are_left_alone_and_the_dead_taken_over() {
             metered: Vec::new(),
             by_key: Vec::new(),
             full: Vec::new(),
+            sorts: true,
         })
         .await
         .expect("claims");
