@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use postbox::admin::{Filter, KeyFilter, KeyRow, KeyWish};
 use postbox::lifecycle::{End, Kind, State};
 use postbox::store::{Claimed, Declared, Item, Settle, Store};
-use postbox::{Envelope, Failure, Keys, OnDead, Payload, Router, Worker, handler};
+use postbox::{Envelope, Failure, Keys, OnDead, Payload, Postgres, Router, Worker, handler};
 use postbox_testkit::hand::{Hand, declared, ended, registration, success};
 use postbox_testkit::{Fresh, Testable, on_both_stores};
 use serde::{Deserialize, Serialize};
+use sqlx::AssertSqlSafe;
 
 on_both_stores!(
     keys_are_in_order_across_workers,
@@ -25,6 +26,7 @@ on_both_stores!(
     a_key_that_is_parked_waits_with_all_that_comes,
     the_way_to_deliver_does_not_change_under_deliveries,
     who_has_the_lock_of_a_key_publishes_first,
+    a_backlog_is_drained_in_order,
 );
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -455,4 +457,59 @@ async fn who_has_the_lock_of_a_key_publishes_first<Db: Testable>() {
     assert_eq!(numbers(&hand.claim(10).await), [1, 2]);
     let mut tx = fresh.pool.begin().await.expect("a transaction");
     assert!(postbox.lock_key(&mut tx, "").await.is_err());
+}
+
+async fn a_backlog_is_drained_in_order<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    let witness = Witness::default();
+    let step = {
+        let witness = witness.clone();
+        move |Payload(step): Payload<Step>, attempt: postbox::Attempt| {
+            let witness = witness.clone();
+            async move {
+                witness.begin(&step);
+                witness.end(&step);
+                // Their keys stand still for a moment, while claims of the others go on.
+                match step.number == 20 && step.key.ends_with('7') && attempt.number == 1 {
+                    true => Err(Failure::retry("not yet")),
+                    false => Ok(()),
+                }
+            }
+        }
+    };
+    let backoff = Duration::from_millis(20);
+    let routes = Router::<Db>::new().on("step", handler(step).named("steps").ordered().backoff(backoff, backoff));
+    Hand::registered(&fresh, &registration(vec![in_order()])).await;
+    // More than a claim takes, many times over: two run side by side.
+    for number in 1..=40 {
+        publish(&fresh, (0..100).map(|key| (format!("key-{key}"), number))).await;
+    }
+    let worker = fresh.postbox.worker(routes).concurrency(100).start().await.expect("starts");
+    witness.ended(4010).await;
+    for key in 0..100 {
+        let mut wanted: Vec<u32> = (1..=40).collect();
+        if key % 10 == 7 {
+            wanted.insert(20, 20);
+        }
+        assert_eq!(witness.of(&format!("key-{key}")), wanted, "key-{key}");
+    }
+    assert_eq!(witness.0.lock().expect("a log").most_of_a_key, 1);
+    worker.stop(None).await.expect("stops");
+}
+
+#[tokio::test]
+async fn history_is_sorted_by_one_claim_at_a_time() {
+    let fresh = Postgres::fresh().await;
+    publish(&fresh, (1..=5).map(|number| ("key".to_owned(), number))).await;
+    let hand = Hand::register(&fresh, vec![in_order()]).await;
+    let lock = format!(
+        "select pg_advisory_xact_lock('{}.lane'::regclass::oid::int, {})",
+        fresh.schema(),
+        hand.subscriptions[0]
+    );
+    let mut tx = fresh.pool.begin().await.expect("a transaction");
+    sqlx::query(AssertSqlSafe(lock)).execute(&mut *tx).await.expect("the lock");
+    assert!(hand.claim(10).await.items.is_empty(), "somebody else sorts");
+    tx.commit().await.expect("committed");
+    assert_eq!(numbers(&hand.claim(10).await), [1, 2, 3, 4, 5]);
 }

@@ -79,15 +79,18 @@ pub(super) async fn wanted(
         );
     }
     if !strays.is_empty() && request.sorts {
-        // One after the other, whichever worker: whoever sees what another is sorting sees all that came before it.
-        strays.sort_unstable();
-        let one = format!(
-            "select pg_catalog.pg_advisory_xact_lock('{}.lane'::pg_catalog.regclass::pg_catalog.oid::int, s.id)
-             from pg_catalog.unnest($1::int[]) as s(id)",
+        // One after the other, whichever worker: who sorts beside another does not see what that one has moved, and could
+        // claim what comes after it.
+        let sql = format!(
+            "select s.id from pg_catalog.unnest($1::int[]) as s(id)
+             where pg_catalog.pg_try_advisory_xact_lock('{}.lane'::pg_catalog.regclass::pg_catalog.oid::int, s.id)",
             store.schema
         );
-        store.dynamic(one).bind(&strays).execute(work.on()).await?;
-        store.query(store.sql.strays).bind(&strays).execute(work.on()).await?;
+        let rows = store.dynamic(sql).bind(&strays).fetch_all(work.on()).await?;
+        let mine = rows.iter().map(|row| row.try_get("id")).collect::<Result<Vec<SubscriptionId>, _>>()?;
+        if !mine.is_empty() {
+            store.query(store.sql.strays).bind(&mine).execute(work.on()).await?;
+        }
     }
     let int = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
     for (subscription, room) in rooms.iter().filter(|(_, room)| *room > 0) {

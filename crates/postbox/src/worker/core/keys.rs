@@ -411,7 +411,8 @@ mod tests {
     use crate::lifecycle::{Kind, Policy};
     use crate::message::Envelope;
     use crate::retry::RetryPolicy;
-    use crate::store::{Claimed, Guarded, Settle};
+    use crate::store::lanes::{FIRST_LANE, LANES};
+    use crate::store::{ClaimRequest, Claimed, Guarded, Settle};
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -571,5 +572,44 @@ mod tests {
         assert!(!lost.iter().any(|c| matches!(c, Command::Claim(_))));
         assert!(!core.step([Event::Woken], MS * 3).iter().any(|c| matches!(c, Command::Claim(_))));
         claim(&core.step([Event::Disowned(token, true), Event::Woken], MS * 4));
+    }
+
+    #[test]
+    fn in_front_of_a_backlog_two_claims_have_no_lane_in_common() {
+        let mut core = core(Keys::Ordered(OnDead::Block));
+        let claims = |commands: &[Command]| -> Vec<ClaimRequest> {
+            let of = |command: &Command| match command {
+                Command::Claim(request) => Some(request.clone()),
+                _ => None,
+            };
+            commands.iter().filter_map(of).collect()
+        };
+        let first = claims(&core.step([Event::Tick], MS));
+        let [all] = first.as_slice() else { panic!("{first:?}") };
+        assert!(all.full.is_empty() && all.sorts);
+        let items = (0..i64::from(all.wanted[0].1)).map(|n| {
+            let item = item(n, &format!("key-{n}"));
+            Item { priority: FIRST_LANE + n as i16 % 2, ..item }
+        });
+        let claimed = Claimed { batch: 1, token: all.token, items: items.collect(), next_due: None, dry: Vec::new() };
+        let mut commands = core.step([Event::Claimed(all.token, Some(claimed))], MS * 2);
+        let mut running = Vec::new();
+        let two = loop {
+            let found = claims(&commands);
+            if !found.is_empty() {
+                break found;
+            }
+            // First what lies ready.
+            running.extend(runs(&commands).into_iter().map(|delivery| hold(&commands, delivery)));
+            let next = running.pop().expect("one runs, or there is a claim");
+            commands = core.step(ends(next, End::Succeeded), MS * 3);
+        };
+        let [one, other] = two.as_slice() else { panic!("{two:?}") };
+        assert!(one.sorts && !other.sorts, "one sorts");
+        let all_lanes: BTreeSet<_> = (FIRST_LANE..FIRST_LANE + LANES).map(|level| (1, level)).collect();
+        let left = |request: &ClaimRequest| all_lanes.iter().filter(|l| !request.full.contains(l)).count();
+        let excluded: BTreeSet<_> = one.full.iter().chain(&other.full).copied().collect();
+        assert_eq!((left(one), left(other)), (16, 16));
+        assert_eq!(excluded, all_lanes, "what one may take is closed to the other");
     }
 }

@@ -32,7 +32,8 @@ async fn step(
 pub(crate) async fn work<Db: Site>(part: Part) -> Result<(), Box<dyn std::error::Error>> {
     listen(|_| {});
     let postbox = Postbox::<Db>::open(part.settings()).await?;
-    let soon = (Duration::from_millis(20), Duration::from_millis(100));
+    // For long enough that those behind it would come first, if they were not held.
+    let soon = (Duration::from_millis(200), Duration::from_millis(400));
     let step = handler(step).named(STEPS).ordered().max_attempts(MANY).backoff(soon.0, soon.1);
     let routes = Router::new().on(TOPIC, step).with_state(Remote(part.remote.clone()));
     let worker = postbox.worker(routes).lease(LEASE).poll_interval(Duration::from_millis(100));
