@@ -462,9 +462,9 @@ async fn who_has_the_lock_of_a_key_publishes_first<Db: Testable>() {
 async fn a_backlog_is_drained_in_order<Db: Testable>() {
     let fresh = Db::fresh().await;
     let witness = Witness::default();
-    let step = {
+    let worker = || {
         let witness = witness.clone();
-        move |Payload(step): Payload<Step>, attempt: postbox::Attempt| {
+        let step = move |Payload(step): Payload<Step>, attempt: postbox::Attempt| {
             let witness = witness.clone();
             async move {
                 witness.begin(&step);
@@ -475,16 +475,17 @@ async fn a_backlog_is_drained_in_order<Db: Testable>() {
                     false => Ok(()),
                 }
             }
-        }
+        };
+        let backoff = Duration::from_millis(20);
+        let steps = handler(step).named("steps").ordered().backoff(backoff, backoff);
+        fresh.postbox.worker(Router::<Db>::new().on("step", steps)).concurrency(100)
     };
-    let backoff = Duration::from_millis(20);
-    let routes = Router::<Db>::new().on("step", handler(step).named("steps").ordered().backoff(backoff, backoff));
-    Hand::registered(&fresh, &registration(vec![in_order()])).await;
+    worker().start().await.expect("starts").stop(None).await.expect("stops");
     // More than a claim takes, many times over: two run side by side.
     for number in 1..=40 {
         publish(&fresh, (0..100).map(|key| (format!("key-{key}"), number))).await;
     }
-    let worker = fresh.postbox.worker(routes).concurrency(100).start().await.expect("starts");
+    let worker = worker().start().await.expect("starts");
     witness.ended(4010).await;
     for key in 0..100 {
         let mut wanted: Vec<u32> = (1..=40).collect();
