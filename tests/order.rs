@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use postbox::admin::{Filter, KeyFilter, KeyRow, KeyWish};
 use postbox::lifecycle::{End, Kind, State};
 use postbox::store::{Claimed, Declared, Item, Settle, Store};
-use postbox::{Envelope, Failure, Keys, OnDead, Payload, Postgres, Router, Worker, handler};
+use postbox::{Envelope, Failure, Keys, OnDead, Payload, Postgres, Priority, Router, Worker, handler};
 use postbox_testkit::hand::{Hand, declared, ended, registration, success};
 use postbox_testkit::{Fresh, Testable, on_both_stores};
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,7 @@ on_both_stores!(
     the_way_to_deliver_does_not_change_under_deliveries,
     who_has_the_lock_of_a_key_publishes_first,
     a_backlog_is_drained_in_order,
+    history_is_in_order_whatever_its_priority,
 );
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -468,6 +469,7 @@ async fn a_backlog_is_drained_in_order<Db: Testable>() {
             let witness = witness.clone();
             async move {
                 witness.begin(&step);
+                tokio::task::yield_now().await;
                 witness.end(&step);
                 // Their keys stand still for a moment, while claims of the others go on.
                 match step.number == 20 && step.key.ends_with('7') && attempt.number == 1 {
@@ -496,6 +498,23 @@ async fn a_backlog_is_drained_in_order<Db: Testable>() {
     }
     assert_eq!(witness.0.lock().expect("a log").most_of_a_key, 1);
     worker.stop(None).await.expect("stops");
+}
+
+async fn history_is_in_order_whatever_its_priority<Db: Testable>() {
+    let fresh = Db::fresh().await;
+    publish(&fresh, [("key".to_owned(), 1)]).await;
+    let high = |key: String, number| {
+        let step = Step { key: key.clone(), number };
+        Envelope::json("step", &step).expect("a message").key(key).priority(Priority::High)
+    };
+    let second = std::iter::once(high("key".into(), 2));
+    // More than are sorted at once.
+    let others = (0..5000).map(|n| high(format!("other-{}", n % 100), n));
+    fresh.postbox.publish_now(second.chain(others).collect::<Vec<_>>()).await.expect("published");
+    let hand = Hand::register(&fresh, vec![in_order()]).await;
+    let mut claimed = hand.claim(500).await;
+    claimed.items.retain(|item| item.envelope.as_ref().is_some_and(|e| e.key.as_deref() == Some("key")));
+    assert_eq!(numbers(&claimed), [1, 2]);
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::{Column, Row};
 
-use super::marks::{From, Took};
+use super::marks::{Begins, From, Took};
 use super::read::Items;
 use super::{LOCK_NOT_LONG, PgStore, lanes, limits, promote};
 use crate::error::Error;
@@ -54,9 +54,11 @@ pub(super) async fn claim(store: &PgStore, request: &ClaimRequest) -> Result<Cla
     let shares: Vec<Share> = wanted.iter().map(|(id, room)| store.turns.share(*id, *room)).collect();
     let many = lanes.is_none()
         && rooms.iter().map(|room| i64::from(*room)).sum::<i64>() >= MANY
-        && froms.iter().all(|[high, normal, _]| !high.is_thorough() && !normal.is_thorough());
+        && froms
+            .iter()
+            .all(|[high, normal, low]| !high.is_thorough() && !normal.is_thorough() && low.begins != Begins::Behind);
     if many {
-        // Seldom looked at behind so many others: looked through by a smaller claim.
+        // Seldom looked at behind so many others: swept by a smaller claim.
         for [.., low] in &mut froms {
             *low = low.at_mark();
         }

@@ -46,6 +46,8 @@ struct Mark {
     behind: Option<Behind>,
     /// How many of those there were, ever.
     large: u64,
+    /// Where the first of them began that have returned since the last look there began.
+    recent: Option<i64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,8 +94,8 @@ impl Marks {
     /// Where the next claim of a subscription begins, for each level.
     pub(super) fn from(&self, subscription: SubscriptionId, now: Instant) -> [From; 3] {
         let unknown = From { after: START, begins: Begins::AtStart, mark: START, large: 0 };
-        let Ok(marks) = self.0.lock() else { return [unknown; 3] };
-        Priority::ALL.map(|level| marks.get(&(subscription, level)).map_or(unknown, |mark| mark.from(now)))
+        let Ok(mut marks) = self.0.lock() else { return [unknown; 3] };
+        Priority::ALL.map(|level| marks.get_mut(&(subscription, level)).map_or(unknown, |mark| mark.from(now)))
     }
 
     /// What a claim found of a level that it looked at from there: the last place it took, and how much it took of the
@@ -108,7 +110,7 @@ impl Marks {
         took: Duration,
     ) {
         let Ok(mut marks) = self.0.lock() else { return };
-        let new = Mark { place: START, swept: None, took: Duration::ZERO, behind: None, large: 0 };
+        let new = Mark { place: START, swept: None, took: Duration::ZERO, behind: None, large: 0, recent: None };
         let mark = marks.entry(of).or_insert(new);
         let whole = much == Took::All || last.is_none();
         match last {
@@ -128,15 +130,21 @@ impl Marks {
             Some(last) if !whole && from.is_thorough() => Some(last),
             _ => None,
         };
-        mark.large += u64::from(much == Took::FullOfStretches);
-        let known = mark.behind.take().filter(|_| !(covers && whole));
-        mark.behind = match left {
-            Some(left) => {
-                let after = known.filter(|_| !covers).map_or(left, |known| known.after.min(left));
-                Some(Behind { after, last: false })
-            }
-            None => known.map(|known| Behind { last: known.last || whole, ..known }),
+        let before = mark.behind.is_some_and(|behind| behind.after < from.after);
+        let known = match (covers, from.is_thorough()) {
+            (true, _) if whole || left.is_some() => None,
+            // It has not seen what those left that returned meanwhile; what was there before, it has.
+            (false, true) if !before => mark.recent,
+            _ => mark.behind.map(|behind| behind.after),
         };
+        let was_last = mark.behind.is_some_and(|behind| behind.last);
+        let last = left.is_none() && (whole || was_last);
+        let after = [known, left].into_iter().flatten().min();
+        mark.behind = after.map(|after| Behind { after, last });
+        if much == Took::FullOfStretches {
+            mark.large += 1;
+            mark.recent = Some(mark.recent.map_or(from.after, |recent| recent.min(from.after)));
+        }
     }
 }
 
@@ -153,13 +161,16 @@ impl From {
 }
 
 impl Mark {
-    fn from(&self, now: Instant) -> From {
+    fn from(&mut self, now: Instant) -> From {
         let mark = self.place.saturating_sub(SLACK);
         let (after, begins) = match self.behind {
             _ if self.is_due(now) => (START, Begins::AtStart),
             Some(Behind { after, last: true }) => (after.min(mark), Begins::Behind),
             _ => (mark, Begins::AtMark),
         };
+        if begins != Begins::AtMark {
+            self.recent = None;
+        }
         From { after, begins, mark, large: self.large }
     }
 
@@ -294,6 +305,37 @@ mod tests {
     }
 
     #[test]
+    fn two_looks_at_once_forget_nothing() {
+        let (marks, now) = (Marks::default(), Instant::now());
+        let next = |now| from(&marks, 1, now);
+        let take = |from, last, much| marks.found((1, Priority::Normal), from, last, much, now, MS);
+        take(next(now), Some(20_000), Took::Full);
+        take(next(now), Some(24_000), Took::FullOfStretches);
+        take(next(now), None, Took::All);
+        let (look, sweep) = (next(now), next(now + SWEEP + MS));
+        assert!(look.begins == Begins::Behind && sweeps(sweep));
+        take(sweep, Some(700), Took::Full);
+        take(look, None, Took::All);
+        assert_eq!((next(now).after, next(now).begins), (200, Begins::Behind), "the sweep has come to 700 only");
+    }
+
+    #[test]
+    fn a_look_behind_goes_back_no_further_than_it_has_to() {
+        let (marks, now) = (Marks::default(), Instant::now());
+        let next = |now| from(&marks, 1, now);
+        let take = |from, last, much| marks.found((1, Priority::Normal), from, last, much, now, MS);
+        take(next(now), Some(20_000), Took::Full);
+        take(next(now), Some(24_000), Took::FullOfStretches);
+        take(next(now), Some(90_000), Took::FullOfStretches);
+        let (beside, sweep) = (next(now), next(now + SWEEP + MS));
+        take(beside, Some(92_000), Took::FullOfStretches);
+        take(sweep, Some(89_000), Took::Full);
+        assert_eq!((next(now).after, next(now).begins), (88_500, Begins::AtMark));
+        take(next(now), Some(92_500), Took::All);
+        assert_eq!((next(now).after, next(now).begins), (92_000, Begins::AtMark), "not once more from 19,500");
+    }
+
+    #[test]
     fn a_look_behind_does_not_hide_what_others_leave_meanwhile() {
         let (marks, now) = (Marks::default(), Instant::now());
         let next = || from(&marks, 1, now);
@@ -306,11 +348,11 @@ mod tests {
         take(beside, Some(23_000), Took::FullOfStretches);
         assert_eq!(next().begins, Begins::AtMark, "more has come");
         take(look, None, Took::All);
-        assert_eq!((next().after, next().begins), (19_500, Begins::Behind));
+        assert_eq!((next().after, next().begins), (21_500, Begins::Behind), "what was before that, it has seen");
         // One that stopped early: what it has not seen is ahead again.
-        take(next(), Some(20_500), Took::Full);
-        assert_eq!((next().after, next().begins), (20_000, Begins::AtMark));
+        take(next(), Some(21_700), Took::Full);
+        assert_eq!((next().after, next().begins), (21_200, Begins::AtMark));
         take(next(), None, Took::All);
-        assert_eq!((next().after, next().begins), (20_000, Begins::AtMark), "it went through that");
+        assert_eq!((next().after, next().begins), (21_200, Begins::AtMark), "it went through that");
     }
 }

@@ -3,10 +3,16 @@ with picked as materialized (
     select r.tableoid as slot, r.ctid as place
     from pg_catalog.unnest($1::int[]) as w(subscription)
     cross join lateral (
-        select r.tableoid, r.ctid from {schema}.ready r
-        where r.subscription = w.subscription and r.priority < {lanes}
-        order by r.priority, r.pos limit 5000
-        for update skip locked
+        -- The first of all levels: a priority means nothing to those in order.
+        select f.tableoid, f.ctid
+        from pg_catalog.unnest(array[-1, 0, 1]::smallint[]) as l(priority)
+        cross join lateral (
+            select r.tableoid, r.ctid, r.delivery from {schema}.ready r
+            where r.subscription = w.subscription and r.priority = l.priority
+            order by r.pos limit 5000
+            for update skip locked
+        ) f
+        order by f.delivery limit 5000
     ) r
 ),
 gone as (

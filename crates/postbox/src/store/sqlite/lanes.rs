@@ -97,7 +97,8 @@ async fn balance(db: &mut SqliteConnection, worker: Uuid, subscription: Subscrip
 async fn sort(db: &mut SqliteConnection, subscription: SubscriptionId) -> Result<(), Error> {
     let strays: Vec<(DeliveryId, Uuid, Option<String>)> = sqlx::query_as(
         "select d.id, d.message, m.key from postbox_delivery d left join postbox_message m on m.id = d.message
-         where d.subscription = ?1 and d.state = 'pending' and d.due_at is null and d.priority < ?2 limit 5000",
+         where d.subscription = ?1 and d.state = 'pending' and d.due_at is null and d.priority < ?2
+         order by d.id limit 5000",
     )
     .bind(subscription)
     .bind(FIRST_LANE)

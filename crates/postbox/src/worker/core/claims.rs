@@ -43,8 +43,8 @@ impl Part {
 
 /// Claims under way that want deliveries by key, and of which lanes.
 ///
-/// Two halves begin as a pair, and the next one when both are over. In between, whoever waits for the worker's row has
-/// it: claims share it, and if there were always one of them, nobody else would get it.
+/// Two halves begin as a pair, and the next one when both are over. In between, whoever waits for the worker's row gets
+/// it: claims share it, and if there were always one of them, nobody else would have it.
 #[derive(Debug)]
 pub(super) struct Keyed {
     under_way: BTreeMap<Uuid, Part>,
@@ -55,11 +55,13 @@ pub(super) struct Keyed {
     turn: Part,
     /// One of a pair has begun, and the other may.
     begun: bool,
+    /// The same of any two claims: those of other subscriptions share the worker's row, too.
+    open: bool,
 }
 
 impl Default for Keyed {
     fn default() -> Keyed {
-        Keyed { under_way: BTreeMap::new(), halved: false, turn: Part::Even, begun: false }
+        Keyed { under_way: BTreeMap::new(), halved: false, turn: Part::Even, begun: false, open: false }
     }
 }
 
@@ -110,6 +112,7 @@ impl Core {
         commands: &mut Vec<Command>,
     ) {
         let asked = self.claiming.remove(&token);
+        self.keyed.open = false;
         let items = claimed.as_ref().map_or(&[][..], |claimed| &claimed.items);
         self.deep = claimed.is_some() && asked.is_some_and(|asked| items.len() >= asked as usize);
         let is_half = self.keyed.returned(token, items.iter().map(|item| item.priority), self.deep);
@@ -190,6 +193,10 @@ impl Core {
         if self.phase != Phase::Working || self.claiming.len() >= most {
             return None;
         }
+        let goes_by_keys = self.lanes.values().any(|(lane, _)| lane.keys.is_some());
+        if goes_by_keys && !self.claiming.is_empty() && !self.keyed.open {
+            return None;
+        }
         let target = self.target();
         // What waits for a permit of its own subscription does not keep the others waiting.
         let queued = self.lanes.values().map(|(lane, load)| load.startable(lane)).sum::<usize>() as u32;
@@ -253,12 +260,13 @@ impl Core {
         }
         while let Some(wanted) = self.wanted() {
             let token = uuid::Builder::from_random_bytes(self.rng.u128(..).to_be_bytes()).into_uuid();
+            self.keyed.open = self.claiming.is_empty();
             self.claiming.insert(token, wanted.iter().map(|(_, room)| room).sum());
             self.hungry = false;
             let metered = wanted.iter().map(|(id, _)| *id);
             let metered = metered.filter(|id| self.lanes.get(id).is_some_and(|(lane, _)| lane.metered)).collect();
             let by_key = self.by_key(&wanted);
-            let (mut full, mut sorts) = (self.lines.full(), true);
+            let (mut full, mut sorts) = (self.lines.full(), self.keyed.under_way.is_empty());
             if let Some(part) = self.next_part().filter(|_| !by_key.is_empty()) {
                 sorts = self.keyed.begin(token, part);
                 let others = (FIRST_LANE..FIRST_LANE + LANES).filter(|level| !part.has(*level));
