@@ -12,16 +12,12 @@ with routing as materialized (
         for share
     ) s
 ),
--- What the ids of a batch have in common: the time, as uuid7() has it, and a random number from which they count on.
--- So they are in the order of the batch.
+-- What the ids of a batch have in common: the time of a new id, and a random number from which they count on. So they
+-- are in the order of the batch.
 batch as materialized (
-    select b.head, b.random - 9223372036854775807::bigint - 1::bigint as first
-    from (
-        select pg_catalog.overlay(pg_catalog.lpad(pg_catalog.to_hex((pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
-                * 4096000::double precision)::bigint), 15, '0'), '7', 13, 0) as head,
-            pg_catalog.hashtextextended(pg_catalog.gen_random_uuid()::pg_catalog.text, 0) & 2305843009213693951::bigint as random
-        offset 0
-    ) b
+    select pg_catalog."left"(b.own, 18) as head,
+        (pg_catalog.hashtextextended(b.own, 0) & 2305843009213693951::bigint) - 9223372036854775807::bigint - 1::bigint as first
+    from (select {schema}.uuid7()::pg_catalog.text as own offset 0) b
 ),
 -- Arrays that are null stand for nulls. Each is walked once: an element in the middle of one is found by walking to it.
 input as materialized (
