@@ -68,6 +68,7 @@ async fn unfinished_work_is_carried_over_and_goes_on() {
     // With a worker that is alive: nothing is lost by this step.
     let names = fresh.postbox.migrate_down_and_lose_data(EARLIER).await.expect("down");
     let stepped = [
+        "0017 due_in_turn",
         "0016 batch_ids",
         "0015 find_delivery",
         "0014 inbox",

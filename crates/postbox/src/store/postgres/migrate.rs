@@ -32,7 +32,7 @@ macro_rules! migration {
 /// The first migration of the present shape: those before it make the tables and functions of the earlier one.
 const PRESENT: usize = 7;
 
-pub(super) const MIGRATIONS: [Migration; 16] = [
+pub(super) const MIGRATIONS: [Migration; 17] = [
     migration!("0001", "engine", holds_data: true),
     migration!("0002", "pull", holds_data: false),
     migration!("0003", "roles", holds_data: false),
@@ -49,6 +49,7 @@ pub(super) const MIGRATIONS: [Migration; 16] = [
     migration!("0014", "inbox", holds_data: false),
     migration!("0015", "find_delivery", holds_data: false),
     migration!("0016", "batch_ids", holds_data: false),
+    migration!("0017", "due_in_turn", holds_data: false),
 ];
 
 /// The version that this migration leads to.
