@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use postbox::lifecycle::Kind;
+use postbox::source::{Entry, Format, Raw};
 use postbox::store::{Declared, Settle, Store};
-use postbox::{Envelope, Failure, OperationFailure, Postgres, Receipt, Router, Tx, Unique, handler, operation};
+use postbox::{Envelope, Failure, Fate, OperationFailure, Postgres, Receipt, Router, Tx, Unique, handler, operation};
 use postbox_testkit::hand::{Hand, declared, publish, success};
 use postbox_testkit::{Fresh, Testable};
 use tracing::field::{Field, Visit};
@@ -299,6 +300,37 @@ async fn one_of_a_key_costs_a_statement_a_flush_and_nobody_else_any() {
     }
     let sql = format!("select count(*) from {}.key_holder", fresh.schema());
     assert_eq!(Postgres::count(&fresh, &sql).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_came_before_is_looked_for_once_something_has_come_twice() {
+    const LOOKS: usize = 100;
+    let _alone = alone().await;
+    let fresh = Postgres::fresh().await;
+    let inbox = fresh.postbox.inbox("partner", "http", Format::default()).await.expect("an inbox");
+    let batch = |n: usize| {
+        let event = serde_json::json!({"event_id": format!("e{n}"), "event_type": "t", "payload": n});
+        let raw = Raw { fields: vec![(b"data".to_vec(), event.to_string().into_bytes())], body: None };
+        [Entry { position: n.to_string(), raw, deliveries: 1 }]
+    };
+    // Is it looked for, does writing it down mind what is there, is it done again?
+    let counts = |statements: &[String]| {
+        ["-- Which of these ids", "on conflict (source, identity)", "-- Remembers ids"]
+            .map(|words| with(statements, words))
+    };
+    let (fates, first) = heard(inbox.receive(&batch(0))).await;
+    assert!(matches!(fates.expect("stored")[..], [Fate::Received(_)]));
+    assert_eq!(counts(&first), [0, 0, 1], "{first:#?}");
+    let (fates, again) = heard(inbox.receive(&batch(0))).await;
+    assert!(matches!(fates.expect("stored")[..], [Fate::Duplicate(_)]));
+    assert_eq!(counts(&again), [1, 0, 1], "the plain one has failed, and then it was looked for: {again:#?}");
+    for n in 1..=LOOKS {
+        let (fates, looked) = heard(inbox.receive(&batch(n))).await;
+        assert!(matches!(fates.expect("stored")[..], [Fate::Received(_)]));
+        assert_eq!(counts(&looked), [1, 1, 1], "{n}: {looked:#?}");
+    }
+    let (_, calm) = heard(inbox.receive(&batch(LOOKS + 1))).await;
+    assert_eq!(counts(&calm), [0, 0, 1], "{calm:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -21,6 +21,14 @@ use crate::{Extent, Problem};
 /// Claims that are timed, and how many deliveries each takes.
 const CLAIMS: usize = 300;
 const CLAIMED: u32 = 100;
+/// What waits at least in front of a small backlog.
+const SMALL: usize = 10_000;
+/// Turns of a small backlog and a big one, and the claims of each.
+const TURNS: usize = 10;
+const TURN: usize = 100;
+/// Of the small backlog.
+const DRAINED: usize = 40_000;
+const SHOWS: usize = 1000;
 /// Chunks at the start and at the end that a rate is the median of.
 const EDGE: usize = 5;
 
@@ -122,7 +130,9 @@ async fn pass(site: &Site, extent: Extent, pin: Pin) -> Result<Passed, Problem> 
     }
     worker.stop(None).await?;
     fill(&fresh.postbox, CLAIMS * CLAIMED as usize).await?;
-    let claims = claims(&fresh.postbox).await?;
+    let mut claimer = Claimer::new(&fresh.postbox).await?;
+    claimer.claim(CLAIMS).await?;
+    let claims = claimer.end().await?;
     if pin != Pin::Nothing {
         sqlx::raw_sql("rollback").execute(&mut *holder).await?;
     }
@@ -131,35 +141,57 @@ async fn pass(site: &Site, extent: Extent, pin: Pin) -> Result<Passed, Problem> 
     Ok(Passed { rates, claims })
 }
 
-/// Claims and settles by hand: milliseconds of each claim.
-async fn claims(postbox: &Postbox<Postgres>) -> Result<Vec<f64>, Problem> {
-    let declared = declared("bench", TOPIC, Kind::Plain);
-    let registration =
-        Registration { application: "bench".into(), lease: Duration::from_secs(600), ..registration(vec![declared]) };
-    let store = postbox.store();
-    let subscriptions: Vec<SubscriptionId> = store.register(&registration).await?;
-    let wanted: Vec<(SubscriptionId, u32)> = subscriptions.iter().map(|id| (*id, CLAIMED)).collect();
-    let mut took = Vec::with_capacity(CLAIMS);
-    for _ in 0..CLAIMS {
-        let request = ClaimRequest {
-            worker: registration.worker,
-            token: Uuid::now_v7(),
-            wanted: wanted.clone(),
-            metered: Vec::new(),
-            by_key: Vec::new(),
-            full: Vec::new(),
-            sorts: true,
+/// Claims and settles by hand.
+struct Claimer {
+    postbox: Postbox<Postgres>,
+    registration: Registration,
+    wanted: Vec<(SubscriptionId, u32)>,
+    /// Milliseconds of each claim.
+    took: Vec<f64>,
+}
+
+impl Claimer {
+    async fn new(postbox: &Postbox<Postgres>) -> Result<Claimer, Problem> {
+        let declared = declared("bench", TOPIC, Kind::Plain);
+        let registration = Registration {
+            application: "bench".into(),
+            lease: Duration::from_secs(600),
+            ..registration(vec![declared])
         };
-        let begun = Instant::now();
-        let claimed = store.claim(&request).await?;
-        took.push(begun.elapsed().as_secs_f64() * 1000.0);
-        if claimed.items.len() != CLAIMED as usize {
-            return Err(format!("a claim took {} of {CLAIMED}", claimed.items.len()).into());
-        }
-        store.settle(&all_succeeded(registration.worker, &claimed)).await?;
+        let subscriptions: Vec<SubscriptionId> = postbox.store().register(&registration).await?;
+        let wanted = subscriptions.iter().map(|id| (*id, CLAIMED)).collect();
+        Ok(Claimer { postbox: postbox.clone(), registration, wanted, took: Vec::new() })
     }
-    store.retire(registration.worker).await?;
-    Ok(took)
+
+    /// So many claims, one after the other.
+    async fn claim(&mut self, claims: usize) -> Result<(), Problem> {
+        let store = self.postbox.store();
+        for _ in 0..claims {
+            let request = ClaimRequest {
+                worker: self.registration.worker,
+                token: Uuid::now_v7(),
+                wanted: self.wanted.clone(),
+                metered: Vec::new(),
+                by_key: Vec::new(),
+                full: Vec::new(),
+                sorts: true,
+            };
+            let begun = Instant::now();
+            let claimed = store.claim(&request).await?;
+            self.took.push(begun.elapsed().as_secs_f64() * 1000.0);
+            if claimed.items.len() != CLAIMED as usize {
+                return Err(format!("a claim took {} of {CLAIMED}", claimed.items.len()).into());
+            }
+            store.settle(&all_succeeded(self.registration.worker, &claimed)).await?;
+        }
+        Ok(())
+    }
+
+    /// Milliseconds of each claim.
+    async fn end(self) -> Result<Vec<f64>, Problem> {
+        self.postbox.store().retire(self.registration.worker).await?;
+        Ok(self.took)
+    }
 }
 
 fn all_succeeded(worker: Uuid, claimed: &Claimed) -> Settle {
@@ -176,72 +208,82 @@ fn all_succeeded(worker: Uuid, claimed: &Claimed) -> Settle {
     }
 }
 
-/// Claims in front of a big backlog beside claims in front of a small one, and a worker's memory.
+/// Claims in front of a big backlog beside claims in front of a small one, in turns; a worker's memory.
 pub(crate) async fn backlog(site: &Site, extent: Extent) -> Result<Vec<Figure>, Problem> {
-    let big = if extent.long { 5_000_000 } else { 50_000.max(extent.messages * 5) };
-    let small = in_front_of(site, CLAIMS * CLAIMED as usize + 10_000).await?;
-    let big_one = in_front_of(site, big).await?;
-    let p99 = |claims: &[f64]| percentile(claims, 0.99);
-    let name = format!("claim of 100 in front of {big}, p99 (baseline: of 10k)");
+    let waiting = if extent.long { 5_000_000 } else { 200_000.max(extent.messages * 5) };
+    let small = Backlog::of(site, SMALL + TURN * CLAIMED as usize).await?;
+    let big = Backlog::of(site, waiting).await?;
+    let memory = crate::quiet::memory(&big.fresh).await?;
+    let mut before_small = Claimer::new(&small.fresh.postbox).await?;
+    let mut before_big = Claimer::new(&big.fresh.postbox).await?;
+    for turn in 0..TURNS {
+        if turn > 0 {
+            fill(&small.fresh.postbox, TURN * CLAIMED as usize).await?;
+        }
+        before_small.claim(TURN).await?;
+        before_big.claim(TURN).await?;
+    }
+    let claims = [before_big.end().await?, before_small.end().await?].map(|took| [percentile(&took, 0.99)]);
+    fill(&small.fresh.postbox, DRAINED - SMALL).await?;
+    site.settle_down().await?;
+    let drains = [small.drain(site, DRAINED).await?, big.drain(site, waiting - TURNS * TURN * CLAIMED as usize).await?];
+    let shows = big.shows(waiting).await?;
+    small.fresh.drop(site).await?;
+    big.fresh.drop(site).await?;
+    let name = format!("claim of 100 in front of {waiting}, p99 (baseline: of 10k)");
+    let shown = |what: &str, ms| {
+        Figure::alone(&format!("show a delivery with {waiting} settled, {what}"), ms, "ms", Bar::AtMost(10.0))
+    };
     Ok(vec![
-        Figure::beside(&name, &[p99(&big_one.claims)], &[p99(&small.claims)], "ms", Bar::RatioAtMost(2.0)),
-        Figure::alone(&format!("memory of a worker with {big} waiting"), big_one.memory, "MiB", Bar::AtMost(64.0)),
+        Figure::beside(&name, &claims[0], &claims[1], "ms", Bar::RatioAtMost(2.0)),
+        Figure::alone(&format!("memory of a worker with {waiting} waiting"), memory, "MiB", Bar::AtMost(64.0)),
         Figure::beside(
-            &format!("the drain of all {big} (baseline: of 40k)"),
-            &[big_one.drain],
-            &[small.drain],
+            &format!("the drain of all {waiting} (baseline: of {DRAINED})"),
+            &drains[1..],
+            &drains[..1],
             "msg/s",
             Bar::None,
         ),
-        Figure::alone(
-            &format!("show a delivery with {big} settled, p50"),
-            crate::figure::median(&big_one.shows),
-            "ms",
-            Bar::AtMost(10.0),
-        ),
-        Figure::alone(
-            &format!("show a delivery with {big} settled, p99"),
-            p99(&big_one.shows),
-            "ms",
-            Bar::AtMost(10.0),
-        ),
+        shown("p50", median(&shows)),
+        shown("p99", percentile(&shows, 0.99)),
     ])
 }
 
-/// What it is like in front of a backlog, and behind it.
+/// What waits somewhere.
 struct Backlog {
-    /// Milliseconds of each claim.
-    claims: Vec<f64>,
-    /// MiB that a worker takes.
-    memory: f64,
-    /// Messages a second until it is gone.
-    drain: f64,
-    /// Milliseconds to show one delivery of those that are settled.
-    shows: Vec<f64>,
+    fresh: Fresh,
+    done: Arc<AtomicU64>,
 }
 
-async fn in_front_of(site: &Site, waiting: usize) -> Result<Backlog, Problem> {
-    let fresh = site.fresh().await?;
-    let done = Arc::new(AtomicU64::new(0));
-    register(&fresh, idle_handler(&done)).await?;
-    stuff(site, &fresh, waiting).await?;
-    let memory = crate::quiet::memory(&fresh).await?;
-    let claims = claims(&fresh.postbox).await?;
-    let left = waiting - CLAIMS * CLAIMED as usize;
-    let start = fresh.postbox.worker(idle_handler(&done)).concurrency(100).start();
-    let drain = drained(site, &fresh, &done, start, left).await?;
-    let mut shows = Vec::with_capacity(CLAIMS);
-    for number in 0..CLAIMS {
-        let delivery = (number * 7919 * 6151 % waiting + 1) as i64;
-        let begun = Instant::now();
-        let shown = fresh.postbox.admin().show(delivery).await?;
-        shows.push(begun.elapsed().as_secs_f64() * 1000.0);
-        if shown.envelope.is_none() || shown.attempts.is_empty() {
-            return Err(format!("delivery {delivery} is not shown with its message and its attempts").into());
-        }
+impl Backlog {
+    async fn of(site: &Site, waiting: usize) -> Result<Backlog, Problem> {
+        let fresh = site.fresh().await?;
+        let done = Arc::new(AtomicU64::new(0));
+        register(&fresh, idle_handler(&done)).await?;
+        stuff(site, &fresh, waiting).await?;
+        Ok(Backlog { fresh, done })
     }
-    fresh.drop(site).await?;
-    Ok(Backlog { claims, memory, drain, shows })
+
+    /// Until the so many that are left are gone: messages a second.
+    async fn drain(&self, site: &Site, left: usize) -> Result<f64, Problem> {
+        let start = self.fresh.postbox.worker(idle_handler(&self.done)).concurrency(100).start();
+        drained(site, &self.fresh, &self.done, start, left).await
+    }
+
+    /// Milliseconds to show one delivery of those that are settled.
+    async fn shows(&self, deliveries: usize) -> Result<Vec<f64>, Problem> {
+        let mut shows = Vec::with_capacity(SHOWS);
+        for number in 0..SHOWS {
+            let delivery = (number * 7919 * 6151 % deliveries + 1) as i64;
+            let begun = Instant::now();
+            let shown = self.fresh.postbox.admin().show(delivery).await?;
+            shows.push(begun.elapsed().as_secs_f64() * 1000.0);
+            if shown.envelope.is_none() || shown.attempts.is_empty() {
+                return Err(format!("delivery {delivery} is not shown with its message and its attempts").into());
+            }
+        }
+        Ok(shows)
+    }
 }
 
 /// A backlog, put there in one statement: what it costs to publish it is another figure.
@@ -262,6 +304,8 @@ async fn stuff(site: &Site, fresh: &Fresh, messages: usize) -> Result<(), Proble
          from made cross join (select * from {schema}.ready limit 1) r"
     ))
     .await?;
+    // What autovacuum would do of it meanwhile belongs to putting it there.
     site.run(&format!("vacuum analyze {schema}.ready")).await?;
+    site.run(&format!("vacuum analyze {schema}.message")).await?;
     site.settle_down().await
 }

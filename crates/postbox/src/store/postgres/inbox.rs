@@ -74,22 +74,25 @@ pub(super) async fn crowded(store: &PgStore, most: u32) -> Result<bool, Error> {
 
 /// How often two processes may have brought the same id at the same time, one after the other.
 const ROUNDS: usize = 100;
+/// For how many batches after something that had come before it is looked for more of that.
+const LOOKS: u32 = 100;
 
 pub(super) async fn receive(store: &PgStore, intake: Intake, arrivals: &[Arrival]) -> Result<Vec<Taken>, Error> {
-    // As a rule nothing comes twice, and then nobody needs to look: writing the ids down tells.
-    let mut looks = store.repeats.load(Ordering::Relaxed);
+    // As a rule nothing comes twice, and then nobody needs to look: writing the ids down tells. That costs a transaction,
+    // and a line in the server's log, so it is told once for many batches.
+    let mut looks = store.looks.load(Ordering::Relaxed) > 0;
     for _ in 0..ROUNDS {
         let mut work = store.durable().await?;
-        let Some(taken) = take(store, &mut work, intake, arrivals, looks).await? else {
+        let Some((taken, tally)) = take(store, &mut work, intake, arrivals, looks).await? else {
             // One of these was brought before, or by somebody else this moment: the next look sees it.
             work.rollback().await?;
             looks = true;
-            store.repeats.store(true, Ordering::Relaxed);
             continue;
         };
-        let (taken, tally) = taken;
-        if looks && tally.duplicate + tally.conflict == 0 {
-            store.repeats.store(false, Ordering::Relaxed);
+        if tally.duplicate + tally.conflict > 0 {
+            store.looks.store(LOOKS, Ordering::Relaxed);
+        } else if looks {
+            store.looks.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).ok();
         }
         count(store, &mut work, intake, tally).await?;
         crash::commit("receiving", work.commit()).await?;
@@ -120,7 +123,7 @@ async fn take(
             });
         }
     }
-    if !planted!("inbox-forgets") && !remember(store, work, intake, &sorted, arrivals, &ids).await? {
+    if !planted!("inbox-forgets") && !remember(store, work, intake, &sorted, arrivals, &ids, looks).await? {
         return Ok(None);
     }
     let (mut taken, aside) = sorted.taken(&ids);
@@ -197,6 +200,7 @@ async fn remember(
     sorted: &Sorted<'_>,
     arrivals: &[Arrival],
     ids: &[Uuid],
+    looks: bool,
 ) -> Result<bool, Error> {
     // In one order for all, so that two cannot wait for each other.
     let mut rows = BTreeMap::new();
@@ -210,15 +214,19 @@ async fn remember(
     }
     let wanted = rows.len() as u64;
     let done = store
-        .query(store.sql.inbox_remember)
+        .query(if looks { store.sql.inbox_remember } else { store.sql.inbox_remember_new })
         .bind(intake.source)
         .bind(rows.keys().copied().collect::<Vec<_>>())
         .bind(rows.values().map(|(id, _)| *id).collect::<Vec<_>>())
         .bind(rows.values().map(|(_, hash)| *hash).collect::<Vec<_>>())
         .bind(micros(intake.remember))
         .execute(work.on())
-        .await?;
-    Ok(done.rows_affected() == wanted)
+        .await;
+    match done {
+        Ok(done) => Ok(done.rows_affected() == wanted),
+        Err(sqlx::Error::Database(error)) if error.is_unique_violation() => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 async fn count(store: &PgStore, work: &mut Work, intake: Intake, tally: Tally) -> Result<(), Error> {

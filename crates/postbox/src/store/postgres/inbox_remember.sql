@@ -1,4 +1,5 @@
--- Remembers ids. One that another transaction has brought meanwhile is not written, which the count tells.
+-- Remembers ids. One that another transaction has brought meanwhile is not written, which the count tells; without its
+-- clause for those that are there, which takes half the time, it fails with 23505.
 -- $1 source, $2 identities in their order, $3 messages, $4 hashes, $5 for how long, in microseconds.
 insert into {schema}.inbox as b (source, identity, message, body_hash, expires_at)
 select $1, i.identity, i.message, i.body_hash,
@@ -6,6 +7,8 @@ select $1, i.identity, i.message, i.body_hash,
 from unnest($2::pg_catalog.text[], $3::pg_catalog.uuid[], $4::pg_catalog.bytea[]) with ordinality
     as i(identity, message, body_hash, ord)
 order by i.ord
+-- {known
 on conflict (source, identity) do update
     set message = excluded.message, body_hash = excluded.body_hash, expires_at = excluded.expires_at
     where b.expires_at <= pg_catalog.statement_timestamp()
+-- known}

@@ -29,7 +29,7 @@ mod takeover;
 mod unique;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -92,7 +92,8 @@ macro_rules! statements {
     }};
 }
 statements! {
-    audit, beat, inbox_count, inbox_known, inbox_remember, claim = claim without "many" "lanes", claim_many = claim without "few" "lanes",
+    audit, beat, inbox_count, inbox_known, inbox_remember,
+    inbox_remember_new = inbox_remember without "known", claim = claim without "many" "lanes", claim_many = claim without "few" "lanes",
     claim_lanes = claim without "many" "plain", complete, doubt_for_update, doubts, duplicates, free_keys, history, keys_aside,
     keys_block, keys_free, keys_list, lanes, lanes_free, lanes_leave, lanes_take, learn_routes, leftover, lock_holders,
     look, moves, permits, tokens, only_moves = moves without "ended", next_due, part_exists, paused, promote, publish, publish_checked,
@@ -161,8 +162,8 @@ pub struct PgStore {
     calm: Arc<AtomicBool>,
     /// Something was claimed since the ring of ready tables was looked through, or some of it was left there.
     claimed: Arc<AtomicBool>,
-    /// Something that came in had come before: it is looked for.
-    repeats: Arc<AtomicBool>,
+    /// For how many batches of what comes in it is looked for what has come before.
+    looks: Arc<AtomicU32>,
 }
 
 /// Rings when a publisher has told that there is something.
@@ -417,7 +418,7 @@ impl Store for PgStore {
             balanced: Arc::default(),
             calm: Arc::default(),
             claimed: Arc::default(),
-            repeats: Arc::default(),
+            looks: Arc::default(),
         };
         store.through_function |= !roles::may_insert(&store).await?;
         Ok(store)
