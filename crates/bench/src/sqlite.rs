@@ -35,6 +35,8 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full)
+        // As postbox has it: the thread of the connection does not stop in the middle of a batch.
+        .row_buffer_size(512)
 }
 
 /// Inserts and deletes so many, in batches: messages a second.
@@ -58,7 +60,7 @@ async fn raw_cycle(path: &Path, messages: usize) -> Result<f64, Problem> {
     loop {
         let mut tx = db.begin_with("begin immediate").await?;
         let rows = sqlx::query(
-            "delete from queue where id in (select id from queue order by id limit ?1) returning id, topic, payload",
+            "delete from queue where id in (select id from queue order by id limit ?1 + 0) returning id, topic, payload",
         )
         .bind(BATCH as i64)
         .fetch_all(&mut *tx)

@@ -37,6 +37,9 @@ pub(super) const HEAD: &str = "create table if not exists postbox_migration (
     applied_at integer not null
 ) strict;\n";
 
+/// Rows that the connection's thread reads ahead: a whole claim, so that it does not stop and wait for who takes them.
+const ROWS: usize = 512;
+
 /// Readers beside the one writer.
 const READERS: u32 = 4;
 
@@ -108,7 +111,7 @@ fn options(url: &str) -> Result<SqliteConnectOptions, Error> {
             refuse("postbox needs several connections to one file, memory has none")
         }
         // Handlers' transactions run on these connections: the user's foreign keys are enforced.
-        Some(_) => Ok(options.foreign_keys(true)),
+        Some(_) => Ok(options.foreign_keys(true).row_buffer_size(ROWS)),
     }
 }
 

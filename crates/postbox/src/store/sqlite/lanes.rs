@@ -154,7 +154,7 @@ pub(super) async fn pick(
          from ({lanes}) l
          left join postbox_message m on m.id = l.message
          left join postbox_key_state k on k.subscription = ?1 and k.key = m.key
-         order by l.id limit ?2"
+         order by l.id limit ?2 + 0"
     );
     let rows: Vec<(DeliveryId, Option<String>, bool, bool)> =
         sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(subscription).bind(room).fetch_all(&mut *db).await?;
