@@ -1,6 +1,8 @@
 //! A figure: what was measured, beside its baseline of the same run, and its bar.
 
-use serde::Serialize;
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
 
 /// What a figure is held to.
 #[derive(Debug, Clone, Copy)]
@@ -16,11 +18,11 @@ pub(crate) enum Bar {
 }
 
 /// One line of the result.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Figure {
     pub(crate) name: String,
     pub(crate) value: f64,
-    pub(crate) unit: &'static str,
+    pub(crate) unit: Cow<'static, str>,
     pub(crate) baseline: Option<f64>,
     pub(crate) ratio: Option<f64>,
     pub(crate) bar: Option<String>,
@@ -47,7 +49,7 @@ impl Figure {
             Bar::AtMost(most) => (Some(format!("≤ {most}")), Some(value <= most)),
             Bar::None => (None, None),
         };
-        Figure { name: name.into(), value, unit, baseline, ratio, bar, ok }
+        Figure { name: name.into(), value, unit: unit.into(), baseline, ratio, bar, ok }
     }
 
     /// For people.

@@ -53,6 +53,9 @@ struct Cli {
     /// Writes plots of the figures into this folder, as SVG.
     #[arg(long, value_name = "FOLDER")]
     plots: Option<std::path::PathBuf>,
+    /// Measures nothing: draws the ratios of an earlier run, of which this file has what `--json` printed.
+    #[arg(long, value_name = "FILE", requires = "plots")]
+    from: Option<std::path::PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -126,6 +129,12 @@ async fn main() -> ExitCode {
 }
 
 async fn run(cli: &Cli) -> Result<Vec<Figure>, Problem> {
+    if let (Some(file), Some(folder)) = (&cli.from, &cli.plots) {
+        let text = std::fs::read_to_string(file)?;
+        let figures = text.lines().map(serde_json::from_str).collect::<Result<Vec<Figure>, _>>()?;
+        plot::write(folder, &figures, &[])?;
+        return Ok(Vec::new());
+    }
     let extent = match cli.quick {
         true => Extent { rounds: 1, seconds: 0.5, messages: 5_000, long: false },
         false => Extent { rounds: 5, seconds: 3.0, messages: 60_000, long: cli.long },
