@@ -221,7 +221,12 @@ async fn retries_wait_their_time_and_are_not_overtaken_for_ever() {
     // Due since long ago, it goes before what was published meanwhile; no worker has promoted it.
     publish(&fresh, 3).await;
     Postgres::execute(&fresh, &format!("update {schema}.scheduled set due_at = now() - interval '2 hours'")).await;
-    assert_eq!(next(&fresh, &mut connection).await, Some((delivery, 2)));
+    // Whatever level it begins with, as it does once in a while.
+    for _ in 0..200 {
+        let mut tx = fresh.pool.begin().await.expect("begin");
+        assert_eq!(next(&fresh, &mut tx).await, Some((delivery, 2)));
+        tx.rollback().await.expect("rollback");
+    }
 }
 
 #[tokio::test]

@@ -18,7 +18,7 @@ use crate::plot::Curve;
 use crate::site::{Fresh, Site};
 use crate::{Extent, Problem};
 
-/// Claims that are timed, and how many deliveries each takes.
+/// Claims that are timed behind a pin, and how many deliveries a claim takes.
 const CLAIMS: usize = 300;
 const CLAIMED: u32 = 100;
 /// What waits at least in front of a small backlog.
@@ -238,7 +238,7 @@ pub(crate) async fn backlog(site: &Site, extent: Extent) -> Result<Vec<Figure>, 
         Figure::beside(&name, &claims[0], &claims[1], "ms", Bar::RatioAtMost(2.0)),
         Figure::alone(&format!("memory of a worker with {waiting} waiting"), memory, "MiB", Bar::AtMost(64.0)),
         Figure::beside(
-            &format!("the drain of all {waiting} (baseline: of {DRAINED})"),
+            &format!("the drain of what is left of {waiting} (baseline: of {DRAINED})"),
             &drains[1..],
             &drains[..1],
             "msg/s",

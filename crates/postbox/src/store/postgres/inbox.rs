@@ -74,7 +74,7 @@ pub(super) async fn crowded(store: &PgStore, most: u32) -> Result<bool, Error> {
 
 /// How often two processes may have brought the same id at the same time, one after the other.
 const ROUNDS: usize = 100;
-/// For how many batches after something that had come before it is looked for more of that.
+/// After something that had come before, this many more batches look their ids up first.
 const LOOKS: u32 = 100;
 
 pub(super) async fn receive(store: &PgStore, intake: Intake, arrivals: &[Arrival]) -> Result<Vec<Taken>, Error> {
@@ -87,6 +87,7 @@ pub(super) async fn receive(store: &PgStore, intake: Intake, arrivals: &[Arrival
             // One of these was brought before, or by somebody else this moment: the next look sees it.
             work.rollback().await?;
             looks = true;
+            store.looks.store(LOOKS, Ordering::Relaxed);
             continue;
         };
         if tally.duplicate + tally.conflict > 0 {
@@ -224,7 +225,7 @@ async fn remember(
         .await;
     match done {
         Ok(done) => Ok(done.rows_affected() == wanted),
-        Err(sqlx::Error::Database(error)) if error.is_unique_violation() => Ok(false),
+        Err(sqlx::Error::Database(error)) if !looks && error.is_unique_violation() => Ok(false),
         Err(error) => Err(error.into()),
     }
 }

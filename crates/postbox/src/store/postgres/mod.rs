@@ -162,7 +162,7 @@ pub struct PgStore {
     calm: Arc<AtomicBool>,
     /// Something was claimed since the ring of ready tables was looked through, or some of it was left there.
     claimed: Arc<AtomicBool>,
-    /// For how many batches of what comes in it is looked for what has come before.
+    /// How many more batches of what comes in look their ids up first.
     looks: Arc<AtomicU32>,
 }
 

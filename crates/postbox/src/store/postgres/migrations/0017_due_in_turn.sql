@@ -1,4 +1,5 @@
--- Where `next` begins with a lower level, what is due of that level keeps its place before what came later.
+-- Where `next` begins with a lower level, what is due of that one or one below keeps its place before
+-- what came later.
 do $clause$
 declare
     one constant pg_catalog.regprocedure := '{schema}.next(text, text)'::pg_catalog.regprocedure;
