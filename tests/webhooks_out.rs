@@ -342,7 +342,10 @@ async fn an_operation_is_called_once_and_its_doubts_stay<Db: Testable>() {
     let fresh = Db::fresh().await;
     let remote = Remote::default();
     let url = remote.start().await;
-    let to = |path: &str| push(format!("{url}{path}")).secret(WHSEC).timeout(Duration::from_millis(500)).operation();
+    let to = |path: &str| {
+        let to = push(format!("{url}{path}")).secret(WHSEC).timeout(Duration::from_millis(500)).operation();
+        to.max_attempts(4)
+    };
     let quick = Duration::from_millis(10);
     let router = Router::new()
         .on("orders.placed", to("/charge"))

@@ -14,6 +14,9 @@ use crate::planted::planted;
 use crate::router::{HandlerEntry, IntoSubscription, OperationEntry, Subscription, handler, operation};
 use crate::store::Database;
 
+/// Attempts of a push that was told no other number: as the waits grow, an hour or more, which a program that is
+/// deployed anew or mended is back in.
+const ATTEMPTS: u32 = 20;
 /// The key under which a remote makes repeats harmless.
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// How much longer than a call its attempt may run.
@@ -30,7 +33,7 @@ pub struct Push {
 /// Posts a message to a program of your own, in any language: `Router::on("orders.placed", push("http://localhost:8000/events"))`.
 ///
 /// It is signed as Standard Webhooks says, if there is a [`secret`](Push::secret). A 2xx is a success; other 4xx than
-/// 408, 425 and 429 are permanent; anything else is tried again. With [`operation`](Push::operation) a
+/// 408, 425 and 429 are permanent; anything else is tried again, up to 20 attempts with up to 15 minutes between them. With [`operation`](Push::operation) a
 /// call whose end nobody saw is in doubt, and is not repeated. See `docs/webhooks.md`.
 ///
 /// Loopback and private addresses are called, link-local ones and the metadata services of clouds are not.
@@ -95,7 +98,8 @@ impl Push {
     pub fn handler(self) -> HandlerEntry<Pushing> {
         let timeout = self.posting.calling.timeout;
         let (poster, _) = self.wired();
-        handler(Pushing { poster, asked: None }).named(self.name()).timeout(timeout.saturating_add(MARGIN))
+        let entry = handler(Pushing { poster, asked: None }).named(self.name()).max_attempts(ATTEMPTS);
+        entry.timeout(timeout.saturating_add(MARGIN))
     }
 
     /// As an operation, to be given options: each call has an `Idempotency-Key`, and one whose end nobody saw is in
@@ -110,7 +114,8 @@ impl Push {
         let timeout = self.posting.calling.timeout;
         let (poster, asked) = self.wired();
         let pushing = Pushing { poster, asked };
-        let entry = operation(pushing.clone()).named(self.name()).timeout(timeout.saturating_add(MARGIN));
+        let entry = operation(pushing.clone()).named(self.name()).max_attempts(ATTEMPTS);
+        let entry = entry.timeout(timeout.saturating_add(MARGIN));
         if pushing.asked.is_some() { entry.reconcile(pushing) } else { entry }
     }
 }

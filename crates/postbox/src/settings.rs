@@ -1,5 +1,6 @@
 //! Where the database is and how a worker behaves: from code, the environment, `postbox.toml`.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
@@ -355,31 +356,37 @@ impl Settings {
         }
     }
 
-    /// How to connect to PostgreSQL: the URL; without one, the separate fields.
+    /// How to connect to PostgreSQL: the URL; without one, the separate fields. Where neither names a user, it is who
+    /// runs this (`$USER`), else `postgres`.
     ///
     /// # Errors
     /// The URL or a field does not parse. Its password is not in the message.
     pub fn postgres(&self) -> Result<sqlx::postgres::PgConnectOptions, Error> {
         use sqlx::postgres::PgConnectOptions;
+        let field = |name| Some(self.text(name)).filter(|v| !v.is_empty());
+        let variable = |name| std::env::var(name).ok().filter(|v| !v.is_empty());
+        // As psql has it, where nobody is named.
+        let login = || {
+            let named = field("user").or_else(|| variable("USER")).or_else(|| variable("LOGNAME"));
+            named.unwrap_or_else(|| "postgres".into())
+        };
         let mut options: PgConnectOptions = match self.database_url() {
-            Some(url) => url
+            // sqlx by itself would log in as `anonymous`.
+            Some(url) => with_user(url, login)
                 .parse()
                 .map_err(|e| Error::Settings(format!("the database URL {} does not parse: {e}", hide_password(url))))?,
             None => {
-                let mut options = PgConnectOptions::new_without_pgpass();
-                let field = |name| Some(self.text(name)).filter(|v| !v.is_empty());
-                options = options.host(&field("host").unwrap_or_else(|| "localhost".into()));
-                options = options.port(match field("port") {
+                let options = PgConnectOptions::new_without_pgpass();
+                let options = options.host(&field("host").unwrap_or_else(|| "localhost".into()));
+                let options = options.port(match field("port") {
                     Some(_) => self.whole("port", 1..=65_535)? as u16,
                     None => 5432,
                 });
-                let user = field("user").or_else(|| std::env::var("USER").ok().filter(|u| !u.is_empty()));
-                let user = user.unwrap_or_else(|| "postgres".into());
-                options = options.username(&user).database(&field("database").unwrap_or(user));
-                if let Some(password) = field("password") {
-                    options = options.password(&password);
+                let options = options.username(&login()).database(&field("database").unwrap_or_else(login));
+                match field("password") {
+                    Some(password) => options.password(&password),
+                    None => options,
                 }
-                options
             }
         };
         if options.get_host().is_empty() {
@@ -568,6 +575,20 @@ fn program_name() -> String {
     name.chars().take(40).collect()
 }
 
+/// A URL of PostgreSQL that names a user: this one, where it named none.
+fn with_user(url: &str, user: impl FnOnce() -> String) -> Cow<'_, str> {
+    let Some((_, rest)) = url.split_once("://") else { return url.into() };
+    let (place, parameters) = rest.split_once('?').unwrap_or((rest, ""));
+    let authority = place.split(['/', '#']).next().unwrap_or_default();
+    let named = authority.rsplit_once('@').is_some_and(|(user, _)| !user.is_empty() && !user.starts_with(':'));
+    if named || parameters.split('&').any(|parameter| parameter.starts_with("user=")) {
+        return url.into();
+    }
+    // As a parameter it goes with every form of the place, a socket's as well.
+    let encoded: String = user().bytes().map(|byte| format!("%{byte:02X}")).collect();
+    format!("{url}{}user={encoded}", if rest.contains('?') { '&' } else { '?' }).into()
+}
+
 /// A URL with `***` for its password, which may also be a parameter.
 pub fn hide_password(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
@@ -608,6 +629,23 @@ mod tests {
         assert_eq!(origins["concurrency"].1, "postbox.toml, line 2");
         assert_eq!(origins["pool_size"].1, "code");
         assert_eq!(settings.backend().expect("backend"), Backend::Postgres);
+    }
+
+    #[test]
+    fn who_logs_in() {
+        let user = |url: &str| {
+            let settings = Settings::defaults().url(url).set("user", "me & you");
+            settings.postgres().expect("options").get_username().to_owned()
+        };
+        let nobody = ["postgres://h/d", "postgresql://h", "postgres://h/d?sslmode=disable", "postgres:///d?host=/tmp"];
+        for url in nobody.into_iter().chain(["postgres://h:1/d?", "postgres://h/a@b", "postgres://:secret@h/d"]) {
+            assert_eq!(user(url), "me & you", "{url}");
+        }
+        for url in
+            ["postgres://her@h/d", "postgres://her:s@h", "postgres://h/d?user=her", "postgres:///d?host=/x&user=her"]
+        {
+            assert_eq!(user(url), "her", "{url}");
+        }
     }
 
     #[test]

@@ -24,14 +24,14 @@ use self::receive::Receiver;
 use self::run::{Look, Run, Running, Through};
 use crate::crash;
 use crate::error::Error;
-use crate::lifecycle::Kind;
+use crate::lifecycle::{Kind, State};
 use crate::planted::planted;
 use crate::postbox::Postbox;
 use crate::router::{Route, Router, Stands};
 use crate::schedule::Schedule;
 use crate::settings::Settings;
 use crate::source::Source;
-use crate::store::{Database, Item, LeaseRef, Registration, Store, Stranded, SubscriptionId};
+use crate::store::{Database, Guarded, Item, LeaseRef, Move, Registration, Store, Stranded, SubscriptionId};
 
 /// How long a start may hand out what was published before it.
 const FIRST_HISTORY: Duration = Duration::from_secs(1);
@@ -686,7 +686,12 @@ impl<Db: Database> Engine<Db> {
             Command::Settle(settle) => {
                 tokio::spawn(async move {
                     let flushed = match tokio::time::timeout(patience, means.store.settle(&settle)).await {
-                        Ok(Ok(guarded)) => Flushed::Known(guarded),
+                        Ok(Ok(guarded)) => {
+                            if guarded == Guarded::Done {
+                                settle.moves.iter().for_each(log);
+                            }
+                            Flushed::Known(guarded)
+                        }
                         Ok(Err(error)) if !error.is_transient() => Flushed::Refused(error.to_string()),
                         Ok(Err(error)) => {
                             tracing::warn!(%error, "a flush failed; trying again");
@@ -780,5 +785,23 @@ async fn told<T>(verb: &'static str, patience: Duration, result: impl Future<Out
             tracing::warn!(verb, %error, "the database did not do as asked; trying again");
             None
         }
+    }
+}
+
+/// Says what did not go well, once that is on record.
+fn log(done: &Move) {
+    let Move { delivery, message, note, .. } = done;
+    match (done.standing.state, &done.outcome) {
+        (State::Dead, _) => {
+            tracing::warn!(delivery, message_id = %message, why = note, "dead: it is not tried again by itself")
+        }
+        (State::InDoubt, _) => {
+            tracing::warn!(delivery, message_id = %message, why = note, "in doubt: nobody saw how it ended")
+        }
+        (State::Pending, Some(outcome)) => {
+            let why = outcome.error.as_deref().unwrap_or_default();
+            tracing::debug!(delivery, message_id = %message, attempt = outcome.number, why, "an attempt failed; it is tried again");
+        }
+        _ => {}
     }
 }
