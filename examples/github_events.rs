@@ -3,7 +3,7 @@
 //!
 //! ```sh
 //! cargo run --release --example github_events -- --sqlite github.db
-//! DATABASE_URL=postgres://localhost/postgres cargo run --release --example github_events
+//! DATABASE_URL=postgres://postgres@localhost/postgres cargo run --release --example github_events
 //! ```
 //!
 //! Run it again, or kill it half-way (`kill -9`) and start it again: the counts are the same. After

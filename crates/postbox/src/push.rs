@@ -14,8 +14,8 @@ use crate::planted::planted;
 use crate::router::{HandlerEntry, IntoSubscription, OperationEntry, Subscription, handler, operation};
 use crate::store::Database;
 
-/// Attempts of a push that was told no other number: as the waits grow, an hour or more, which a program that is
-/// deployed anew or mended is back in.
+/// Attempts of a push that was told no other number. With their waits they take 75 minutes on average: time enough to
+/// start its program anew, or to mend it.
 const ATTEMPTS: u32 = 20;
 /// The key under which a remote makes repeats harmless.
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -33,8 +33,9 @@ pub struct Push {
 /// Posts a message to a program of your own, in any language: `Router::on("orders.placed", push("http://localhost:8000/events"))`.
 ///
 /// It is signed as Standard Webhooks says, if there is a [`secret`](Push::secret). A 2xx is a success; other 4xx than
-/// 408, 425 and 429 are permanent; anything else is tried again, up to 20 attempts with up to 15 minutes between them. With [`operation`](Push::operation) a
-/// call whose end nobody saw is in doubt, and is not repeated. See `docs/webhooks.md`.
+/// 408, 425 and 429 are permanent; anything else is tried again, up to 20 attempts with up to 15 minutes between them,
+/// unless the entry is told otherwise. With [`operation`](Push::operation) a call whose end nobody saw is in doubt, and is
+/// not repeated. See `docs/webhooks.md`.
 ///
 /// Loopback and private addresses are called, link-local ones and the metadata services of clouds are not.
 pub fn push(url: impl Into<String>) -> Push {
